@@ -1,0 +1,33 @@
+"""Measure IIMM before and during a fine-tune, forecast gain and forgetting, guard against both."""
+
+from .accuracy import forgetting, gain_over_zero_shot_error, zero_shot_accuracy
+from .callback import IIMMCallback
+from .forecast import Forecast, Forecaster
+from .guard import Limits, Verdict
+from .measure import IIMMAccumulator, Measurement, drift_bound, iimm
+from .outcomes import Outcome, append_outcome, read_outcomes
+from .tasks import Task
+from .tuning import ImageCollator, PromptClassifier
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Forecast",
+    "Forecaster",
+    "IIMMAccumulator",
+    "IIMMCallback",
+    "ImageCollator",
+    "Limits",
+    "Measurement",
+    "Outcome",
+    "PromptClassifier",
+    "Task",
+    "Verdict",
+    "append_outcome",
+    "drift_bound",
+    "forgetting",
+    "gain_over_zero_shot_error",
+    "iimm",
+    "read_outcomes",
+    "zero_shot_accuracy",
+]

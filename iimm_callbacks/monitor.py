@@ -1,0 +1,388 @@
+"""Begin, check, end: the conductor of a guarded run, for any training loop."""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from .accuracy import Forgetting, forgetting, paired_drop
+from .encoders import EncodePair, find_dual_encoder, model_fingerprint
+from .forecast import Forecast, Forecaster, Prediction
+from .guard import Limits, Verdict, judge
+from .measure import Measurement
+from .outcomes import Outcome, as_outcomes
+from .probe import Look, Probe
+from .tasks import Task
+from .tuning import detect
+
+logger = logging.getLogger(__name__)
+
+PREFIX = "eval_iimm"
+
+
+class IIMMMonitor:
+    """Measures a run before, during and after training, and judges it against the limits.
+
+    Call `begin` on the untouched model, `check` every now and then, `end` when training is over.
+    `IIMMCallback` is the Trainer's shell around it.
+
+    Args:
+        task: What is being learnt.
+        off_target: What must not be forgotten. ``None``: the shipped sample tasks, as canaries.
+        limits: How much forgetting is too much.
+        outcomes: Finished runs to learn the forecast from: `Outcome` records or a JSON-lines file.
+        method: Fine-tuning method; ``None``: recognised by `tuning.detect`.
+        processor: See `encoders.find_encoder`.
+        encode: See `encoders.find_encoder`.
+        batch_size: Images in one forward pass of the probe.
+        cache_limit: See `Probe`.
+        progress: See `Probe`.
+        autocast_dtype: See `Probe.look`.
+        strict: Raise when a look fails; otherwise warn once and let the run go on.
+
+    Attributes:
+        history: One row per look: the logged keys, with ``step``, ``share``, ``level``, ``reason``.
+        verdict: The latest `Verdict`.
+        forecast: The latest `Forecast`.
+        failures: Number of looks that failed.
+
+    Raises:
+        TypeError: A task is not a `Task`.
+        ValueError: Two tasks of one name, or an off-target task that is the task itself.
+    """
+
+    def __init__(
+        self,
+        task: Task,
+        off_target: Sequence[Task] | None = None,
+        *,
+        limits: Limits | None = None,
+        outcomes: str | Path | Iterable[Outcome] | None = None,
+        method: str | None = None,
+        processor: Any = None,
+        encode: EncodePair | None = None,
+        batch_size: int = 64,
+        cache_limit: int = 2**31,
+        progress: bool = True,
+        autocast_dtype: torch.dtype | None = None,
+        strict: bool = False,
+    ) -> None:
+        if off_target is None:
+            from .sample import canaries
+
+            off_target = canaries(except_for=task)
+        check_tasks(task, off_target)
+        self.probe = Probe(
+            task,
+            off_target,
+            processor=processor,
+            encode=encode,
+            batch_size=batch_size,
+            cache_limit=cache_limit,
+            progress=progress,
+        )
+        self.limits = limits or Limits()
+        self.method = method
+        self.autocast_dtype = autocast_dtype
+        self.strict = strict
+        self.history: list[dict[str, Any]] = []
+        self.verdict = Verdict("continue", None, "nothing measured yet")
+        self.forecast: Forecast | None = None
+        self.failures = 0
+        self._forecaster = Forecaster().fit(as_outcomes(outcomes))
+        self._baseline: Look | None = None
+        self._model_name = self._model_fingerprint = ""
+
+    def begin(self, model: nn.Module) -> Verdict:
+        """Measure the untouched model; after `load_state_dict`, only make ready to go on.
+
+        Args:
+            model: The model before its first training step.
+
+        Returns:
+            The verdict on the forecast.
+
+        Raises:
+            ValueError: The model cannot be measured; or, going on, images, prompts or
+                preprocessing are not those of the start.
+        """
+        self.probe.prepare(model)
+        if self._baseline is not None:
+            self._check_fingerprints()
+        else:
+            self.method = self.method or detect(model)
+            self._model_name = _name(model)
+            self._model_fingerprint = model_fingerprint(model)
+            self._baseline = self.probe.look(model, 0, self.autocast_dtype)
+        baseline = self._baseline
+        prior = self._forecaster.predict(
+            baseline.measurement,
+            method=self.method or "",
+            zero_shot_accuracy=baseline.accuracy(self.probe.task.name),
+            model=self._model_fingerprint,
+        )
+        self._prior = prior
+        if not self.history:
+            self.forecast = prior
+            self.verdict = judge(prior, None, self.limits)
+            self.history.append(self._row(baseline, 0.0, prior, None))
+        return self.verdict
+
+    def check(self, model: nn.Module, step: int, total_steps: int) -> Verdict:
+        """Look at the model in training and judge it.
+
+        A failing look leaves verdict and history as they were, and warns the first time.
+
+        Args:
+            model: The model as it trains.
+            step: Optimizer steps done.
+            total_steps: Of the whole training.
+
+        Returns:
+            The verdict.
+
+        Raises:
+            RuntimeError: `begin` was not called.
+            Exception: What the look raised, if `strict`.
+        """
+        if self._baseline is None:
+            raise RuntimeError("call `begin(model)` on the untouched model before `check`")
+        share = min(step / max(total_steps, 1), 1.0)
+        try:
+            look = self.probe.look(model, step, self.autocast_dtype)
+        except Exception as error:
+            if self.strict:
+                raise
+            self.failures += 1
+            if self.failures == 1:
+                logger.warning(
+                    "The IIMM guard could not measure the model at step %d (%s: %s). Training goes "
+                    "on, without numbers for this step; further failures are counted silently.",
+                    step,
+                    type(error).__name__,
+                    error,
+                )
+            return self.verdict
+        before, after = self._split(self._baseline), self._split(look)
+        observed = forgetting(before, after) if before else None
+        name = self.probe.task.name
+        gain = paired_drop(self._baseline.correct[name], look.correct[name])
+        seen = {"gain": (-gain.value, gain.standard_error)}
+        if observed is not None:
+            seen["forgetting"] = (observed.mean.value, observed.mean.standard_error)
+            seen["worst"] = (observed.worst.value, observed.worst.standard_error)
+        self.forecast = self._forecaster.update(
+            self._prior,
+            method=self.method or "",
+            model=self._model_fingerprint,
+            share=share,
+            seen=seen,
+        )
+        # At the end there is nothing left to forecast.
+        self.verdict = judge(self.forecast if share < 1 else None, observed, self.limits)
+        self.history.append(self._row(look, share, self.forecast, observed))
+        return self.verdict
+
+    def end(
+        self, *, complete: bool = True, ended: str = "finished", recipe: dict[str, Any] | None = None
+    ) -> Outcome:
+        """The record of the run, from the last look.
+
+        Args:
+            complete: Whether training ran to its last planned step.
+            ended: Why it ended.
+            recipe: Optimizer, learning rate and so on, for the record.
+
+        Raises:
+            RuntimeError: `begin` was not called.
+        """
+        if self._baseline is None:
+            raise RuntimeError("call `begin(model)` on the untouched model before `end`")
+        first, last = self.history[0], self.history[-1]
+        m = self._baseline.measurement
+        name = self.probe.task.name
+        off_target = [task.name for task in self.probe.off_target]
+        return Outcome(
+            model=self._model_name,
+            model_fingerprint=self._model_fingerprint,
+            method=self.method or "",
+            task=name,
+            task_fingerprint=self.probe.fingerprints[name],
+            iimm=m.iimm,
+            inter=m.inter,
+            intra=m.intra,
+            standard_error=None if math.isnan(m.standard_error) else m.standard_error,
+            n_images=m.n_images,
+            n_classes=m.n_classes,
+            zero_shot_accuracy=first[f"{PREFIX}_accuracy"],
+            final_accuracy=last[f"{PREFIX}_accuracy"],
+            off_target_before={n: first[f"{PREFIX}_{n}_accuracy"] for n in off_target},
+            off_target_after={n: last[f"{PREFIX}_{n}_accuracy"] for n in off_target},
+            trajectory=[_trajectory_row(row) for row in self.history],
+            complete=complete,
+            ended=ended,
+            recipe=recipe or {},
+        )
+
+    def row(self) -> dict[str, float]:
+        """The latest look's logged keys, Python floats only."""
+        return {k: v for k, v in self.history[-1].items() if k.startswith(PREFIX)}
+
+    def record(self) -> dict[str, Any]:
+        """The run so far as JSON-ready data: what `report` shows and a file keeps."""
+        return {
+            "task": self.probe.task.name,
+            "off_target": [task.name for task in self.probe.off_target],
+            "model": self._model_name,
+            "model_fingerprint": self._model_fingerprint,
+            "method": self.method,
+            "fingerprints": self.probe.fingerprints,
+            "limits": asdict(self.limits),
+            "n_images": self._baseline.measurement.n_images if self._baseline else 0,
+            "n_classes": self._baseline.measurement.n_classes if self._baseline else 0,
+            "basis": self._prior.basis if self._baseline else "",
+            "failures": self.failures,
+            "looks": self.history,
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        """Baseline and history as JSON-ready data, for a checkpoint."""
+        if self._baseline is None:
+            return {}
+        return {
+            "measurement": asdict(self._baseline.measurement),
+            "correct": {k: _to_bits(v) for k, v in self._baseline.correct.items()},
+            "fingerprints": self.probe.fingerprints,
+            "history": list(self.history),
+            "verdict": asdict(self.verdict),
+            "method": self.method,
+            "model": self._model_name,
+            "model_fingerprint": self._model_fingerprint,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a checkpoint's `state_dict`: call it before `begin`.
+
+        The baseline is the recorded one; a half-trained model is never taken for it.
+        """
+        correct = {k: _from_bits(v) for k, v in state["correct"].items()}
+        self._baseline = Look(0, Measurement(**state["measurement"]), correct, 0.0)
+        self._fingerprints_at_start = dict(state["fingerprints"])
+        self.history = [dict(row) for row in state["history"]]
+        self.verdict = Verdict(**state["verdict"])
+        self.method = state["method"]
+        self._model_name = state["model"]
+        self._model_fingerprint = state["model_fingerprint"]
+
+    def _check_fingerprints(self) -> None:
+        then, now = self._fingerprints_at_start, self.probe.fingerprints
+        if then != now:
+            changed = sorted(k for k in then.keys() | now.keys() if then.get(k) != now.get(k))
+            raise ValueError(
+                f"`task` and `off_target` must be those the run began with, but {changed} have "
+                "other images, prompts or preprocessing now, so the recorded baseline does not "
+                "compare; restore them, or start a new run"
+            )
+
+    def _split(self, look: Look) -> dict[str, np.ndarray]:
+        return {task.name: look.correct[task.name] for task in self.probe.off_target}
+
+    def _row(
+        self, look: Look, share: float, forecast: Forecast, observed: Forgetting | None
+    ) -> dict[str, Any]:
+        assert self._baseline is not None
+        task = self.probe.task.name
+        m = look.measurement
+        row: dict[str, Any] = {
+            PREFIX: m.iimm,
+            f"{PREFIX}_inter": m.inter,
+            f"{PREFIX}_intra": m.intra,
+            f"{PREFIX}_accuracy": look.accuracy(task),
+            f"{PREFIX}_gain_observed": look.accuracy(task) - self._baseline.accuracy(task),
+            f"{PREFIX}_runtime": look.runtime,
+        }
+        if not math.isnan(m.standard_error):
+            row[f"{PREFIX}_se"] = m.standard_error
+        if self.probe.off_target:
+            row[f"{PREFIX}_forgetting_observed"] = observed.mean.value if observed else 0.0
+            row[f"{PREFIX}_forgetting_worst"] = observed.worst.value if observed else 0.0
+        row |= _interval("gain", forecast.gain) | _interval("forgetting", forecast.forgetting)
+        if self.verdict.exceed_probability is not None:
+            row[f"{PREFIX}_exceed_probability"] = self.verdict.exceed_probability
+        for other in self.probe.off_target:
+            row[f"{PREFIX}_{other.name}_accuracy"] = look.accuracy(other.name)
+        return row | {
+            "step": look.step,
+            "share": share,
+            "level": self.verdict.level,
+            "reason": self.verdict.reason,
+            "time": time.time(),
+        }
+
+
+def check_tasks(task: Task, off_target: Sequence[Task]) -> None:
+    """Raise unless these tasks can guard one another.
+
+    Raises:
+        TypeError: One is not a `Task`.
+        ValueError: Two of one name, or an off-target task on the data of the task.
+    """
+    for candidate in (task, *off_target):
+        if not isinstance(candidate, Task):
+            raise TypeError(
+                f"`task` and `off_target` must be `Task`s, got {type(candidate).__name__}; wrap "
+                "the data set: Task('name', dataset)"
+            )
+    for other in off_target:
+        if other is task or other.dataset is task.dataset:
+            raise ValueError(
+                f"`off_target` task {other.name!r} is the task itself; off-target tasks are those "
+                "that are not trained on"
+            )
+    names = [t.name for t in (task, *off_target)]
+    doubles = sorted({n for n in names if names.count(n) > 1})
+    if doubles:
+        raise ValueError(
+            f"`task` and `off_target` must have names of their own, got {doubles} more than once; "
+            "they name the logged keys"
+        )
+
+
+def _interval(name: str, prediction: Prediction | None) -> dict[str, float]:
+    if prediction is None:
+        return {}
+    key = f"{PREFIX}_{name}_forecast"
+    return {key: prediction.point, f"{key}_low": prediction.low, f"{key}_high": prediction.high}
+
+
+def _trajectory_row(row: dict[str, Any]) -> dict[str, float]:
+    keys = {"gain": "gain_observed", "forgetting": "forgetting_observed", "worst": "forgetting_worst"}
+    seen = {k: row[f"{PREFIX}_{v}"] for k, v in keys.items() if f"{PREFIX}_{v}" in row}
+    return {"share": row["share"], **seen}
+
+
+def _name(model: nn.Module) -> str:
+    try:
+        core = find_dual_encoder(model)
+    except ValueError:
+        return type(model).__name__
+    path = getattr(getattr(core, "config", None), "_name_or_path", "")
+    # A folder of the user's machine is nobody's business; a Hub name is two words.
+    return "/".join(Path(path).parts[-2:]) if path else type(core).__name__
+
+
+def _to_bits(correct: np.ndarray) -> str:
+    return "".join("1" if c else "0" for c in correct)
+
+
+def _from_bits(bits: str) -> np.ndarray:
+    return np.array([b == "1" for b in bits], dtype=bool)

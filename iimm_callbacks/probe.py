@@ -1,0 +1,252 @@
+"""Model + tasks -> looks: IIMM and zero-shot accuracies of one moment, training left undisturbed."""
+
+from __future__ import annotations
+
+import hashlib
+import random
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from .accuracy import zero_shot_correct
+from .encoders import EncodePair, Encoder, class_embeddings, find_encoder, move
+from .measure import Measurement, iimm
+from .tasks import OFF_TARGET_PROBE_SIZE, TASK_PROBE_SIZE, Task
+
+_TEXT_BATCH = 256
+
+
+@dataclass(frozen=True)
+class Look:
+    """What one probe of a model saw.
+
+    Attributes:
+        step: Optimizer steps taken before it.
+        measurement: IIMM of the task being learnt.
+        correct: Task name -> [n] bool, which of its probe images are classified right; the task
+            being learnt comes first, then the off-target tasks.
+        runtime: Wall time of the probe without the first preprocessing, seconds.
+    """
+
+    step: int
+    measurement: Measurement
+    correct: dict[str, np.ndarray]
+    runtime: float
+
+    def accuracy(self, task: str) -> float:
+        """Zero-shot accuracy on a task, a fraction."""
+        return float(self.correct[task].mean())
+
+
+@dataclass
+class _Prepared:
+    task: Task
+    positions: list[int]
+    labels: Tensor
+    prompts: list[Any]  # tokenized, in batches
+    batches: list[Any] | None  # preprocessed images; None where memory did not suffice
+    fingerprint: str
+
+
+class Probe:
+    """The fixed images and prompts of a run, ready to be shown to the model again and again.
+
+    Args:
+        task: The task being learnt; its IIMM and accuracy are measured.
+        off_target: Tasks that must not be forgotten; their accuracy is measured.
+        processor: See `encoders.find_encoder`.
+        encode: See `encoders.find_encoder`.
+        batch_size: Images in one forward pass.
+        cache_limit: Bytes of preprocessed images kept in memory; tasks beyond it are preprocessed
+            anew at each look.
+        progress: Show a progress bar while preprocessing for the first time.
+    """
+
+    def __init__(
+        self,
+        task: Task,
+        off_target: Sequence[Task] = (),
+        *,
+        processor: Any = None,
+        encode: EncodePair | None = None,
+        batch_size: int = 64,
+        cache_limit: int = 2**31,
+        progress: bool = True,
+    ) -> None:
+        self.task = task
+        self.off_target = list(off_target)
+        self.processor = processor
+        self.encode = encode
+        self.batch_size = batch_size
+        self.cache_limit = cache_limit
+        self.progress = progress
+        self._encoder: Encoder | None = None
+        self._prepared: list[_Prepared] = []
+
+    @property
+    def fingerprints(self) -> dict[str, str]:
+        """Task name -> hash of its images, labels, prompts and preprocessing.
+
+        Two measurements compare only where these are equal. Empty before `prepare`.
+        """
+        return {p.task.name: p.fingerprint for p in self._prepared}
+
+    def prepare(self, model: nn.Module) -> None:
+        """Find the model's encoder, then read and preprocess every probe image; done once.
+
+        Raises:
+            ValueError: No encoder or processor for the model, an image cannot be read, or an
+                off-target task holds the very images of the task.
+        """
+        if self._prepared:
+            return
+        with undisturbed(model):
+            self._encoder = find_encoder(model, self.processor, self.encode)
+            sizes = [TASK_PROBE_SIZE] + [OFF_TARGET_PROBE_SIZE] * len(self.off_target)
+            tasks = [self.task, *self.off_target]
+            subsets = [task.subset(size) for task, size in zip(tasks, sizes, strict=True)]
+            with tqdm(
+                total=sum(map(len, subsets)),
+                desc="IIMM probe: preprocessing",
+                unit="image",
+                disable=None if self.progress else True,
+                leave=False,
+                delay=2,
+            ) as bar:
+                room = self.cache_limit
+                prepared = []
+                for task, positions in zip(tasks, subsets, strict=True):
+                    prepared.append(self._prepare_task(task, positions, room, bar))
+                    room -= _n_bytes(prepared[-1].batches)
+        for other in prepared[1:]:
+            if other.fingerprint == prepared[0].fingerprint:
+                raise ValueError(
+                    f"`off_target` task {other.task.name!r} is the task itself (same images, "
+                    "labels and prompts); off-target tasks are those that are not trained on"
+                )
+        self._prepared = prepared
+
+    def look(
+        self, model: nn.Module, step: int, autocast_dtype: torch.dtype | None = None
+    ) -> Look:
+        """Show the model every probe image and class prompt once.
+
+        Weights, gradients, train mode of every module and all random streams are as before.
+
+        Args:
+            model: The model as it trains; moved nowhere.
+            step: Optimizer steps taken so far.
+            autocast_dtype: Run under `torch.autocast` with this dtype, as a mixed-precision
+                training does.
+
+        Raises:
+            ValueError: An image cannot be read, or embeddings are zero or non-finite.
+        """
+        self.prepare(model)
+        start = time.perf_counter()
+        correct: dict[str, np.ndarray] = {}
+        measurement = None
+        with undisturbed(model), _autocast(model, autocast_dtype):
+            for prepared in self._prepared:
+                images, texts = self._embed(model, prepared)
+                name = prepared.task.name
+                if measurement is None:
+                    measurement = iimm(images, texts, prepared.labels)
+                correct[name] = zero_shot_correct(images, texts, prepared.labels)
+        assert measurement is not None
+        return Look(step, measurement, correct, time.perf_counter() - start)
+
+    def _embed(self, model: nn.Module, prepared: _Prepared) -> tuple[Tensor, Tensor]:
+        encoder = self._encoder
+        assert encoder is not None
+        prompts = [encoder.embed_texts(model, move(p, model)) for p in prepared.prompts]
+        texts = class_embeddings(torch.cat(prompts), len(prepared.task.templates))  # [C, D]
+        batches = prepared.batches
+        fresh = batches is None
+        images = [
+            encoder.embed_images(model, move(batch, model))
+            for batch in (self._preprocess(prepared) if fresh else batches or [])
+        ]
+        return torch.cat(images), texts  # [N, D], [C, D]
+
+    def _preprocess(self, prepared: _Prepared) -> Iterator[Any]:
+        assert self._encoder is not None
+        for start in range(0, len(prepared.positions), self.batch_size):
+            chunk = prepared.positions[start : start + self.batch_size]
+            yield self._encoder.preprocess(prepared.task.images(chunk))
+
+    def _prepare_task(self, task: Task, positions: list[int], room: int, bar: Any) -> _Prepared:
+        encoder = self._encoder
+        assert encoder is not None
+        labels, prompts = task.labels(positions), task.prompts(positions)
+        digest = hashlib.sha256(repr((labels, prompts, encoder.description)).encode())
+        batches: list[Any] | None = []
+        for start in range(0, len(positions), self.batch_size):
+            images = task.images(positions[start : start + self.batch_size])
+            for image in images:
+                digest.update(repr(image.size).encode() + image.tobytes())
+            if batches is not None:
+                batches.append(encoder.preprocess(images))
+                if _n_bytes(batches) > room:
+                    batches = None
+            bar.update(len(images))
+        tokenized = [
+            encoder.tokenize(prompts[i : i + _TEXT_BATCH])
+            for i in range(0, len(prompts), _TEXT_BATCH)
+        ]
+        return _Prepared(
+            task, positions, torch.tensor(labels), tokenized, batches, digest.hexdigest()[:16]
+        )
+
+
+@contextmanager
+def undisturbed(model: nn.Module) -> Iterator[None]:
+    """Evaluate inside, and leave no trace: no gradients, modes and random streams restored.
+
+    Train mode is restored module by module, because ``model.train()`` would wake submodules that
+    were frozen in eval mode. `no_grad`, not `inference_mode`: a tensor that a model caches under
+    the latter cannot be saved for backward.
+
+    Args:
+        model: The model that is put in eval mode for the while.
+    """
+    modes = [(module, module.training) for module in model.modules()]
+    python_state, numpy_state = random.getstate(), np.random.get_state()
+    torch_state = torch.get_rng_state()
+    cuda_states = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else None
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, training in modes:
+            module.training = training
+        random.setstate(python_state)
+        np.random.set_state(numpy_state)
+        torch.set_rng_state(torch_state)
+        if cuda_states is not None:
+            torch.cuda.set_rng_state_all(cuda_states)
+
+
+def _autocast(model: nn.Module, dtype: torch.dtype | None) -> AbstractContextManager[Any]:
+    if dtype is None:
+        return nullcontext()
+    return torch.autocast(next(model.parameters()).device.type, dtype)
+
+
+def _n_bytes(batches: list[Any] | None) -> int:
+    tensors = [
+        value
+        for batch in batches or []
+        for value in (batch.values() if isinstance(batch, dict) else [])
+        if isinstance(value, Tensor)
+    ]
+    pictures = [i for b in batches or [] if isinstance(b, list) for i in b]
+    return sum(t.nbytes for t in tensors) + sum(3 * p.width * p.height for p in pictures)

@@ -1,0 +1,212 @@
+"""A run's record -> table, line, plot, file. Points are for people, fractions for everything else."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from .monitor import PREFIX
+
+_WIDTH = 96
+
+
+def preflight_table(record: dict[str, Any]) -> str:
+    """Before training: the measure, the forecast, the limit and the verdict.
+
+    Args:
+        record: `IIMMMonitor.record`.
+
+    Returns:
+        Plain text, at most 96 columns.
+    """
+    row = record["looks"][0]
+    table = Table(title=f"IIMM before training: {record['task']} ({record['method']})", width=_WIDTH)
+    table.add_column("measured", no_wrap=True)
+    table.add_column("value", justify="right", no_wrap=True)
+    table.add_column("meaning")
+    se = f" ± {row[f'{PREFIX}_se']:.3f}" if f"{PREFIX}_se" in row else ""
+    n, c = record["n_images"], record["n_classes"]
+    table.add_row("IIMM", f"{row[PREFIX]:.3f}{se}", f"{n} images, {c} class prompts")
+    table.add_row("  inter-modal", f"{row[f'{PREFIX}_inter']:.3f}", "image to wrong-class text")
+    table.add_row("  intra-modal", f"{row[f'{PREFIX}_intra']:.3f}", "image to image")
+    table.add_row("zero-shot accuracy", _percent(row[f"{PREFIX}_accuracy"]), record["task"])
+    for name in record["off_target"]:
+        accuracy = _percent(row[f"{PREFIX}_{name}_accuracy"])
+        table.add_row("", accuracy, f"{name} (off-target)")
+    for name in ("gain", "forgetting"):
+        meaning = "points at the end, 90 % interval" if _has(row, name) else record["basis"]
+        table.add_row(f"{name} forecast", _forecast(row, name), meaning)
+    table.add_row("limit", *_limit(record))
+    table.add_row("verdict", row["level"], row["reason"])
+    text = _render(table)
+    return text + (f"\nForecast: {record['basis']}." if _has(row, "gain") else "")
+
+
+def look_line(row: dict[str, Any]) -> str:
+    """One look during training, on one line."""
+    parts = [
+        f"IIMM step {row['step']} ({row['share']:.0%}): {row[PREFIX]:.3f}",
+        f"gain {_points(row[f'{PREFIX}_gain_observed'])}",
+    ]
+    if f"{PREFIX}_forgetting_observed" in row:
+        parts.append(f"forgetting {_points(row[f'{PREFIX}_forgetting_observed'])}")
+    if _has(row, "forgetting") and row["share"] < 1:
+        parts.append(f"forecast {_forecast(row, 'forgetting')}")
+    if f"{PREFIX}_exceed_probability" in row:
+        parts.append(f"P(exceed) {row[f'{PREFIX}_exceed_probability']:.2f}")
+    return " | ".join([*parts, row["level"]])
+
+
+def summary_table(record: dict[str, Any]) -> str:
+    """After training: predicted against observed, and every off-target task.
+
+    Args:
+        record: `IIMMCallback.record`.
+
+    Returns:
+        Plain text, at most 96 columns.
+    """
+    first, last = record["looks"][0], record["looks"][-1]
+    table = Table(title=f"Predicted and observed: {record['task']} ({record['method']})", width=_WIDTH)
+    for column in ("in points", "predicted before training", "observed"):
+        table.add_column(column, justify="left" if column == "in points" else "right")
+    table.add_row("gain", _forecast(first, "gain"), _points(last[f"{PREFIX}_gain_observed"]))
+    if record["off_target"]:
+        mean = _points(last[f"{PREFIX}_forgetting_observed"])
+        worst = _points(last[f"{PREFIX}_forgetting_worst"])
+        table.add_row("forgetting, mean", _forecast(first, "forgetting"), mean)
+        table.add_row("forgetting, worst", "", worst)
+    for name in record["off_target"]:
+        key = f"{PREFIX}_{name}_accuracy"
+        change = f"{_percent(first[key])} -> {_percent(last[key])}"
+        table.add_row(f"  {name}", "", change)
+    notes = [f"Run: {record['ended']}. Last verdict: {last['level']} ({last['reason']})."]
+    if record["looks_dropped"]:
+        notes.append(f"{record['looks_dropped']} looks were dropped to keep to `max_overhead`.")
+    if record["failures"]:
+        notes.append(f"{record['failures']} looks failed; see the warning above.")
+    return _render(table) + "\n" + "\n".join(notes)
+
+
+def plot_run(record: dict[str, Any], path: str | Path) -> None:
+    """Write a picture of predicted versus observed gain and forgetting over the run.
+
+    Args:
+        record: `IIMMCallback.record`.
+        path: Of the PNG, SVG or PDF.
+
+    Raises:
+        ImportError: matplotlib is not installed (extra ``plot``).
+        OSError: The file cannot be written.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError(
+            "`plot_run` needs matplotlib: pip install 'iimm_callbacks[plot]'"
+        ) from error
+    figure = Figure(figsize=(10, 4.2), layout="constrained")
+    axes = figure.subplots(1, 2, squeeze=True)
+    for axis, name in zip(axes, ("gain", "forgetting"), strict=True):
+        _plot_outcome(axis, record, name)
+    limit = record["limits"]["max_forgetting"]
+    if limit is not None:
+        axes[1].axhline(
+            100 * limit, color="firebrick", ls=":", label=f"limit on the {record['limits']['limit_on']}"
+        )
+    for axis in axes:
+        axis.legend(fontsize=8)
+    figure.suptitle(f"{record['task']}, {record['method']}: {record['ended'].split(':')[0]}")
+    figure.savefig(path, dpi=150)
+
+
+def save_run(record: dict[str, Any], path: str | Path) -> None:
+    """Write a run's record as JSON; a crash leaves the old file or the new one.
+
+    Args:
+        record: `IIMMCallback.record`.
+        path: Of the JSON file; its folder must exist.
+
+    Raises:
+        OSError: The file cannot be written.
+    """
+    path = Path(path)
+    with tempfile.NamedTemporaryFile(
+        "w", dir=path.parent, prefix=path.name, delete=False, encoding="utf-8"
+    ) as file:
+        json.dump(record, file, indent=1, allow_nan=False)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(file.name, path)
+
+
+def _plot_outcome(axis: Any, record: dict[str, Any], name: str) -> None:
+    looks = [row for row in record["looks"] if f"{PREFIX}_{name}_observed" in row]
+    steps = [row["step"] for row in looks]
+    observed = [100 * row[f"{PREFIX}_{name}_observed"] for row in looks]
+    axis.plot(steps, observed, "o-", color="black", label=f"observed {name}")
+    if name == "forgetting" and looks:
+        worst = [100 * row[f"{PREFIX}_forgetting_worst"] for row in looks]
+        axis.plot(steps, worst, "--", color="grey", label="worst off-target task")
+    forecast = [row for row in looks if _has(row, name)]
+    if forecast:
+        key = f"{PREFIX}_{name}_forecast"
+        at = [row["step"] for row in forecast]
+        axis.plot(at, [100 * row[key] for row in forecast], color="tab:blue", label="forecast of the end")
+        axis.fill_between(
+            at,
+            [100 * row[f"{key}_low"] for row in forecast],
+            [100 * row[f"{key}_high"] for row in forecast],
+            color="tab:blue",
+            alpha=0.2,
+            label="90 % interval",
+        )
+    else:
+        axis.text(0.5, 0.95, "no forecast", transform=axis.transAxes, ha="center", va="top")
+    axis.axhline(0, color="lightgrey", lw=0.8, zorder=0)
+    axis.set_xlabel("optimizer step")
+    axis.set_ylabel(f"{name} (points)")
+
+
+def _render(table: Table) -> str:
+    console = Console(width=_WIDTH, file=io.StringIO(), color_system=None, legacy_windows=False)
+    with console.capture() as capture:
+        console.print(table)
+    return capture.get().rstrip()
+
+
+def _has(row: dict[str, Any], name: str) -> bool:
+    return f"{PREFIX}_{name}_forecast" in row
+
+
+def _forecast(row: dict[str, Any], name: str) -> str:
+    if not _has(row, name):
+        return "none"
+    key = f"{PREFIX}_{name}_forecast"
+    low, high = _points(row[f"{key}_low"]), _points(row[f"{key}_high"])
+    return f"{_points(row[key])} [{low}, {high}]"
+
+
+def _limit(record: dict[str, Any]) -> tuple[str, str]:
+    limits = record["limits"]
+    if limits["max_forgetting"] is None:
+        return "none", "only measuring"
+    return (
+        _points(limits["max_forgetting"]).removeprefix("+"),
+        f"points of {limits['limit_on']} forgetting; stop from {limits['confidence']:.0%} sure",
+    )
+
+
+def _points(fraction: float) -> str:
+    return f"{100 * fraction:+.1f}"
+
+
+def _percent(fraction: float) -> str:
+    return f"{100 * fraction:.1f} %"

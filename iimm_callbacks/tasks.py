@@ -1,0 +1,323 @@
+"""`Task`: labelled images, class names and prompts; its probe is a fixed, balanced subset."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+TASK_PROBE_SIZE = 512
+OFF_TARGET_PROBE_SIZE = 256
+
+
+class Task:
+    """One classification (or captioning) task that a dual encoder can be probed on.
+
+    Args:
+        name: Short and unique within a run; it names the logged keys of the task.
+        dataset: One of
+            - a `datasets.Dataset` with one `Image` and one `ClassLabel` (or integer) column;
+            - the same with a string column instead of labels: image-caption data;
+            - any sequence of ``(image, label)`` or ``(image, caption)`` pairs, e.g. a torch
+              data set. Its labels are read from ``.targets`` where it has that, else by reading
+              every item once.
+            Images are PIL images, paths, encoded bytes or uint8 arrays. A transform set on a
+            `datasets.Dataset` is not applied: the probe uses the model's own processor.
+        templates: One or several prompt templates with one ``{}`` for the class name; several are
+            averaged the CLIP way. For captions the default is the caption itself.
+        class_names: One name per class, in label order. Default: those of the `ClassLabel`, or
+            ``dataset.classes``.
+        image_column, label_column: Where a `datasets.Dataset` leaves a choice.
+        probe_size: Images in the probe at the most; default 512 for the task being learnt, 256
+            for an off-target task. The standard error of IIMM is about ``0.1/√n``.
+        seed: Of the drawing of the probe. Same data, size and seed: the same images every time.
+
+    Attributes:
+        name: As given.
+        class_names: Class names in label order; empty for captions.
+        templates: Tuple of templates.
+        is_captions: Whether images carry captions instead of labels.
+
+    Raises:
+        TypeError: `name`, `dataset` or a label is of another type.
+        ValueError: Empty data set, fewer than two classes, duplicate class names, class names that
+            do not match the `ClassLabel`, a label outside the classes, or a template without
+            exactly one ``{}``.
+
+    Example:
+        >>> from PIL import Image
+        >>> pairs = [(Image.new("RGB", (8, 8), c), y) for y, c in enumerate(["red", "blue"])]
+        >>> task = Task("colours", pairs, templates="a {} square", class_names=["red", "blue"])
+        >>> task.prompts([0, 1])
+        ['a red square', 'a blue square']
+    """
+
+    def __init__(
+        self,
+        name: str,
+        dataset: Any,
+        *,
+        templates: str | Sequence[str] | None = None,
+        class_names: Sequence[str] | None = None,
+        image_column: str | None = None,
+        label_column: str | None = None,
+        probe_size: int | None = None,
+        seed: int = 0,
+    ) -> None:
+        if not isinstance(name, str) or not name.strip():
+            raise TypeError(f"`name` must be a non-empty string, got {name!r}")
+        if probe_size is not None and probe_size < 2:
+            raise ValueError(f"`probe_size` must be at least 2, got {probe_size}")
+        self.name = name
+        self.dataset = dataset
+        self.probe_size = probe_size
+        self.seed = seed
+        self._source = _open(name, dataset, image_column, label_column)
+        if len(self._source) < 2:
+            raise ValueError(
+                f"`dataset` of task {name!r} must hold at least 2 images, got {len(self._source)}; "
+                "IIMM is a mean over pairs of images"
+            )
+        self._labels = self._source.labels()
+        self.is_captions = isinstance(self._labels[0], str)
+        if self.is_captions:
+            self.class_names: tuple[str, ...] = ()
+        else:
+            self.class_names = _class_names(name, class_names, self._source.class_names)
+            self._labels = _integer_labels(name, self._labels, len(self.class_names))
+        default = "{}" if self.is_captions else "a photo of a {}."
+        given = default if templates is None else templates
+        self.templates = (given,) if isinstance(given, str) else tuple(given)
+        for template in self.templates or ("",):
+            if not isinstance(template, str) or template.count("{}") != 1:
+                raise ValueError(
+                    f"`templates` of task {name!r} must each have exactly one '{{}}' for the class "
+                    f"name, got {template!r}; write e.g. 'a photo of a {{}}.'"
+                )
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    def __repr__(self) -> str:
+        kind = "captions" if self.is_captions else f"{len(self.class_names)} classes"
+        return f"Task({self.name!r}, {len(self)} images, {kind})"
+
+    def subset(self, default_size: int = TASK_PROBE_SIZE) -> list[int]:
+        """Positions of the probe's images: seeded, class-balanced, in a random order.
+
+        Classes take turns, so their counts differ by one at the most unless a class runs out.
+        For captions every distinct caption counts once, since the second image of a caption would
+        make a right text a "wrong" one.
+
+        Args:
+            default_size: Size where the task was given no `probe_size`.
+
+        Returns:
+            Positions in the data set, the same for the same data, size and seed.
+        """
+        size = self.probe_size or default_size
+        rng = np.random.default_rng(self.seed)
+        order = rng.permutation(len(self))
+        if self.is_captions:
+            first = {self._labels[i]: int(i) for i in order[::-1]}
+            return [int(i) for i in order if first[self._labels[i]] == i][:size]
+        turns = np.zeros(len(self), dtype=int)  # how many of its class come before it in `order`
+        labels = np.asarray(self._labels)
+        for c in range(len(self.class_names)):
+            members = order[labels[order] == c]
+            turns[members] = np.arange(len(members))
+        chosen = order[np.argsort(turns[order], kind="stable")][:size]
+        return [int(i) for i in rng.permutation(chosen)]
+
+    def images(self, positions: Sequence[int]) -> list[Any]:
+        """The images at these positions, as RGB PIL images.
+
+        Raises:
+            ValueError: An image cannot be read; names the task and the position.
+        """
+        images = []
+        for position in positions:
+            try:
+                images.append(_rgb(self._source.image(position)))
+            except Exception as error:
+                raise ValueError(
+                    f"`dataset` of task {self.name!r}: image {position} cannot be read "
+                    f"({type(error).__name__}: {error}); remove or repair it"
+                ) from error
+        return images
+
+    def labels(self, positions: Sequence[int]) -> list[int]:
+        """Class indices of these images; for captions 0, 1, 2, ... (text i belongs to image i)."""
+        if self.is_captions:
+            return list(range(len(positions)))
+        return [self._labels[i] for i in positions]
+
+    def prompts(self, positions: Sequence[int]) -> list[str]:
+        """All prompts, class by class (for captions: image by image), templates within."""
+        names = [self._labels[i] for i in positions] if self.is_captions else self.class_names
+        return [template.replace("{}", name) for name in names for template in self.templates]
+
+
+class _HubSource:
+    """A `datasets.Dataset`, read without its transform and without decoding for the labels."""
+
+    def __init__(self, name: str, dataset: Any, image: str | None, label: str | None) -> None:
+        from datasets import ClassLabel, Image, Value
+
+        self._dataset = dataset.with_format(None)
+        features = dataset.features
+
+        def pick(argument: str, given: str | None, *kinds: Any) -> str:
+            if given is not None:
+                if given not in features:
+                    raise ValueError(
+                        f"`{argument}` of task {name!r} must be one of {list(features)}, "
+                        f"got {given!r}"
+                    )
+                return given
+            for is_kind in kinds:
+                found = [k for k, f in features.items() if is_kind(f)]
+                if len(found) == 1:
+                    return found[0]
+                if found:
+                    break
+            raise ValueError(
+                f"`dataset` of task {name!r} must have one column for `{argument}`, got features "
+                f"{dict(features)}; name the column"
+            )
+
+        self._image = pick("image_column", image, lambda f: isinstance(f, Image))
+        self._label = pick(
+            "label_column",
+            label,
+            lambda f: isinstance(f, ClassLabel),
+            lambda f: isinstance(f, Value) and "int" in f.dtype,
+            lambda f: isinstance(f, Value) and "string" in f.dtype,
+        )
+        feature = features[self._label]
+        self.class_names = feature.names if isinstance(feature, ClassLabel) else None
+
+    def __len__(self) -> int:
+        return len(self._dataset)
+
+    def labels(self) -> list[Any]:
+        return list(self._dataset[self._label])
+
+    def image(self, position: int) -> Any:
+        return self._dataset[position][self._image]
+
+
+class _PairSource:
+    """Any sequence of (image, label) or (image, caption) pairs."""
+
+    def __init__(self, pairs: Any) -> None:
+        self._pairs = pairs
+        self.class_names = getattr(pairs, "classes", None)
+
+    def __len__(self) -> int:
+        return len(self._pairs)
+
+    def labels(self) -> list[Any]:
+        targets = getattr(self._pairs, "targets", None)
+        if targets is not None:
+            return list(targets)
+        return [self._pairs[i][1] for i in range(len(self))]
+
+    def image(self, position: int) -> Any:
+        return self._pairs[position][0]
+
+
+def _open(name: str, dataset: Any, image: str | None, label: str | None) -> Any:
+    if hasattr(dataset, "features") and hasattr(dataset, "with_format"):
+        if not hasattr(dataset, "__len__"):
+            raise TypeError(
+                f"`dataset` of task {name!r} is a stream; the probe needs images at fixed "
+                "positions: pass e.g. `Dataset.from_list(list(stream.take(512)))`"
+            )
+        return _HubSource(name, dataset, image, label)
+    if isinstance(dataset, dict):
+        raise TypeError(
+            f"`dataset` of task {name!r} must be one split, got a dict of {list(dataset)}; "
+            "pick one, e.g. dataset['test']"
+        )
+    if hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__"):
+        if len(dataset):
+            item = dataset[0]
+            if not isinstance(item, tuple | list) or len(item) != 2:
+                raise TypeError(
+                    f"`dataset` of task {name!r} must yield (image, label) pairs, got items of "
+                    f"type {type(item).__name__}"
+                )
+        return _PairSource(dataset)
+    raise TypeError(
+        f"`dataset` of task {name!r} must be a datasets.Dataset or a sequence of (image, label) "
+        f"pairs, got {type(dataset).__name__}"
+    )
+
+
+def _class_names(
+    name: str, given: Sequence[str] | None, own: Sequence[str] | None
+) -> tuple[str, ...]:
+    if given is None and own is None:
+        raise ValueError(
+            f"`class_names` of task {name!r} must be given: the data set has integer labels "
+            "without names"
+        )
+    names = tuple(str(n) for n in (own if given is None else given))  # type: ignore[union-attr]
+    if given is not None and own is not None and len(names) != len(own):
+        raise ValueError(
+            f"`class_names` of task {name!r} must match the data set's {len(own)} classes "
+            f"({', '.join(map(str, own[:5]))}, ...), got {len(names)}; give one name per class, "
+            "in the order of the labels"
+        )
+    if own is not None and names != tuple(own) and sorted(names) == sorted(own):
+        raise ValueError(
+            f"`class_names` of task {name!r} must be in the data set's own order {list(own)}, got "
+            f"{list(names)}: every label would name another class"
+        )
+    if len(names) < 2:
+        raise ValueError(
+            f"`class_names` of task {name!r} must hold at least 2 classes, got {len(names)}: "
+            "IIMM compares images with the texts of wrong classes"
+        )
+    doubles = sorted({n for n in names if names.count(n) > 1})
+    if doubles:
+        raise ValueError(
+            f"`class_names` of task {name!r} must be unique, got {doubles} more than once; two "
+            "classes with one prompt cannot be told apart"
+        )
+    return names
+
+
+def _integer_labels(name: str, labels: Sequence[Any], n_classes: int) -> list[int]:
+    integers = []
+    for position, label in enumerate(labels):
+        if isinstance(label, bool) or not hasattr(label, "__index__"):
+            raise TypeError(
+                f"`dataset` of task {name!r}: label {position} must be an integer, got {label!r} "
+                f"({type(label).__name__})"
+            )
+        value = label.__index__()
+        if not 0 <= value < n_classes:
+            raise ValueError(
+                f"`dataset` of task {name!r}: label {position} must lie in [0, {n_classes}) for "
+                f"{n_classes} class names, got {value}; -1 often marks an unlabelled test split"
+            )
+        integers.append(value)
+    return integers
+
+
+def _rgb(image: Any) -> Any:
+    from PIL import Image
+
+    if isinstance(image, dict):  # an undecoded `datasets.Image`
+        image = image["bytes"] if image.get("bytes") is not None else image["path"]
+    if isinstance(image, bytes):
+        image = Image.open(io.BytesIO(image))
+    elif isinstance(image, np.ndarray):
+        image = Image.fromarray(image)
+    elif not isinstance(image, Image.Image):
+        image = Image.open(image)
+    return image.convert("RGB")
