@@ -1,11 +1,37 @@
 """The callback in real Trainer runs of a tiny CLIP."""
 
 import json
+import logging
+import math
+from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from transformers import TrainerCallback
 
-from iimm_callbacks import IIMMCallback
+from iimm_callbacks import IIMMCallback, Outcome, Task
+from iimm_callbacks.encoders import model_fingerprint
+from iimm_callbacks.probe import Probe
+
+EVERY_LOOK = {
+    "eval_iimm",
+    "eval_iimm_inter",
+    "eval_iimm_intra",
+    "eval_iimm_se",
+    "eval_iimm_accuracy",
+    "eval_iimm_gain_observed",
+    "eval_iimm_forgetting_observed",
+    "eval_iimm_forgetting_worst",
+    "eval_iimm_runtime",
+    "eval_iimm_shapes_accuracy",
+}
+WITH_FORECAST = EVERY_LOOK | {
+    f"eval_iimm_{name}_forecast{end}"
+    for name in ("gain", "forgetting")
+    for end in ("", "_low", "_high")
+}
 
 
 @pytest.fixture
@@ -17,20 +43,471 @@ def guard(colour_task, shape_task):
     return build
 
 
+@pytest.fixture
+def past_runs(tiny_clip):
+    """(forgetting) -> five outcomes of the tiny model that all forgot about that much."""
+
+    def build(forgetting):
+        fingerprint = model_fingerprint(tiny_clip())
+        return [
+            Outcome(
+                model="tiny",
+                model_fingerprint=fingerprint,
+                method="full",
+                task=f"t{i}",
+                task_fingerprint=f"f{i}",
+                iimm=0.3 + 0.1 * i,
+                inter=0.1,
+                intra=0.5,
+                standard_error=0.01,
+                n_images=32,
+                n_classes=4,
+                zero_shot_accuracy=0.3,
+                final_accuracy=0.5,
+                off_target_before={"shapes": 0.6},
+                off_target_after={"shapes": 0.6 - forgetting + 0.002 * (i % 2)},
+            )
+            for i in range(5)
+        ]
+
+    return build
+
+
+@pytest.fixture
+def script_looks(monkeypatch):
+    """(f) -> from step 1 on, the off-target task has f(step) of its images right."""
+
+    def script(share_right):
+        look = Probe.look
+
+        def scripted(self, model, step, autocast_dtype=None):
+            seen = look(self, model, step, autocast_dtype)
+            n = len(seen.correct["shapes"])
+            right = np.arange(n) < round(n * share_right(step))
+            return replace(seen, correct=seen.correct | {"shapes": right})
+
+        monkeypatch.setattr(Probe, "look", scripted)
+
+    return script
+
+
 def rows(trainer):
     return [r for r in trainer.state.log_history if "eval_iimm" in r]
 
 
-def test_looks_at_the_default_shares_of_the_steps(make_trainer, guard):
-    trainer = make_trainer([guard()], max_steps=20)
-    trainer.train()
-    assert [r["step"] for r in rows(trainer)] == [0, 1, 2, 4, 6, 10, 14, 20]
+def weights(trainer):
+    return {k: v.clone() for k, v in trainer.model.state_dict().items()}
 
 
-def test_smoke(make_trainer, guard, capsys):
-    g = guard(verbose=True)
-    trainer = make_trainer([g], max_steps=20)
+def assert_same_weights(one, other):
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[k], other[k]) for k in one)
+
+
+# When it looks
+
+
+@pytest.mark.parametrize(
+    ("every", "steps"),
+    [
+        (None, [0, 1, 2, 4, 6, 10, 14, 20]),
+        (7, [0, 7, 14, 20]),
+        (0.25, [0, 5, 10, 15, 20]),
+        ("epoch", [0, 12, 20]),
+        ("evaluate", [0, 8, 16, 20]),
+    ],
+)
+def test_looks_when_it_is_told_to(make_trainer, guard, every, steps):
+    trainer = make_trainer([guard(every=every)], max_steps=20, eval_strategy="steps", eval_steps=8)
     trainer.train()
-    print(json.dumps(rows(trainer)[-1], indent=1))
-    with capsys.disabled():
-        print(capsys.readouterr().out)
+    assert [r["step"] for r in rows(trainer)] == steps
+
+
+def test_drops_looks_that_cost_too_much_but_never_the_last(make_trainer, guard):
+    callback = guard(max_overhead=1e-6, every=1)
+    trainer = make_trainer([callback], max_steps=6)
+    trainer.train()
+    assert [r["step"] for r in rows(trainer)] == [0, 6]
+    assert callback.record()["looks_dropped"] == 5
+
+
+# What it logs
+
+
+def test_logs_exactly_the_documented_keys(make_trainer, guard, past_runs):
+    trainer = make_trainer([guard(outcomes=past_runs(0.0))], max_steps=4)
+    trainer.train()
+    first, *_, last = rows(trainer)
+    expected = WITH_FORECAST | {"eval_iimm_exceed_probability", "epoch", "step"}
+    assert set(first) == set(last) == expected
+    for key in WITH_FORECAST - {"eval_iimm_shapes_accuracy"}:
+        assert key.removesuffix("_low").removesuffix("_high") in IIMMCallback.__doc__
+    assert all(type(v) in (float, int) for row in rows(trainer) for v in row.values())
+
+
+def test_logs_no_number_where_there_is_none(make_trainer, guard):
+    trainer = make_trainer([guard(off_target=[])], max_steps=4)
+    trainer.train()
+    without = {k for k in EVERY_LOOK if "forgetting" not in k and "shapes" not in k}
+    assert set(rows(trainer)[-1]) == without | {"epoch", "step"}
+
+
+def test_gain_and_forgetting_are_differences_of_the_logged_accuracies(make_trainer, guard):
+    trainer = make_trainer([guard()], max_steps=10)
+    trainer.train()
+    first, last = rows(trainer)[0], rows(trainer)[-1]
+    gain = last["eval_iimm_accuracy"] - first["eval_iimm_accuracy"]
+    drop = first["eval_iimm_shapes_accuracy"] - last["eval_iimm_shapes_accuracy"]
+    assert last["eval_iimm_gain_observed"] == pytest.approx(gain)
+    assert last["eval_iimm_forgetting_observed"] == pytest.approx(drop)
+
+
+def test_the_trainers_own_rows_are_all_there(make_trainer, guard):
+    trainer = make_trainer([guard(every=1)], max_steps=5)
+    trainer.train()
+    assert [r["step"] for r in trainer.state.log_history if "loss" in r] == [1, 2, 3, 4, 5]
+
+
+def test_tensorboard_has_every_key_from_step_0(make_trainer, guard, tmp_path, monkeypatch):
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "board"))
+    trainer = make_trainer([guard()], max_steps=10, report_to=["tensorboard"])
+    trainer.train()
+    board = EventAccumulator(str(next(tmp_path.glob("**/events.out*")).parent)).Reload()
+    for key in EVERY_LOOK:
+        tag = key.replace("eval_", "eval/", 1)
+        events = {e.step: e.value for e in board.Scalars(tag)}
+        assert list(events) == [0, 1, 2, 3, 5, 7, 10]
+        assert events[10] == pytest.approx(rows(trainer)[-1][key], rel=1e-6)
+
+
+def test_prints_tables_and_one_line_per_look(make_trainer, guard, capsys):
+    make_trainer([guard(verbose=True)], max_steps=4).train()
+    printed = capsys.readouterr().out
+    assert "IIMM before training: colours (full)" in printed
+    assert "Predicted and observed: colours (full)" in printed
+    assert len([line for line in printed.splitlines() if line.startswith("IIMM step")]) == 4
+
+
+def test_works_as_metric_for_the_best_model(make_trainer, guard, script_looks):
+    script_looks(lambda step: {0: 1.0, 2: 0.5, 4: 0.75, 6: 0.25}[step])
+    trainer = make_trainer(
+        [guard(max_forgetting=None, every=100)],
+        max_steps=6,
+        eval_strategy="steps",
+        save_strategy="steps",
+        eval_steps=2,
+        save_steps=2,
+        metric_for_best_model="iimm_forgetting_observed",
+        greater_is_better=False,
+        load_best_model_at_end=False,
+    )
+    trainer.train()
+    assert trainer.state.best_metric == pytest.approx(0.25)
+    assert trainer.state.best_global_step == 4
+
+
+def test_the_summary_is_of_the_best_model_where_that_is_loaded(make_trainer, guard):
+    callback = guard()
+    trainer = make_trainer(
+        [callback],
+        max_steps=6,
+        eval_strategy="steps",
+        save_strategy="steps",
+        eval_steps=2,
+        save_steps=2,
+        load_best_model_at_end=True,
+        metric_for_best_model="iimm_accuracy",
+    )
+    trainer.train()
+    assert callback.outcome.final_accuracy == pytest.approx(trainer.state.best_metric)
+
+
+# That it leaves the run alone
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {},
+        {"dataloader_num_workers": 2, "gradient_accumulation_steps": 2},
+        {"bf16": True},
+        {"eval_strategy": "steps", "eval_steps": 3},
+    ],
+    ids=["plain", "workers-accumulation", "bf16", "evaluating"],
+)
+def test_the_run_is_bit_identical_with_and_without_the_guard(
+    make_trainer, guard, tiny_clip, arguments
+):
+    plain = make_trainer(model=tiny_clip(dropout=0.3), **arguments)
+    plain.train()
+    guarded = make_trainer([guard(every=2)], model=tiny_clip(dropout=0.3), **arguments)
+    guarded.train()
+    assert_same_weights(weights(plain), weights(guarded))
+    losses = [[r["loss"] for r in t.state.log_history if "loss" in r] for t in (plain, guarded)]
+    assert losses[0] == losses[1]
+    assert len(rows(guarded)) == 6
+
+
+def test_the_bit_identity_test_can_fail(make_trainer, tiny_clip):
+    class Careless(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            torch.rand(1)
+
+    trainers = [make_trainer(c, model=tiny_clip(dropout=0.3)) for c in ([], [Careless()])]
+    for trainer in trainers:
+        trainer.train()
+    with pytest.raises(AssertionError):
+        assert_same_weights(weights(trainers[0]), weights(trainers[1]))
+
+
+# What it does about forgetting
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_stop_before_training_leaves_the_weights_bit_identical(
+    make_trainer, guard, past_runs, caplog, accumulation, tmp_path
+):
+    callback = guard(outcomes=past_runs(0.4), action="stop")
+    trainer = make_trainer(
+        [callback],
+        gradient_accumulation_steps=accumulation,
+        weight_decay=0.1,
+        save_strategy="steps",
+        save_steps=1,
+    )
+    before = weights(trainer)
+    trainer.train()
+    assert_same_weights(before, weights(trainer))
+    assert not trainer.optimizer.state
+    assert "forecast mean forgetting 39.9 points" in caplog.text
+    assert callback.outcome.ended.startswith("stopped by the guard at step 0: forecast mean")
+    assert not callback.outcome.complete
+    assert not list(tmp_path.glob("out/checkpoint*"))
+    assert [r["step"] for r in rows(trainer)] == [0]
+
+
+def test_a_callback_stopped_before_training_can_train_again(make_trainer, guard, past_runs):
+    callback = guard(outcomes=past_runs(0.4), action="stop")
+    trainer = make_trainer([callback])
+    trainer.train()
+    before = weights(trainer)
+    callback.action = "warn"
+    trainer.train()
+    assert callback.outcome.complete
+    assert any(not torch.equal(v, before[k]) for k, v in weights(trainer).items())
+
+
+def test_stops_at_the_first_look_over_the_limit(make_trainer, guard, script_looks):
+    script_looks(lambda step: 1.0 if step < 6 else 0.25)
+    callback = guard(action="stop", every=2, max_forgetting=0.3)
+    trainer = make_trainer([callback], max_steps=10)
+    trainer.train()
+    assert trainer.state.global_step == 6
+    assert "observed mean forgetting 75.0 points" in callback.outcome.ended
+    assert callback.outcome.complete is False
+
+
+def test_does_not_stop_within_the_sampling_error(make_trainer, guard, script_looks):
+    script_looks(lambda step: 1.0 if step < 6 else 0.96)  # one image of 24
+    trainer = make_trainer([guard(action="stop", every=2, max_forgetting=0.01)], max_steps=10)
+    trainer.train()
+    assert trainer.state.global_step == 10
+
+
+def test_warn_goes_on_and_repeats_only_when_it_gets_worse(
+    make_trainer, guard, script_looks, caplog
+):
+    script_looks(lambda step: {0: 1, 2: 0.6, 4: 0.6, 6: 0.1, 8: 0.1, 10: 0.1}[step])
+    trainer = make_trainer([guard(every=2, max_forgetting=0.38)], max_steps=10)
+    with caplog.at_level(logging.WARNING, logger="iimm_callbacks"):
+        trainer.train()
+    assert trainer.state.global_step == 10
+    warned = [r.getMessage().split(":")[0] for r in caplog.records if "guard, step" in r.message]
+    assert warned == ["IIMM guard, step 2", "IIMM guard, step 6"]
+
+
+def test_a_callable_gets_every_verdict_and_may_stop(make_trainer, guard, script_looks):
+    script_looks(lambda step: 1.0 if step < 4 else 0.2)
+    seen = []
+
+    def action(verdict):
+        seen.append(verdict.level)
+        return verdict.level == "stop"
+
+    trainer = make_trainer([guard(every=2, action=action)], max_steps=10)
+    trainer.train()
+    assert seen == ["continue", "continue", "stop"]
+    assert trainer.state.global_step == 4
+
+
+# When things go wrong
+
+
+def test_a_failing_look_warns_once_and_the_run_goes_on(make_trainer, guard, monkeypatch, caplog):
+    look = Probe.look
+
+    def failing(self, model, step, autocast_dtype=None):
+        if step in (4, 6):
+            raise RuntimeError("disk on fire")
+        return look(self, model, step, autocast_dtype)
+
+    monkeypatch.setattr(Probe, "look", failing)
+    callback = guard(every=2)
+    trainer = make_trainer([callback], max_steps=10)
+    trainer.train()
+    assert [r["step"] for r in rows(trainer)] == [0, 2, 8, 10]
+    assert caplog.text.count("RuntimeError: disk on fire") == 1
+    assert callback.record()["failures"] == 2
+
+
+def test_a_failing_look_raises_if_strict(make_trainer, guard, monkeypatch):
+    look = Probe.look
+
+    def failing(self, model, step, autocast_dtype=None):
+        if step:
+            raise RuntimeError("disk on fire")
+        return look(self, model, step, autocast_dtype)
+
+    monkeypatch.setattr(Probe, "look", failing)
+    with pytest.raises(RuntimeError, match="disk on fire"):
+        make_trainer([guard(strict=True)]).train()
+
+
+def test_weights_that_turn_nan_give_no_number(make_trainer, guard, caplog):
+    class Poison(TrainerCallback):
+        def on_step_begin(self, args, state, control, model=None, **kwargs):
+            if state.global_step == 4:
+                with torch.no_grad():
+                    next(model.parameters()).fill_(math.nan)
+
+    trainer = make_trainer([Poison(), guard(every=3)], max_steps=9)
+    trainer.train()
+    assert [r["step"] for r in rows(trainer)] == [0, 3]
+    assert "must be finite" in caplog.text
+
+
+def test_the_first_measurement_is_not_forgiven(make_trainer, guard, tiny_clip):
+    model = tiny_clip()
+    with torch.no_grad():
+        model.visual_projection.weight.fill_(math.nan)
+    trainer = make_trainer([guard()], model=model)
+    before = weights(trainer)
+    with pytest.raises(ValueError, match="norm nan"):
+        trainer.train()
+    after = weights(trainer)
+    assert all(torch.equal(before[k].nan_to_num(), after[k].nan_to_num()) for k in before)
+
+
+def test_a_failing_best_model_metric_does_not_end_the_run(make_trainer, guard, monkeypatch):
+    look = Probe.look
+
+    def failing(self, model, step, autocast_dtype=None):
+        if step == 4:
+            raise RuntimeError("disk on fire")
+        return look(self, model, step, autocast_dtype)
+
+    monkeypatch.setattr(Probe, "look", failing)
+    trainer = make_trainer(
+        [guard()],
+        max_steps=6,
+        eval_strategy="steps",
+        save_strategy="steps",
+        eval_steps=2,
+        save_steps=2,
+        metric_for_best_model="iimm",
+    )
+    trainer.train()
+    assert trainer.state.best_global_step in (2, 6)
+
+
+# Resuming
+
+
+@pytest.mark.parametrize("restore", [False, True])
+def test_a_resumed_run_has_the_baseline_and_history_of_its_start(
+    make_trainer, guard, tmp_path, restore
+):
+    arguments = {
+        "max_steps": 10,
+        "save_strategy": "steps",
+        "save_steps": 5,
+        "restore_callback_states_from_checkpoint": restore,
+    }
+    whole = make_trainer([guard(every=2)], output_dir=str(tmp_path / "a"), **arguments)
+    whole.train()
+    callback = guard(every=2)
+    resumed = make_trainer([callback], output_dir=str(tmp_path / "b"), **arguments)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-5"))
+    timeless = [
+        [{k: v for k, v in row.items() if not k.endswith("runtime")} for row in rows(t)]
+        for t in (whole, resumed)
+    ]
+    assert timeless[0] == timeless[1]
+    assert [r["step"] for r in callback.monitor.history] == [0, 2, 4, 6, 8, 10]
+    state = json.loads((tmp_path / "a" / "checkpoint-10" / "trainer_state.json").read_text())
+    assert "IIMMCallback/colours" in state["stateful_callbacks"]
+
+
+def test_a_checkpoint_without_the_guard_is_never_taken_for_the_baseline(
+    make_trainer, guard, tmp_path, caplog
+):
+    arguments = {"max_steps": 6, "save_strategy": "steps", "save_steps": 3}
+    make_trainer(output_dir=str(tmp_path / "a"), **arguments).train()
+    trainer = make_trainer([guard()], output_dir=str(tmp_path / "b"), **arguments)
+    trainer.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-3"))
+    assert rows(trainer) == []
+    assert "resumes at step 3 from a checkpoint that was written without the guard" in caplog.text
+
+
+def test_resuming_with_other_images_is_refused(make_trainer, guard, tmp_path, shapes):
+    arguments = {"max_steps": 6, "save_strategy": "steps", "save_steps": 3}
+    make_trainer([guard()], output_dir=str(tmp_path / "a"), **arguments).train()
+    other = guard(off_target=[Task("shapes", shapes, templates="{}", probe_size=24)])
+    trainer = make_trainer([other], output_dir=str(tmp_path / "b"), **arguments)
+    with pytest.raises(ValueError, match=r"\['shapes'\] have other images"):
+        trainer.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-3"))
+
+
+# Bad settings
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"max_forgetting": 5}, r"fraction in \(0, 1\].*got 5; write 0.05 for 5 points"),
+        ({"max_forgetting": 0.0}, "got 0.0"),
+        ({"limit_on": "median"}, "'mean' or 'worst', got 'median'"),
+        ({"confidence": 1.0}, "got 1.0"),
+        ({"every": 0}, "got 0"),
+        ({"every": "step"}, "got 'step'"),
+        ({"max_overhead": 0}, "got 0"),
+        ({"action": "stop", "off_target": []}, "no `off_target` task"),
+        ({"action": "stop", "max_forgetting": None}, "no `max_forgetting`"),
+    ],
+)
+def test_a_bad_setting_names_itself_and_what_came(guard, settings, message):
+    with pytest.raises(ValueError, match=message):
+        guard(**settings)
+
+
+def test_an_action_of_another_kind_is_refused(guard):
+    with pytest.raises(TypeError, match="got 'halt'"):
+        guard(action="halt")
+
+
+def test_tasks_that_cannot_guard_one_another_are_refused(colour_task, shape_task, colours, shapes):
+    with pytest.raises(ValueError, match="'again' is the task itself"):
+        IIMMCallback(colour_task, [Task("again", colours)])
+    with pytest.raises(ValueError, match=r"\['shapes'\] more than once"):
+        IIMMCallback(colour_task, [shape_task, Task("shapes", shapes.select(range(20)))])
+    with pytest.raises(TypeError, match="got Dataset"):
+        IIMMCallback(colour_task, [shapes])
+
+
+def test_the_tasks_own_images_under_another_name_are_found_out(
+    make_trainer, colour_task, colours
+):
+    copy = Task("copy", colours.select(range(96)), templates="a {} thing", probe_size=32)
+    trainer = make_trainer([IIMMCallback(colour_task, [copy], verbose=False)])
+    with pytest.raises(ValueError, match="'copy' is the task itself"):
+        trainer.train()
