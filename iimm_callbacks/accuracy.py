@@ -58,9 +58,7 @@ def zero_shot_correct(
     return (scores.argmax(1) == index).cpu().numpy()
 
 
-def zero_shot_accuracy(
-    image_embeds: ArrayLike, text_embeds: ArrayLike, labels: ArrayLike
-) -> float:
+def zero_shot_accuracy(image_embeds: ArrayLike, text_embeds: ArrayLike, labels: ArrayLike) -> float:
     """Share of images whose own class text is the nearest one, in [0, 1].
 
     Arguments and errors are those of `zero_shot_correct`. It depends on the prompts as much as on

@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 Action = Literal["warn", "stop"] | Callable[[Verdict], Any]
 
 
-class IIMMCallback(TrainerCallback):
+class IIMMCallback(TrainerCallback):  # type: ignore[misc]  # transformers is untyped here
     """Measures IIMM before and during training, forecasts, and guards against forgetting.
 
     `Trainer(..., callbacks=[IIMMCallback(task=..., off_target=...)])` is all; weights, losses and
@@ -124,7 +124,7 @@ class IIMMCallback(TrainerCallback):
         self.action = action
         self.every = every
         self.max_overhead = max_overhead
-        self.outcomes = outcomes if isinstance(outcomes, str | Path) or not outcomes else [*outcomes]
+        self.outcomes = outcomes if isinstance(outcomes, str | Path) else list(outcomes or [])
         self.method = method
         self.processor = processor
         self.encode = encode
@@ -308,17 +308,18 @@ class IIMMCallback(TrainerCallback):
     ) -> None:
         monitor = self.monitor
         assert monitor is not None
+        step = state.global_step
         worse = verdict.worse_than(self._alarm)
         stop = False
         if callable(self.action):
             stop = self.action(verdict) is True
         elif worse and verdict.level != "continue":
-            logger.warning("IIMM guard, step %d: %s", state.global_step, verdict.reason)
+            logger.warning("IIMM guard, step %d: %s", step, verdict.reason)
         if worse:
             self._alarm = verdict
         stop = stop or (self.action == "stop" and verdict.level == "stop")
-        if _any_rank(stop, args) and state.global_step < state.max_steps:
-            self._stop_reason = f"stopped by the guard at step {state.global_step}: {verdict.reason}"
+        if _any_rank(stop, args) and step < state.max_steps:
+            self._stop_reason = f"stopped by the guard at step {step}: {verdict.reason}"
             control.should_training_stop = True
             self._show(state, self._stop_reason)
         state.stateful_callbacks[self._state_key] = {

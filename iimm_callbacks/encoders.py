@@ -11,7 +11,9 @@ import torch
 from torch import Tensor, nn
 
 Inputs = dict[str, Tensor]
-EncodePair = tuple[Callable[[nn.Module, list[Any]], Tensor], Callable[[nn.Module, list[str]], Tensor]]
+EncodePair = tuple[
+    Callable[[nn.Module, list[Any]], Tensor], Callable[[nn.Module, list[str]], Tensor]
+]
 
 # The families whose text tower was trained on padded text and reads the padding; every other
 # family masks it. Keyed by `config.model_type`.
@@ -182,7 +184,8 @@ def _features(model: nn.Module, function: str, inputs: Inputs) -> Tensor:
     output = getattr(find_dual_encoder(model), function)(**inputs)
     if isinstance(output, Tensor):  # transformers 4
         return output
-    return output[1] if isinstance(output, tuple) else output.pooler_output
+    features: Tensor = output[1] if isinstance(output, tuple) else output.pooler_output
+    return features
 
 
 def _find_processor(config: Any, processor: Any) -> Any:

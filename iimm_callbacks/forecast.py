@@ -159,7 +159,9 @@ class Forecaster:
         gain = None
         if over_error is not None and zero_shot_accuracy <= NEAR_CEILING:
             error = 1 - zero_shot_accuracy
-            gain = replace(over_error, point=over_error.point * error, scale=over_error.scale * error)
+            gain = replace(
+                over_error, point=over_error.point * error, scale=over_error.scale * error
+            )
         mean = _line(x, [o.forgetting for o in rows], measurement.iimm)
         worst = _line(x, [o.worst for o in rows], measurement.iimm)
         basis = (

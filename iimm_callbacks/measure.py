@@ -14,8 +14,10 @@ and "intra" swapped; the words here are the paper's.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -134,10 +136,10 @@ class IIMMAccumulator:
             )
         self._texts = _unit(texts, "text_embeds")  # [C, D]
         self._position = offset
-        zeros = {"dtype": torch.float64, "device": texts.device}
-        self._sums = torch.zeros(_GROUPS, texts.shape[1], **zeros)  # Σ x_i per group, [G, D]
-        self._correct = torch.zeros(_GROUPS, **zeros)  # Σ x_i·t_{y_i} per group
-        self._counts = torch.zeros(_GROUPS, **zeros)
+        zeros = partial(torch.zeros, dtype=torch.float64, device=texts.device)
+        self._sums = zeros(_GROUPS, texts.shape[1])  # Σ x_i per group, [G, D]
+        self._correct = zeros(_GROUPS)  # Σ x_i·t_{y_i} per group
+        self._counts = zeros(_GROUPS)
 
     @property
     def n_classes(self) -> int:
@@ -197,6 +199,7 @@ class IIMMAccumulator:
                 f"`other` must be made with the same text embeddings, got "
                 f"{tuple(theirs.shape)} against {tuple(self._texts.shape)}, or other values"
             )
+        self._position = max(self._position, other._position)
         for name in ("_sums", "_correct", "_counts"):
             mine = getattr(self, name)
             setattr(self, name, mine + getattr(other, name).to(mine.device))
@@ -276,7 +279,7 @@ def drift_bound(
                 f"`{name}_before` and `{name}_after` must have one shape with at least 2 rows, "
                 f"got {tuple(pair[0].shape)} and {tuple(pair[1].shape)}"
             )
-        a, b = (_unit(m, name) for m in pair)
+        a, b = (_unit(m, f"{name}_{w}") for m, w in zip(pair, ("before", "after"), strict=True))
         moved.append(torch.linalg.vector_norm(b - a, dim=1))
     images, texts = moved
     index = check_labels(labels, len(images), len(texts)).to(texts.device)
@@ -300,8 +303,13 @@ def check_labels(labels: ArrayLike, n_images: int, n_classes: int) -> Tensor:
         TypeError: Labels are not integers.
         ValueError: Not one per image, or one outside [0, C).
     """
-    index = torch.as_tensor(labels)
-    if index.is_floating_point() or index.is_complex() or index.dtype == torch.bool:
+    try:
+        index = torch.as_tensor(_native(labels) if isinstance(labels, np.ndarray) else labels)
+    except (TypeError, ValueError, RuntimeError) as error:  # strings, ragged lists, None
+        kind = type(labels).__name__
+        raise TypeError(f"`labels` must be integers, got {kind} ({error})") from error
+    whole = not (index.is_floating_point() or index.is_complex() or index.dtype == torch.bool)
+    if not whole and index.numel():  # an empty list becomes an empty float tensor
         raise TypeError(f"`labels` must be integers, got {index.dtype}")
     if index.shape != (n_images,):
         raise ValueError(
@@ -317,10 +325,22 @@ def check_labels(labels: ArrayLike, n_images: int, n_classes: int) -> Tensor:
     return index
 
 
+def _native(values: np.ndarray) -> Tensor | np.ndarray:
+    """The array as torch takes it: native byte order, no long doubles, no negative strides."""
+    if values.dtype.kind == "f" and values.dtype.itemsize > 8:
+        values = values.astype(np.float64)
+    values = values.astype(values.dtype.newbyteorder("="), copy=False)
+    if any(stride < 0 for stride in values.strides):
+        values = values.copy()
+    with warnings.catch_warnings():  # read-only memory is fine: nothing here writes to it
+        warnings.filterwarnings("ignore", message=".*not writable")
+        return torch.as_tensor(values)
+
+
 def _matrix(values: ArrayLike, name: str) -> Tensor:
     if not isinstance(values, Tensor | np.ndarray):
         raise TypeError(f"`{name}` must be a torch tensor or numpy array, got {type(values)}")
-    matrix = torch.as_tensor(values).detach()
+    matrix = torch.as_tensor(_native(values) if isinstance(values, np.ndarray) else values).detach()
     if not matrix.is_floating_point():
         raise TypeError(f"`{name}` must be of a float dtype, got {matrix.dtype}")
     if matrix.ndim != 2 or matrix.shape[1] == 0:
@@ -338,7 +358,7 @@ def _chunks(matrix: Tensor) -> Iterator[slice]:
 
 def _norms(rows: Tensor, name: str, first_row: int = 0) -> Tensor:
     """[n] lengths of the rows; a zero or non-finite row is an error."""
-    norms = torch.linalg.vector_norm(rows, dim=1)
+    norms: Tensor = torch.linalg.vector_norm(rows, dim=1)
     if len(rows) and not 0 < float(norms.min()) <= float(norms.max()) < float("inf"):
         bad = int((~(norms > 0) | ~norms.isfinite()).nonzero()[0])
         raise ValueError(

@@ -79,7 +79,7 @@ class IIMMMonitor:
         if off_target is None:
             from .sample import canaries
 
-            off_target = canaries(except_for=task)
+            off_target = canaries(except_for=task.name)
         check_tasks(task, off_target)
         self.probe = Probe(
             task,
@@ -193,7 +193,11 @@ class IIMMMonitor:
         return self.verdict
 
     def end(
-        self, *, complete: bool = True, ended: str = "finished", recipe: dict[str, Any] | None = None
+        self,
+        *,
+        complete: bool = True,
+        ended: str = "finished",
+        recipe: dict[str, Any] | None = None,
     ) -> Outcome:
         """The record of the run, from the last look.
 
@@ -365,8 +369,11 @@ def _interval(name: str, prediction: Prediction | None) -> dict[str, float]:
 
 
 def _trajectory_row(row: dict[str, Any]) -> dict[str, float]:
-    keys = {"gain": "gain_observed", "forgetting": "forgetting_observed", "worst": "forgetting_worst"}
-    seen = {k: row[f"{PREFIX}_{v}"] for k, v in keys.items() if f"{PREFIX}_{v}" in row}
+    keys = ("gain_observed", "forgetting_observed", "forgetting_worst")
+    names = ("gain", "forgetting", "worst")
+    seen = {
+        n: row[f"{PREFIX}_{k}"] for n, k in zip(names, keys, strict=True) if f"{PREFIX}_{k}" in row
+    }
     return {"share": row["share"], **seen}
 
 

@@ -119,7 +119,9 @@ def read_outcomes(path: str | Path) -> list[Outcome]:
             try:
                 outcomes.append(_parse(json.loads(line)))
             except (ValueError, TypeError, AttributeError, RecursionError) as error:
-                logger.warning("%s line %d is not an outcome and is skipped: %s", path, number, error)
+                logger.warning(
+                    "%s line %d is not an outcome and is skipped: %s", path, number, error
+                )
     return outcomes
 
 

@@ -1,4 +1,4 @@
-"""Model + tasks -> looks: IIMM and zero-shot accuracies of one moment, training left undisturbed."""
+"""Model + tasks -> looks: IIMM and zero-shot accuracies now, training left undisturbed."""
 
 from __future__ import annotations
 
@@ -133,9 +133,7 @@ class Probe:
                 )
         self._prepared = prepared
 
-    def look(
-        self, model: nn.Module, step: int, autocast_dtype: torch.dtype | None = None
-    ) -> Look:
+    def look(self, model: nn.Module, step: int, autocast_dtype: torch.dtype | None = None) -> Look:
         """Show the model every probe image and class prompt once.
 
         Weights, gradients, train mode of every module and all random streams are as before.
@@ -249,4 +247,4 @@ def _n_bytes(batches: list[Any] | None) -> int:
         if isinstance(value, Tensor)
     ]
     pictures = [i for b in batches or [] if isinstance(b, list) for i in b]
-    return sum(t.nbytes for t in tensors) + sum(3 * p.width * p.height for p in pictures)
+    return sum(t.nbytes for t in tensors) + sum(3 * int(p.width * p.height) for p in pictures)

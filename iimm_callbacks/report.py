@@ -1,4 +1,4 @@
-"""A run's record -> table, line, plot, file. Points are for people, fractions for everything else."""
+"""A run's record -> table, line, plot, file. People get points, everything else fractions."""
 
 from __future__ import annotations
 
@@ -27,7 +27,9 @@ def preflight_table(record: dict[str, Any]) -> str:
         Plain text, at most 96 columns.
     """
     row = record["looks"][0]
-    table = Table(title=f"IIMM before training: {record['task']} ({record['method']})", width=_WIDTH)
+    table = Table(
+        title=f"IIMM before training: {record['task']} ({record['method']})", width=_WIDTH
+    )
     table.add_column("measured", no_wrap=True)
     table.add_column("value", justify="right", no_wrap=True)
     table.add_column("meaning")
@@ -74,7 +76,9 @@ def summary_table(record: dict[str, Any]) -> str:
         Plain text, at most 96 columns.
     """
     first, last = record["looks"][0], record["looks"][-1]
-    table = Table(title=f"Predicted and observed: {record['task']} ({record['method']})", width=_WIDTH)
+    table = Table(
+        title=f"Predicted and observed: {record['task']} ({record['method']})", width=_WIDTH
+    )
     for column in ("in points", "predicted before training", "observed"):
         table.add_column(column, justify="left" if column == "in points" else "right")
     table.add_row("gain", _forecast(first, "gain"), _points(last[f"{PREFIX}_gain_observed"]))
@@ -119,7 +123,10 @@ def plot_run(record: dict[str, Any], path: str | Path) -> None:
     limit = record["limits"]["max_forgetting"]
     if limit is not None:
         axes[1].axhline(
-            100 * limit, color="firebrick", ls=":", label=f"limit on the {record['limits']['limit_on']}"
+            100 * limit,
+            color="firebrick",
+            ls=":",
+            label=f"limit on the {record['limits']['limit_on']}",
         )
     for axis in axes:
         axis.legend(fontsize=8)
@@ -159,7 +166,9 @@ def _plot_outcome(axis: Any, record: dict[str, Any], name: str) -> None:
     if forecast:
         key = f"{PREFIX}_{name}_forecast"
         at = [row["step"] for row in forecast]
-        axis.plot(at, [100 * row[key] for row in forecast], color="tab:blue", label="forecast of the end")
+        axis.plot(
+            at, [100 * row[key] for row in forecast], color="tab:blue", label="forecast of the end"
+        )
         axis.fill_between(
             at,
             [100 * row[f"{key}_low"] for row in forecast],

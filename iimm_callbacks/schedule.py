@@ -50,7 +50,7 @@ def is_due(every: Every, step: int, total_steps: int) -> bool:
         return False
     if isinstance(every, int):
         return step % every == 0
-    shares = DEFAULT_SHARES
+    shares: tuple[float, ...] = DEFAULT_SHARES
     if every is not None:
         shares = tuple(every * k for k in range(1, math.ceil(1 / every)))
     return step in {math.ceil(share * total_steps - 1e-9) for share in shares}

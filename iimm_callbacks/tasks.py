@@ -178,7 +178,7 @@ class _HubSource:
                     )
                 return given
             for is_kind in kinds:
-                found = [k for k, f in features.items() if is_kind(f)]
+                found = [str(k) for k, f in features.items() if is_kind(f)]
                 if len(found) == 1:
                     return found[0]
                 if found:

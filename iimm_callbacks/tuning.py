@@ -61,9 +61,7 @@ class PromptClassifier(nn.Module):
         tokens = {name: getattr(self, f"prompt_{name}") for name in self._token_names}
         texts = self._encoder.embed_texts(self.dual_encoder, tokens)
         texts = class_embeddings(texts, self.n_templates)  # [C, D]
-        embeds = self._encoder.embed_images(
-            self.dual_encoder, move(images, self.dual_encoder)
-        )
+        embeds = self._encoder.embed_images(self.dual_encoder, move(images, self.dual_encoder))
         embeds = nn.functional.normalize(embeds.to(texts.dtype), dim=1)  # [B, D]
         core = find_dual_encoder(self.dual_encoder)
         logits = core.logit_scale.exp() * embeds @ texts.T  # [B, C]

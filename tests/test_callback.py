@@ -504,9 +504,7 @@ def test_tasks_that_cannot_guard_one_another_are_refused(colour_task, shape_task
         IIMMCallback(colour_task, [shapes])
 
 
-def test_the_tasks_own_images_under_another_name_are_found_out(
-    make_trainer, colour_task, colours
-):
+def test_the_tasks_own_images_under_another_name_are_found_out(make_trainer, colour_task, colours):
     copy = Task("copy", colours.select(range(96)), templates="a {} thing", probe_size=32)
     trainer = make_trainer([IIMMCallback(colour_task, [copy], verbose=False)])
     with pytest.raises(ValueError, match="'copy' is the task itself"):

@@ -1,0 +1,167 @@
+"""How fast the measure, the probe and a guarded run are, each against its lower bound, in one run.
+
+    python examples/benchmark.py            # about three minutes on two cores
+    python examples/benchmark.py --smoke    # seconds, numbers mean nothing
+
+Everything is a ratio of two things timed in turns in the same process, because machines are noisy;
+the best of several rounds counts. Expected: see "Speed" in README.md.
+"""
+
+import sys
+import time
+import tracemalloc
+from dataclasses import dataclass, field
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from transformers import HfArgumentParser, Trainer, TrainingArguments
+
+from iimm_callbacks import IIMMCallback, ImageCollator, PromptClassifier, iimm, sample
+from iimm_callbacks.probe import Probe
+
+
+@dataclass
+class Settings:
+    n_images: int = field(default=20_000, metadata={"help": "N"})
+    width: int = field(default=512, metadata={"help": "D"})
+    n_classes: int = field(default=100, metadata={"help": "C"})
+    steps: int = field(default=200, metadata={"help": "Of the training run"})
+    rounds: int = field(default=5, metadata={"help": "Of each timing"})
+    smoke: bool = field(default=False, metadata={"help": "Small and short"})
+
+
+def best_of(rounds, *functions):
+    """Best wall time of each function, called in turns."""
+    best = [float("inf")] * len(functions)
+    for _ in range(rounds):
+        for i, function in enumerate(functions):
+            start = time.perf_counter()
+            function()
+            best[i] = min(best[i], time.perf_counter() - start)
+    return best
+
+
+def pairwise(images, texts, labels):
+    """The measure from all pairs, as the formula has it; in blocks, so that it fits in memory."""
+    x, t = (torch.nn.functional.normalize(m, dim=1) for m in (images, texts))
+    n, c = len(x), len(t)
+    intra = sum(float((block @ x.T).double().sum()) for block in x.split(2000)) - n
+    cosines = (x @ t.T).double()
+    own = cosines.gather(1, labels[:, None]).sum()
+    inter = float((cosines.sum() - own) / (n * (c - 1)))
+    return (inter + intra / (n * (n - 1))) / 2
+
+
+def peak_memory(function):
+    """Most bytes held by tensors at one time, beyond what was there before (CPU allocator)."""
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        function()
+    held = peak = 0
+    events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        held += event.nbytes()
+        peak = max(peak, held)
+    tracemalloc.start()
+    function()
+    peak += tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    return peak
+
+
+def measure_rows(settings):
+    torch.manual_seed(0)
+    images = torch.randn(settings.n_images, settings.width) + 0.3
+    texts = torch.randn(settings.n_classes, settings.width)
+    labels = torch.randint(0, settings.n_classes, (settings.n_images,))
+    ours, reads, pairs = best_of(
+        settings.rounds,
+        lambda: iimm(images, texts, labels),
+        lambda: (images.sum(), images.sum()),
+        lambda: pairwise(images, texts, labels),
+    )
+    value, reference = iimm(images, texts, labels).iimm, pairwise(images, texts, labels)
+    memory = [
+        peak_memory(lambda n=n: iimm(images[:n], texts, labels[:n])) / 1e6
+        for n in (settings.n_images // 10, settings.n_images)
+    ]
+    yield "measure, against all pairs", f"{pairs / ours:.0f} times faster", "100"
+    yield "measure, against two plain reads", f"{ours / reads:.1f} times their time", "2"
+    yield "measure, difference from all pairs", f"{abs(value - reference):.0e}", "1e-6"
+    yield "extra memory at N/10 and N", f"{memory[0]:.1f} and {memory[1]:.1f} MB", "10 MB"
+
+
+def probe_row(settings):
+    model, processor = sample.load_model(), sample.load_processor()
+    task = sample.load_task("printed_letters", probe_size=64 if settings.smoke else 256)
+    probe = Probe(task, processor=processor, progress=False)
+    probe.prepare(model)
+    batches = [batch["pixel_values"] for batch in probe._prepared[0].batches]
+    tokens = probe._prepared[0].prompts
+
+    @torch.no_grad()
+    def bare():
+        for prompts in tokens:
+            model.get_text_features(**prompts)
+        for pixels in batches:
+            model.get_image_features(pixel_values=pixels)
+
+    ours, loop = best_of(4 * settings.rounds, lambda: probe.look(model, 0), bare)
+    yield "probe, against a bare forward loop", f"{loop / ours:.2f} of its throughput", "0.95"
+
+
+def run_row(settings):
+    name = "printed_letters"
+    data, processor = sample.load_dataset(name, "train"), sample.load_processor()
+
+    def train(callbacks):
+        classifier = PromptClassifier(sample.load_model(), sample.load_task(name), processor)
+        arguments = TrainingArguments(
+            output_dir="output/benchmark",
+            max_steps=settings.steps,
+            per_device_train_batch_size=32,
+            save_strategy="no",
+            report_to="none",
+            remove_unused_columns=False,
+            disable_tqdm=True,
+            logging_steps=10_000,
+        )
+        trainer = Trainer(
+            model=classifier,
+            args=arguments,
+            train_dataset=data,
+            data_collator=ImageCollator(processor),
+            processing_class=processor,
+            callbacks=callbacks,
+        )
+        start = time.perf_counter()
+        trainer.train()
+        return time.perf_counter() - start
+
+    train([])  # warm up
+    bare = train([])
+    guard = IIMMCallback(sample.load_task(name), sample.canaries(name), verbose=False)
+    guarded = train([guard])
+    looks = sum(row["eval_iimm_runtime"] for row in guard.monitor.history[1:])
+    yield "training run with the guard", f"{guarded / bare:.2f} of the time without", "-"
+    yield "of which looks after step 0", f"{looks / guarded:.1%} of the run", "5 % + the last look"
+
+
+def main(argv=None):
+    (settings,) = HfArgumentParser(Settings).parse_args_into_dataclasses(argv)
+    if settings.smoke:
+        settings.n_images, settings.steps, settings.rounds = 2000, 4, 1
+    sizes = f"N = {settings.n_images}, D = {settings.width}, C = {settings.n_classes}"
+    table = Table(title=f"{sizes}; {torch.get_num_threads()} threads; torch {torch.__version__}")
+    for column in ("what", "measured", "aim"):
+        table.add_column(column)
+    for rows in (measure_rows, probe_row, run_row):
+        for row in rows(settings):
+            table.add_row(*row)
+    Console(width=100).print(table)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
