@@ -17,7 +17,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from transformers import AutoModel, AutoProcessor, HfArgumentParser, Trainer, TrainingArguments
+from transformers import (
+    AutoModel,
+    AutoProcessor,
+    HfArgumentParser,
+    PrinterCallback,
+    Trainer,
+    TrainingArguments,
+)
 
 from iimm_callbacks import (
     IIMMCallback,
@@ -103,6 +110,8 @@ def finetune(settings, outcomes):
         save_strategy="no",
         report_to="none",
         remove_unused_columns=False,
+        dataloader_pin_memory=torch.cuda.is_available(),
+        disable_tqdm=True,
         seed=settings.seed,
     )
     classifier = PromptClassifier(model, task, processor)
@@ -114,6 +123,7 @@ def finetune(settings, outcomes):
         processing_class=processor,
         callbacks=[guard],
     )
+    trainer.remove_callback(PrinterCallback)  # the guard prints a line per look, that is enough
     trainer.train()
     return guard, classifier
 

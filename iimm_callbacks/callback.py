@@ -293,7 +293,10 @@ class IIMMCallback(TrainerCallback):  # type: ignore[misc]  # transformers is un
         looks = len(monitor.history)
         verdict = monitor.check(model, step, total)
         self._budget.took(time.perf_counter() - start)
-        if len(monitor.history) == looks:  # the look failed
+        failed = len(monitor.history) == looks
+        if _any_rank(failed, args):  # all ranks keep one history
+            if not failed:
+                monitor.retract()
             return
         self._show(state, report.look_line(monitor.history[-1]))
         self._emit(args, state, control, monitor.row())

@@ -157,6 +157,7 @@ class IIMMMonitor:
         if self._baseline is None:
             raise RuntimeError("call `begin(model)` on the untouched model before `check`")
         share = min(step / max(total_steps, 1), 1.0)
+        self._before = self.verdict, self.forecast
         try:
             look = self.probe.look(model, step, self.autocast_dtype)
         except Exception as error:
@@ -191,6 +192,11 @@ class IIMMMonitor:
         self.verdict = judge(self.forecast if share < 1 else None, observed, self.limits)
         self.history.append(self._row(look, share, self.forecast, observed))
         return self.verdict
+
+    def retract(self) -> None:
+        """Take back the latest `check`, because another rank could not make it."""
+        self.history.pop()
+        self.verdict, self.forecast = self._before
 
     def end(
         self,

@@ -293,7 +293,7 @@ ZERO[1] = 0
         ((X, T), ValueError, "there are 4 images and 3 texts; pass `labels`"),
         ((X[0], T, [0]), ValueError, "`image_embeds` must be a matrix with one embedding per row"),
         ((X, T[None], Y), ValueError, "got shape (1, 3, 5)"),
-        ((X[:, :0], T[:, :0], Y), ValueError, "got shape (3, 0)"),
+        ((X[:, :0], T[:, :0], Y), ValueError, "got shape (4, 0)"),
         (
             (X.tolist(), T, Y),
             TypeError,

@@ -1,0 +1,59 @@
+"""The shipped model, tasks and outcomes."""
+
+import pytest
+
+from iimm_callbacks import sample
+from iimm_callbacks.encoders import model_fingerprint
+from iimm_callbacks.probe import Probe
+
+
+def test_there_are_at_least_six_tasks_with_enough_pictures():
+    sizes = {name: len(sample.load_dataset(name)) for name in sample.task_names()}
+    assert len(sizes) >= 6
+    assert sum(size >= 250 for size in sizes.values()) >= 6
+
+
+@pytest.mark.parametrize("name", sample.task_names())
+def test_train_and_test_of_a_task_have_no_picture_in_common(name):
+    train, test = (sample.load_dataset(name, split) for split in ("train", "test"))
+    assert train.features == test.features
+    seen = {image.tobytes() for image in train["image"]}
+    assert not [image for image in test["image"] if image.tobytes() in seen]
+
+
+def test_zero_shot_accuracy_is_above_chance_on_most_tasks_and_far_from_perfect():
+    model, processor = sample.load_model(), sample.load_processor()
+    tasks = sample.canaries(except_for="", probe_size=128)
+    look = Probe(tasks[0], tasks[1:], processor=processor, progress=False).look(model, 0)
+    clearly_above = [t for t in tasks if look.accuracy(t.name) > 1.5 / len(t.class_names)]
+    assert len(clearly_above) > len(tasks) / 2
+    assert all(look.accuracy(task.name) < 0.95 for task in tasks)
+
+
+def test_the_recorded_runs_are_of_the_shipped_model_and_gain_and_forget():
+    outcomes = sample.load_outcomes()
+    fingerprint = model_fingerprint(sample.load_model())
+    assert {o.model_fingerprint for o in outcomes} == {fingerprint}
+    for method in ("full", "lora"):
+        runs = [o for o in outcomes if o.method == method]
+        assert {o.task for o in runs} == set(sample.task_names())
+        assert sum(o.gain for o in runs) / len(runs) > 0.1
+    full = [o.forgetting for o in outcomes if o.method == "full"]
+    assert sum(full) / len(full) > 0.01
+
+
+def test_no_recorded_run_names_a_folder_of_anyones_machine():
+    assert {o.model for o in sample.load_outcomes()} == {"sample/model"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"), [(("cats",), "got 'cats'"), (("emoji_groups", "dev"), "got 'dev'")]
+)
+def test_an_unknown_task_or_split_names_the_choices(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        sample.load_dataset(*arguments)
+
+
+def test_the_processor_saved_with_the_model_is_found_without_being_given():
+    probe = Probe(sample.load_task("printed_digits", probe_size=16), progress=False)
+    assert probe.look(sample.load_model(), 0).measurement.n_images == 16
