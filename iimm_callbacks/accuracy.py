@@ -11,9 +11,8 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import Tensor
 
-from .measure import ArrayLike, check_labels
+from .embeddings import ArrayLike, as_labels, as_matrix, row_norms, unit_rows
 
 NEAR_CEILING = 0.95  # above this zero-shot accuracy, gain over zero-shot error means nothing
 
@@ -36,25 +35,25 @@ def zero_shot_correct(
         [N] bool.
 
     Raises:
-        TypeError: Labels are not integers.
-        ValueError: Shapes do not match, a label is out of range, or an embedding is not finite.
+        TypeError: Embeddings are not float, or labels not integers.
+        ValueError: Shapes do not match, a label is out of range, or an embedding is zero or not
+            finite.
 
     Example:
         >>> zero_shot_correct(torch.eye(2), torch.eye(2), torch.tensor([0, 0])).tolist()
         [True, False]
     """
-    images, texts = torch.as_tensor(image_embeds), torch.as_tensor(text_embeds)
-    index = check_labels(labels, len(images), len(texts)).to(images.device)
+    images, texts = as_matrix(image_embeds, "image_embeds"), as_matrix(text_embeds, "text_embeds")
+    index = as_labels(labels, len(images), len(texts)).to(images.device)
     if len(texts) == 0 or images.ndim != 2 or images.shape[1:] != texts.shape[1:]:
         raise ValueError(
             "`image_embeds` and `text_embeds` must have the same width and at least one text, got "
             f"shapes {tuple(images.shape)} and {tuple(texts.shape)}"
         )
-    dtype = torch.promote_types(images.dtype, torch.float32)
-    unit: Tensor = torch.nn.functional.normalize(texts.to(images.device, dtype), dim=1)
-    scores = images.to(dtype) @ unit.T  # [N, C]
-    if not torch.isfinite(scores).all():
-        raise ValueError("`image_embeds` and `text_embeds` must be finite, got NaN or infinity")
+    images = images.to(torch.promote_types(images.dtype, torch.float32))
+    row_norms(images, "image_embeds")  # a zero row would count as class 0
+    unit = unit_rows(texts, "text_embeds").to(images.device, images.dtype)
+    scores = images @ unit.T  # [N, C]
     return (scores.argmax(1) == index).cpu().numpy()
 
 
@@ -150,6 +149,7 @@ def paired_drop(before: np.ndarray, after: np.ndarray) -> Drop:
         >>> paired_drop(np.array([True, True]), np.array([True, False])).value
         0.5
     """
+    before, after = np.asarray(before), np.asarray(after)
     if before.shape != after.shape or before.ndim != 1 or len(before) == 0:
         raise ValueError(
             "`after` must hold the same images as `before`, at least one, expected shape "
@@ -180,7 +180,9 @@ def forgetting(before: Mapping[str, np.ndarray], after: Mapping[str, np.ndarray]
         >>> f.mean.value
         0.25
     """
-    if not before or set(before) != set(after):
+    if not before:
+        raise ValueError("`before` must hold at least one off-target task, got none")
+    if set(before) != set(after):
         raise ValueError(
             f"`after` must hold the off-target tasks of `before`, expected {sorted(before)}, "
             f"got {sorted(after)}"

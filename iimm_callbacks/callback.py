@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import logging
 import math
-import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from tqdm.auto import tqdm
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from . import report
+from . import host, keys, report
 from .encoders import EncodePair
 from .guard import Limits, Verdict
-from .monitor import PREFIX, IIMMMonitor, check_tasks
+from .monitor import IIMMMonitor, check_tasks
 from .outcomes import Outcome
 from .schedule import Budget, Every, check_every, is_due
 from .tasks import Task
@@ -167,19 +165,19 @@ class IIMMCallback(TrainerCallback):  # type: ignore[misc]  # transformers is un
             batch_size=self.batch_size,
             cache_limit=self.cache_limit,
             progress=self.verbose and main,
-            autocast_dtype=_autocast_dtype(args),
+            autocast_dtype=host.autocast_dtype(args),
             strict=self.strict,
         )
         if saved and state.global_step > 0:
             monitor.load_state_dict(saved["attributes"])
             monitor.begin(kwargs["model"])
             self.monitor = monitor
-            self._budget.took(monitor.row()[f"{PREFIX}_runtime"], counts=False)
+            self._budget.took(monitor.row()[keys.RUNTIME], counts=False)
             self._alarm = monitor.verdict if monitor.verdict.level != "continue" else None
             return
         verdict = monitor.begin(kwargs["model"])
         self.monitor = monitor
-        self._budget.took(monitor.row()[f"{PREFIX}_runtime"], counts=False)
+        self._budget.took(monitor.row()[keys.RUNTIME], counts=False)
         self._began = time.perf_counter()
         self._show(state, report.preflight_table(monitor.record()))
         self._emit(args, state, control, monitor.row())
@@ -230,7 +228,7 @@ class IIMMCallback(TrainerCallback):  # type: ignore[misc]  # transformers is un
         if self.monitor is None or metrics is None or not self.monitor.history:
             return
         wanted = f"eval_{(args.metric_for_best_model or '').removeprefix('eval_')}"
-        needed = wanted.startswith(PREFIX)
+        needed = wanted.startswith(keys.PREFIX)
         if self.every == "evaluate" or needed:
             self._look(args, state, control, kwargs["model"], needed=needed)
         if self.monitor.history[-1]["step"] == state.global_step:
@@ -251,7 +249,7 @@ class IIMMCallback(TrainerCallback):  # type: ignore[misc]  # transformers is un
             self._look(args, state, control, kwargs["model"], needed=True, again=swapped)
         complete = state.global_step >= state.max_steps and not self._stop_reason
         ended = self._stop_reason or ("finished" if complete else "stopped early")
-        self.outcome = monitor.end(complete=complete, ended=ended, recipe=_recipe(args, state))
+        self.outcome = monitor.end(complete=complete, ended=ended, recipe=host.recipe(args, state))
         self._show(state, report.summary_table(self.record()))
 
     def record(self) -> dict[str, Any]:
@@ -286,7 +284,7 @@ class IIMMCallback(TrainerCallback):  # type: ignore[misc]  # transformers is un
         elapsed = time.perf_counter() - self._began
         too_dear = not self._budget.allows(elapsed, max(step, 1), total)
         # All ranks look or none: the clock of one decides for all.
-        if _any_rank(too_dear, args) and not needed and step < total:
+        if host.any_rank(too_dear, args) and not needed and step < total:
             self._budget.dropped += 1
             return
         start = time.perf_counter()
@@ -294,7 +292,7 @@ class IIMMCallback(TrainerCallback):  # type: ignore[misc]  # transformers is un
         verdict = monitor.check(model, step, total)
         self._budget.took(time.perf_counter() - start)
         failed = len(monitor.history) == looks
-        if _any_rank(failed, args):  # all ranks keep one history
+        if host.any_rank(failed, args):  # all ranks keep one history
             if not failed:
                 monitor.retract()
             return
@@ -321,7 +319,7 @@ class IIMMCallback(TrainerCallback):  # type: ignore[misc]  # transformers is un
         if worse:
             self._alarm = verdict
         stop = stop or (self.action == "stop" and verdict.level == "stop")
-        if _any_rank(stop, args) and step < state.max_steps:
+        if host.any_rank(stop, args) and step < state.max_steps:
             self._stop_reason = f"stopped by the guard at step {step}: {verdict.reason}"
             control.should_training_stop = True
             self._show(state, self._stop_reason)
@@ -347,7 +345,7 @@ class IIMMCallback(TrainerCallback):  # type: ignore[misc]  # transformers is un
         # Trackers see only what goes through `Trainer.log`, which no hook is handed; it also
         # clears `should_log`, and with it the Trainer's own row of this step.
         keep = control.should_log
-        trainer = _find_trainer()
+        trainer = host.find_trainer()
         if trainer is None:
             state.log_history.append({**row, "step": state.global_step})
         else:
@@ -357,38 +355,3 @@ class IIMMCallback(TrainerCallback):  # type: ignore[misc]  # transformers is un
     def _show(self, state: TrainerState, text: str) -> None:
         if self.verbose and state.is_world_process_zero:
             tqdm.write(text)
-
-
-def _find_trainer() -> Trainer | None:
-    frame = sys._getframe(1)
-    while frame is not None:
-        caller = frame.f_locals.get("self")
-        if isinstance(caller, Trainer):
-            return caller
-        frame = frame.f_back  # type: ignore[assignment]
-    return None
-
-
-def _any_rank(flag: bool, args: TrainingArguments) -> bool:
-    """Whether any rank says so; every rank must ask at the same step."""
-    if args.world_size == 1 or not torch.distributed.is_initialized():
-        return flag
-    agreed = torch.tensor([int(flag)], device=args.device)
-    torch.distributed.all_reduce(agreed, op=torch.distributed.ReduceOp.MAX)
-    return bool(agreed.item())
-
-
-def _autocast_dtype(args: TrainingArguments) -> torch.dtype | None:
-    if args.bf16:
-        return torch.bfloat16
-    return torch.float16 if args.fp16 else None
-
-
-def _recipe(args: TrainingArguments, state: TrainerState) -> dict[str, Any]:
-    return {
-        "optimizer": str(getattr(args.optim, "value", args.optim)),
-        "learning_rate": args.learning_rate,
-        "schedule": str(getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)),
-        "steps": state.max_steps,
-        "batch_size": args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
-    }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,9 +16,11 @@ EncodePair = tuple[
     Callable[[nn.Module, list[Any]], Tensor], Callable[[nn.Module, list[str]], Tensor]
 ]
 
-# The families whose text tower was trained on padded text and reads the padding; every other
-# family masks it. Keyed by `config.model_type`.
-_PAD_TO_MAX_LENGTH = {"siglip": 64, "siglip2": 64}
+# The families (`config.model_type`) whose text tower was trained on text padded to its full length
+# and reads the padding; every other family masks it.
+_READS_PADDING = ("siglip", "siglip2")
+# Settings of an image processor that say who it is, not what it does to pixels.
+_NOT_PREPROCESSING = ("image_processor_type", "processor_class", "_processor_class")
 
 
 @dataclass(frozen=True)
@@ -65,10 +68,10 @@ def find_encoder(
     core = find_dual_encoder(model)
     config = getattr(core, "config", None)
     processor = _find_processor(config, processor)
-    padding = _PAD_TO_MAX_LENGTH.get(getattr(config, "model_type", ""))
     text_options: dict[str, Any] = {"padding": True, "truncation": True, "return_tensors": "pt"}
-    if padding is not None:
-        text_options |= {"padding": "max_length", "max_length": padding}
+    if getattr(config, "model_type", "") in _READS_PADDING:
+        length = core.config.text_config.max_position_embeddings
+        text_options |= {"padding": "max_length", "max_length": length}
 
     def preprocess(batch: list[Any]) -> Inputs:
         return dict(processor.image_processor(images=batch, return_tensors="pt"))
@@ -81,7 +84,7 @@ def find_encoder(
         tokenize,
         lambda m, inputs: _features(m, "get_image_features", inputs),
         lambda m, inputs: _features(m, "get_text_features", inputs),
-        repr(sorted(processor.image_processor.to_dict().items())),
+        _describe(processor.image_processor),
     )
 
 
@@ -113,9 +116,9 @@ def find_dual_encoder(model: nn.Module) -> Any:
 def model_fingerprint(model: nn.Module) -> str:
     """A short hash of a model's weights: a few values of every parameter.
 
-    Adapters (names with ``lora_`` and the like) and wrapper prefixes do not count, so a model has
-    one fingerprint bare, under PEFT and wrapped. Not a checksum: it tells models apart, it does
-    not prove that two files are equal.
+    PEFT adapters and wrapper prefixes do not count, so a model has one fingerprint bare, under
+    PEFT and wrapped. Not a checksum: it tells models apart, it does not prove that two files are
+    equal.
 
     Args:
         model: Any module.
@@ -127,13 +130,20 @@ def model_fingerprint(model: nn.Module) -> str:
         model = find_dual_encoder(model)
     except ValueError:
         pass  # a model with functions of its own: all its parameters count
+    adapters = {
+        id(parameter)
+        for module in model.modules()
+        for layer in getattr(module, "adapter_layer_names", ())  # of every PEFT layer
+        if isinstance(getattr(module, layer, None), nn.Module)
+        for parameter in getattr(module, layer).parameters()
+    }
     values = {}
     for name, parameter in model.named_parameters():
-        for prefix in ("module.", "_orig_mod.", "base_model.model.", "base_layer."):
-            name = name.replace(prefix, "")
-        if "lora_" not in name and "modules_to_save" not in name:
-            name = name.replace("original_module.", "")
-            values[name] = parameter.detach().flatten()[:16].float().cpu().numpy().tobytes()
+        if id(parameter) in adapters:
+            continue
+        for wrapper in ("module", "_orig_mod", "base_model.model", "base_layer", "original_module"):
+            name = f".{name}".replace(f".{wrapper}.", ".")[1:]
+        values[name] = parameter.detach().flatten()[:16].float().cpu().numpy().tobytes()
     digest = hashlib.sha256()
     for name in sorted(values):
         digest.update(name.encode() + values[name])
@@ -182,10 +192,27 @@ def _breadth_first(model: nn.Module) -> Iterator[nn.Module]:
 
 def _features(model: nn.Module, function: str, inputs: Inputs) -> Tensor:
     output = getattr(find_dual_encoder(model), function)(**inputs)
-    if isinstance(output, Tensor):  # transformers 4
-        return output
-    features: Tensor = output[1] if isinstance(output, tuple) else output.pooler_output
-    return features
+    if not isinstance(output, Tensor):  # transformers 5; a tuple with `config.return_dict=False`
+        output = output[1] if isinstance(output, tuple) else output.pooler_output
+    if not isinstance(output, Tensor) or output.ndim != 2:
+        got = list(output.shape) if isinstance(output, Tensor) else type(output).__name__
+        raise ValueError(
+            f"`model`'s `{function}` must return one joint-space vector per input, [n, D], got "
+            f"{got} from {type(find_dual_encoder(model)).__name__}; pass "
+            "`encode=(encode_images, encode_texts)`"
+        )
+    embeds: Tensor = output
+    return embeds
+
+
+def _describe(image_processor: Any) -> str:
+    # As JSON: a processor made in code has tuples and enums where one read from a file has not.
+    settings = {
+        key: value
+        for key, value in image_processor.to_dict().items()
+        if value is not None and key not in _NOT_PREPROCESSING
+    }
+    return json.dumps(settings, sort_keys=True, default=str)
 
 
 def _find_processor(config: Any, processor: Any) -> Any:

@@ -168,10 +168,12 @@ class Forecaster:
             f"line on IIMM through {len(rows)} runs of this model under method {method!r} "
             f"({len({o.task for o in rows})} tasks)"
         )
-        if gain is None and mean is None:
+        if over_error is None and mean is None:
             basis = f"no forecast: the {len(rows)} runs on record all have about the same IIMM"
         elif not min(x) <= measurement.iimm <= max(x):
             basis += f"; IIMM {measurement.iimm:.3f} lies outside theirs, so it extrapolates"
+        if zero_shot_accuracy > NEAR_CEILING:
+            basis += f"; no gain is forecast: zero-shot accuracy {zero_shot_accuracy:.2f} is near 1"
         return Forecast(gain, mean, worst, basis, len(rows))
 
     def update(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from numbers import Real
 from typing import Literal
 
 from scipy import stats
@@ -36,6 +37,8 @@ class Limits:
 
     def __post_init__(self) -> None:
         limit = self.max_forgetting
+        if limit is not None and not isinstance(limit, Real):
+            raise TypeError(f"`max_forgetting` must be a number or None, got {limit!r}")
         if limit is not None and not 0 < limit <= 1:
             hint = f"; write {limit / 100} for {limit} points" if 1 < limit <= 100 else ""
             raise ValueError(

@@ -14,7 +14,6 @@ and "intra" swapped; the words here are the paper's.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -23,12 +22,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-ArrayLike = Tensor | np.ndarray
+from .embeddings import ArrayLike, as_labels, as_matrix, row_norms, unit_rows
 
 _GROUPS = 32
 # Which jackknife group an image belongs to depends on its position alone, so that any chunking
 # gives the same standard error. A fixed shuffle, because data sets often come sorted by class.
 _GROUP_OF = torch.randperm(1024, generator=torch.Generator().manual_seed(0)) % _GROUPS
+_SMALL = 2**20  # numbers in an update; up to here all arithmetic is in float64
 _CHUNK_BYTES = {"cpu": 2**21, "cuda": 2**26}  # CPU: what stays in a core's cache
 
 
@@ -89,7 +89,7 @@ def iimm(
         >>> round(m.inter, 6), round(m.intra, 6), round(m.iimm, 6)
         (0.2, 0.466667, 0.333333)
     """
-    images = _matrix(image_embeds, "image_embeds")
+    images = as_matrix(image_embeds, "image_embeds")
     accumulator = IIMMAccumulator(text_embeds)
     if labels is None and len(images) != accumulator.n_classes:
         raise ValueError(
@@ -128,13 +128,13 @@ class IIMMAccumulator:
 
     @torch.no_grad()
     def __init__(self, text_embeds: ArrayLike, *, offset: int = 0) -> None:
-        texts = _matrix(text_embeds, "text_embeds")
+        texts = as_matrix(text_embeds, "text_embeds")
         if len(texts) < 2:
             raise ValueError(
                 f"`text_embeds` must hold at least 2 classes, got {len(texts)}: IIMM compares "
                 "images with the texts of wrong classes; add the other class names"
             )
-        self._texts = _unit(texts, "text_embeds")  # [C, D]
+        self._texts = unit_rows(texts, "text_embeds")  # [C, D]
         self._position = offset
         zeros = partial(torch.zeros, dtype=torch.float64, device=texts.device)
         self._sums = zeros(_GROUPS, texts.shape[1])  # Σ x_i per group, [G, D]
@@ -160,7 +160,7 @@ class IIMMAccumulator:
             ValueError: Shapes do not match, a label is out of range, a zero or non-finite
                 embedding. The accumulator is then unchanged.
         """
-        images = _matrix(image_embeds, "image_embeds").to(self._texts.device)
+        images = as_matrix(image_embeds, "image_embeds").to(self._texts.device)
         if images.shape[1] != self._texts.shape[1]:
             raise ValueError(
                 f"`image_embeds` and `text_embeds` must have the same width, got "
@@ -169,15 +169,17 @@ class IIMMAccumulator:
             )
         if labels is None:
             labels = torch.arange(self._position, self._position + len(images))
-        index = check_labels(labels, len(images), self.n_classes).to(images.device)
+        index = as_labels(labels, len(images), self.n_classes).to(images.device)
         # Work on copies so that a bad row half-way leaves the state as it was.
         state = sums, correct, counts = [
             t.clone() for t in (self._sums, self._correct, self._counts)
         ]
-        texts = self._texts.to(torch.promote_types(images.dtype, torch.float32))
+        # float32 errors of single rows average out over many images, not over a few.
+        least = torch.float64 if images.numel() <= _SMALL else torch.float32
+        texts = self._texts.to(torch.promote_types(images.dtype, least))
         for rows in _chunks(images):
             x = images[rows].to(texts.dtype)
-            weights = 1 / _norms(x, "image_embeds", first_row=rows.start)
+            weights = 1 / row_norms(x, "image_embeds", first_row=rows.start)
             places = torch.arange(rows.start, rows.start + len(x)) + self._position
             group = _GROUP_OF[places % len(_GROUP_OF)].to(x.device)
             _add_by_group(sums, x, weights, group)
@@ -273,104 +275,25 @@ def drift_bound(
         ("image_embeds", image_embeds_before, image_embeds_after),
         ("text_embeds", text_embeds_before, text_embeds_after),
     ):
-        pair = [_matrix(m, f"{name}_{w}") for m, w in ((before, "before"), (after, "after"))]
+        pair = [as_matrix(m, f"{name}_{w}") for m, w in ((before, "before"), (after, "after"))]
         if pair[0].shape != pair[1].shape or len(pair[0]) < 2:
             raise ValueError(
                 f"`{name}_before` and `{name}_after` must have one shape with at least 2 rows, "
                 f"got {tuple(pair[0].shape)} and {tuple(pair[1].shape)}"
             )
-        a, b = (_unit(m, f"{name}_{w}") for m, w in zip(pair, ("before", "after"), strict=True))
+        a, b = (unit_rows(m, f"{name}_{w}") for m, w in zip(pair, ("before", "after"), strict=True))
         moved.append(torch.linalg.vector_norm(b - a, dim=1))
     images, texts = moved
-    index = check_labels(labels, len(images), len(texts)).to(texts.device)
+    index = as_labels(labels, len(images), len(texts)).to(texts.device)
     d = float(images.mean())
     e = float((texts.sum() - texts[index].mean()) / (len(texts) - 1))
     return d + (d + e) / 2
-
-
-def check_labels(labels: ArrayLike, n_images: int, n_classes: int) -> Tensor:
-    """Labels as a 1-D int64 tensor, or an error that names what is wrong with them.
-
-    Args:
-        labels: [N] integers in [0, C), tensor, array or sequence.
-        n_images: N.
-        n_classes: C.
-
-    Returns:
-        [N] int64, on the device of `labels`.
-
-    Raises:
-        TypeError: Labels are not integers.
-        ValueError: Not one per image, or one outside [0, C).
-    """
-    try:
-        index = torch.as_tensor(_native(labels) if isinstance(labels, np.ndarray) else labels)
-    except (TypeError, ValueError, RuntimeError) as error:  # strings, ragged lists, None
-        kind = type(labels).__name__
-        raise TypeError(f"`labels` must be integers, got {kind} ({error})") from error
-    whole = not (index.is_floating_point() or index.is_complex() or index.dtype == torch.bool)
-    if not whole and index.numel():  # an empty list becomes an empty float tensor
-        raise TypeError(f"`labels` must be integers, got {index.dtype}")
-    if index.shape != (n_images,):
-        raise ValueError(
-            f"`labels` must hold one integer per image, expected shape ({n_images},), "
-            f"got {tuple(index.shape)}"
-        )
-    index = index.long()
-    if len(index) and not 0 <= (low := int(index.min())) <= (high := int(index.max())) < n_classes:
-        raise ValueError(
-            f"`labels` must lie in [0, {n_classes}) for {n_classes} class texts, got "
-            f"{low if low < 0 else high}; pass one text per class"
-        )
-    return index
-
-
-def _native(values: np.ndarray) -> Tensor | np.ndarray:
-    """The array as torch takes it: native byte order, no long doubles, no negative strides."""
-    if values.dtype.kind == "f" and values.dtype.itemsize > 8:
-        values = values.astype(np.float64)
-    values = values.astype(values.dtype.newbyteorder("="), copy=False)
-    if any(stride < 0 for stride in values.strides):
-        values = values.copy()
-    with warnings.catch_warnings():  # read-only memory is fine: nothing here writes to it
-        warnings.filterwarnings("ignore", message=".*not writable")
-        return torch.as_tensor(values)
-
-
-def _matrix(values: ArrayLike, name: str) -> Tensor:
-    if not isinstance(values, Tensor | np.ndarray):
-        raise TypeError(f"`{name}` must be a torch tensor or numpy array, got {type(values)}")
-    matrix = torch.as_tensor(_native(values) if isinstance(values, np.ndarray) else values).detach()
-    if not matrix.is_floating_point():
-        raise TypeError(f"`{name}` must be of a float dtype, got {matrix.dtype}")
-    if matrix.ndim != 2 or matrix.shape[1] == 0:
-        raise ValueError(
-            f"`{name}` must be a matrix with one embedding per row, got shape {tuple(matrix.shape)}"
-        )
-    return matrix.cpu() if matrix.device.type == "mps" else matrix  # MPS has no float64
 
 
 def _chunks(matrix: Tensor) -> Iterator[slice]:
     size = _CHUNK_BYTES.get(matrix.device.type, 2**26) // (4 * matrix.shape[1])
     step = max(_GROUPS, size)
     return (slice(i, min(i + step, len(matrix))) for i in range(0, len(matrix), step))
-
-
-def _norms(rows: Tensor, name: str, first_row: int = 0) -> Tensor:
-    """[n] lengths of the rows; a zero or non-finite row is an error."""
-    norms: Tensor = torch.linalg.vector_norm(rows, dim=1)
-    if len(rows) and not 0 < float(norms.min()) <= float(norms.max()) < float("inf"):
-        bad = int((~(norms > 0) | ~norms.isfinite()).nonzero()[0])
-        raise ValueError(
-            f"`{name}` must be finite and non-zero, row {first_row + bad} has norm "
-            f"{float(norms[bad])}; check the model's weights and the input of that row"
-        )
-    return norms
-
-
-def _unit(rows: Tensor, name: str) -> Tensor:
-    wide = rows.double()
-    return wide / _norms(wide, name)[:, None]
 
 
 def _add_by_group(sums: Tensor, rows: Tensor, weights: Tensor, group: Tensor) -> None:

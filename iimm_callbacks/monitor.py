@@ -14,9 +14,10 @@ import numpy as np
 import torch
 from torch import nn
 
+from . import keys
 from .accuracy import Forgetting, forgetting, paired_drop
 from .encoders import EncodePair, find_dual_encoder, model_fingerprint
-from .forecast import Forecast, Forecaster, Prediction
+from .forecast import Forecast, Forecaster
 from .guard import Limits, Verdict, judge
 from .measure import Measurement
 from .outcomes import Outcome, as_outcomes
@@ -25,8 +26,6 @@ from .tasks import Task
 from .tuning import detect
 
 logger = logging.getLogger(__name__)
-
-PREFIX = "eval_iimm"
 
 
 class IIMMMonitor:
@@ -134,7 +133,7 @@ class IIMMMonitor:
         if not self.history:
             self.forecast = prior
             self.verdict = judge(prior, None, self.limits)
-            self.history.append(self._row(baseline, 0.0, prior, None))
+            self.history.append(self._row(baseline, 0.0, None))
         return self.verdict
 
     def check(self, model: nn.Module, step: int, total_steps: int) -> Verdict:
@@ -190,7 +189,7 @@ class IIMMMonitor:
         )
         # At the end there is nothing left to forecast.
         self.verdict = judge(self.forecast if share < 1 else None, observed, self.limits)
-        self.history.append(self._row(look, share, self.forecast, observed))
+        self.history.append(self._row(look, share, observed))
         return self.verdict
 
     def retract(self) -> None:
@@ -233,11 +232,11 @@ class IIMMMonitor:
             standard_error=None if math.isnan(m.standard_error) else m.standard_error,
             n_images=m.n_images,
             n_classes=m.n_classes,
-            zero_shot_accuracy=first[f"{PREFIX}_accuracy"],
-            final_accuracy=last[f"{PREFIX}_accuracy"],
-            off_target_before={n: first[f"{PREFIX}_{n}_accuracy"] for n in off_target},
-            off_target_after={n: last[f"{PREFIX}_{n}_accuracy"] for n in off_target},
-            trajectory=[_trajectory_row(row) for row in self.history],
+            zero_shot_accuracy=first[keys.ACCURACY],
+            final_accuracy=last[keys.ACCURACY],
+            off_target_before={n: first[keys.accuracy_key(n)] for n in off_target},
+            off_target_after={n: last[keys.accuracy_key(n)] for n in off_target},
+            trajectory=[keys.trajectory_row(row) for row in self.history],
             complete=complete,
             ended=ended,
             recipe=recipe or {},
@@ -245,7 +244,7 @@ class IIMMMonitor:
 
     def row(self) -> dict[str, float]:
         """The latest look's logged keys, Python floats only."""
-        return {k: v for k, v in self.history[-1].items() if k.startswith(PREFIX)}
+        return {k: v for k, v in self.history[-1].items() if k.startswith(keys.PREFIX)}
 
     def record(self) -> dict[str, Any]:
         """The run so far as JSON-ready data: what `report` shows and a file keeps."""
@@ -303,40 +302,21 @@ class IIMMMonitor:
                 "compare; restore them, or start a new run"
             )
 
-    def _split(self, look: Look) -> dict[str, np.ndarray]:
-        return {task.name: look.correct[task.name] for task in self.probe.off_target}
-
-    def _row(
-        self, look: Look, share: float, forecast: Forecast, observed: Forgetting | None
-    ) -> dict[str, Any]:
+    def _row(self, look: Look, share: float, observed: Forgetting | None) -> dict[str, Any]:
         assert self._baseline is not None
-        task = self.probe.task.name
-        m = look.measurement
-        row: dict[str, Any] = {
-            PREFIX: m.iimm,
-            f"{PREFIX}_inter": m.inter,
-            f"{PREFIX}_intra": m.intra,
-            f"{PREFIX}_accuracy": look.accuracy(task),
-            f"{PREFIX}_gain_observed": look.accuracy(task) - self._baseline.accuracy(task),
-            f"{PREFIX}_runtime": look.runtime,
-        }
-        if not math.isnan(m.standard_error):
-            row[f"{PREFIX}_se"] = m.standard_error
-        if self.probe.off_target:
-            row[f"{PREFIX}_forgetting_observed"] = observed.mean.value if observed else 0.0
-            row[f"{PREFIX}_forgetting_worst"] = observed.worst.value if observed else 0.0
-        row |= _interval("gain", forecast.gain) | _interval("forgetting", forecast.forgetting)
-        if self.verdict.exceed_probability is not None:
-            row[f"{PREFIX}_exceed_probability"] = self.verdict.exceed_probability
-        for other in self.probe.off_target:
-            row[f"{PREFIX}_{other.name}_accuracy"] = look.accuracy(other.name)
-        return row | {
+        assert self.forecast is not None
+        return keys.look_row(
+            look, self._baseline, self.probe.task.name, self.forecast, observed, self.verdict
+        ) | {
             "step": look.step,
             "share": share,
             "level": self.verdict.level,
             "reason": self.verdict.reason,
             "time": time.time(),
         }
+
+    def _split(self, look: Look) -> dict[str, np.ndarray]:
+        return {task.name: look.correct[task.name] for task in self.probe.off_target}
 
 
 def check_tasks(task: Task, off_target: Sequence[Task]) -> None:
@@ -365,22 +345,6 @@ def check_tasks(task: Task, off_target: Sequence[Task]) -> None:
             f"`task` and `off_target` must have names of their own, got {doubles} more than once; "
             "they name the logged keys"
         )
-
-
-def _interval(name: str, prediction: Prediction | None) -> dict[str, float]:
-    if prediction is None:
-        return {}
-    key = f"{PREFIX}_{name}_forecast"
-    return {key: prediction.point, f"{key}_low": prediction.low, f"{key}_high": prediction.high}
-
-
-def _trajectory_row(row: dict[str, Any]) -> dict[str, float]:
-    keys = ("gain_observed", "forgetting_observed", "forgetting_worst")
-    names = ("gain", "forgetting", "worst")
-    seen = {
-        n: row[f"{PREFIX}_{k}"] for n, k in zip(names, keys, strict=True) if f"{PREFIX}_{k}" in row
-    }
-    return {"share": row["share"], **seen}
 
 
 def _name(model: nn.Module) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -95,8 +96,13 @@ def append_outcome(path: str | Path, outcome: Outcome) -> None:
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(asdict(outcome), allow_nan=False, sort_keys=True) + "\n")
+    line = json.dumps(asdict(outcome), allow_nan=False, sort_keys=True) + "\n"
+    with path.open("ab+") as file:
+        if file.seek(0, os.SEEK_END):
+            file.seek(-1, os.SEEK_END)
+            if file.read(1) != b"\n":  # a crash cut the last line short: do not lose this one too
+                line = "\n" + line
+        file.write(line.encode())
 
 
 def read_outcomes(path: str | Path) -> list[Outcome]:

@@ -12,7 +12,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from .monitor import PREFIX
+from . import keys
 
 _WIDTH = 96
 
@@ -33,14 +33,14 @@ def preflight_table(record: dict[str, Any]) -> str:
     table.add_column("measured", no_wrap=True)
     table.add_column("value", justify="right", no_wrap=True)
     table.add_column("meaning")
-    se = f" ± {row[f'{PREFIX}_se']:.3f}" if f"{PREFIX}_se" in row else ""
+    se = f" ± {row[keys.STANDARD_ERROR]:.3f}" if keys.STANDARD_ERROR in row else ""
     n, c = record["n_images"], record["n_classes"]
-    table.add_row("IIMM", f"{row[PREFIX]:.3f}{se}", f"{n} images, {c} class prompts")
-    table.add_row("  inter-modal", f"{row[f'{PREFIX}_inter']:.3f}", "image to wrong-class text")
-    table.add_row("  intra-modal", f"{row[f'{PREFIX}_intra']:.3f}", "image to image")
-    table.add_row("zero-shot accuracy", _percent(row[f"{PREFIX}_accuracy"]), record["task"])
+    table.add_row("IIMM", f"{row[keys.PREFIX]:.3f}{se}", f"{n} images, {c} class prompts")
+    table.add_row("  inter-modal", f"{row[keys.INTER]:.3f}", "image to wrong-class text")
+    table.add_row("  intra-modal", f"{row[keys.INTRA]:.3f}", "image to image")
+    table.add_row("zero-shot accuracy", _percent(row[keys.ACCURACY]), record["task"])
     for name in record["off_target"]:
-        accuracy = _percent(row[f"{PREFIX}_{name}_accuracy"])
+        accuracy = _percent(row[keys.accuracy_key(name)])
         table.add_row("", accuracy, f"{name} (off-target)")
     for name in ("gain", "forgetting"):
         meaning = "points at the end, 90 % interval" if _has(row, name) else record["basis"]
@@ -54,15 +54,15 @@ def preflight_table(record: dict[str, Any]) -> str:
 def look_line(row: dict[str, Any]) -> str:
     """One look during training, on one line."""
     parts = [
-        f"IIMM step {row['step']} ({row['share']:.0%}): {row[PREFIX]:.3f}",
-        f"gain {_points(row[f'{PREFIX}_gain_observed'])}",
+        f"IIMM step {row['step']} ({row['share']:.0%}): {row[keys.PREFIX]:.3f}",
+        f"gain {_points(row[keys.observed_key('gain')])}",
     ]
-    if f"{PREFIX}_forgetting_observed" in row:
-        parts.append(f"forgetting {_points(row[f'{PREFIX}_forgetting_observed'])}")
+    if keys.observed_key("forgetting") in row:
+        parts.append(f"forgetting {_points(row[keys.observed_key('forgetting')])}")
     if _has(row, "forgetting") and row["share"] < 1:
         parts.append(f"forecast {_forecast(row, 'forgetting')}")
-    if f"{PREFIX}_exceed_probability" in row:
-        parts.append(f"P(exceed) {row[f'{PREFIX}_exceed_probability']:.2f}")
+    if keys.EXCEED in row:
+        parts.append(f"P(exceed) {row[keys.EXCEED]:.2f}")
     return " | ".join([*parts, row["level"]])
 
 
@@ -81,14 +81,14 @@ def summary_table(record: dict[str, Any]) -> str:
     )
     for column in ("in points", "predicted before training", "observed"):
         table.add_column(column, justify="left" if column == "in points" else "right")
-    table.add_row("gain", _forecast(first, "gain"), _points(last[f"{PREFIX}_gain_observed"]))
+    table.add_row("gain", _forecast(first, "gain"), _points(last[keys.observed_key("gain")]))
     if record["off_target"]:
-        mean = _points(last[f"{PREFIX}_forgetting_observed"])
-        worst = _points(last[f"{PREFIX}_forgetting_worst"])
+        mean = _points(last[keys.observed_key("forgetting")])
+        worst = _points(last[keys.WORST])
         table.add_row("forgetting, mean", _forecast(first, "forgetting"), mean)
         table.add_row("forgetting, worst", "", worst)
     for name in record["off_target"]:
-        key = f"{PREFIX}_{name}_accuracy"
+        key = keys.accuracy_key(name)
         change = f"{_percent(first[key])} -> {_percent(last[key])}"
         table.add_row(f"  {name}", "", change)
     notes = [f"Run: {record['ended']}. Last verdict: {last['level']} ({last['reason']})."]
@@ -145,26 +145,27 @@ def save_run(record: dict[str, Any], path: str | Path) -> None:
         OSError: The file cannot be written.
     """
     path = Path(path)
+    text = json.dumps(record, indent=1, allow_nan=False)
     with tempfile.NamedTemporaryFile(
         "w", dir=path.parent, prefix=path.name, delete=False, encoding="utf-8"
     ) as file:
-        json.dump(record, file, indent=1, allow_nan=False)
+        file.write(text)
         file.flush()
         os.fsync(file.fileno())
     os.replace(file.name, path)
 
 
 def _plot_outcome(axis: Any, record: dict[str, Any], name: str) -> None:
-    looks = [row for row in record["looks"] if f"{PREFIX}_{name}_observed" in row]
+    looks = [row for row in record["looks"] if keys.observed_key(name) in row]
     steps = [row["step"] for row in looks]
-    observed = [100 * row[f"{PREFIX}_{name}_observed"] for row in looks]
+    observed = [100 * row[keys.observed_key(name)] for row in looks]
     axis.plot(steps, observed, "o-", color="black", label=f"observed {name}")
     if name == "forgetting" and looks:
-        worst = [100 * row[f"{PREFIX}_forgetting_worst"] for row in looks]
+        worst = [100 * row[keys.WORST] for row in looks]
         axis.plot(steps, worst, "--", color="grey", label="worst off-target task")
     forecast = [row for row in looks if _has(row, name)]
     if forecast:
-        key = f"{PREFIX}_{name}_forecast"
+        key = keys.forecast_key(name)
         at = [row["step"] for row in forecast]
         axis.plot(
             at, [100 * row[key] for row in forecast], color="tab:blue", label="forecast of the end"
@@ -185,20 +186,22 @@ def _plot_outcome(axis: Any, record: dict[str, Any], name: str) -> None:
 
 
 def _render(table: Table) -> str:
-    console = Console(width=_WIDTH, file=io.StringIO(), color_system=None, legacy_windows=False)
+    console = Console(
+        width=_WIDTH, file=io.StringIO(), color_system=None, markup=False, emoji=False
+    )
     with console.capture() as capture:
         console.print(table)
     return capture.get().rstrip()
 
 
 def _has(row: dict[str, Any], name: str) -> bool:
-    return f"{PREFIX}_{name}_forecast" in row
+    return keys.forecast_key(name) in row
 
 
 def _forecast(row: dict[str, Any], name: str) -> str:
     if not _has(row, name):
         return "none"
-    key = f"{PREFIX}_{name}_forecast"
+    key = keys.forecast_key(name)
     low, high = _points(row[f"{key}_low"]), _points(row[f"{key}_high"])
     return f"{_points(row[key])} [{low}, {high}]"
 

@@ -50,10 +50,10 @@ def is_due(every: Every, step: int, total_steps: int) -> bool:
         return False
     if isinstance(every, int):
         return step % every == 0
-    shares: tuple[float, ...] = DEFAULT_SHARES
-    if every is not None:
-        shares = tuple(every * k for k in range(1, math.ceil(1 / every)))
-    return step in {math.ceil(share * total_steps - 1e-9) for share in shares}
+    if every is None:
+        return step in {math.ceil(share * total_steps - 1e-9) for share in DEFAULT_SHARES}
+    gap = every * total_steps  # due where a multiple of it lies in (step - 1, step]
+    return math.floor((step + 1e-9) / gap) > math.floor((step - 1 + 1e-9) / gap)
 
 
 @dataclass

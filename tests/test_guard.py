@@ -56,7 +56,7 @@ ABSENT = Forecast(None, None, None, "no forecast: nothing on record")
         # Mean and worst.
         (forecast(0.01, 0.01, 0.06), None, WORST, "stop", 0.830, "forecast worst forgetting 6.0"),
         (None, observed(0.0, 0.01, worst=0.2), WORST, "stop", 1.0, "worst forgetting on 'b' 20.0"),
-        (forecast(0.01, 0.01, 0.2), observed(0.0, 0.01, 0.2), LIMITS, "continue", 0.002, "mean"),
+        (forecast(0.01, 0.01, 0.2), observed(0.0, 0.01, 0.2), LIMITS, "continue", 0.001, "mean"),
         # Certainty.
         (forecast(0.06, 0.0), None, LIMITS, "stop", 1.0, "probability 1.00"),
         (None, observed(0.06, 0.0), LIMITS, "stop", 1.0, "probability 1.00"),

@@ -1,0 +1,114 @@
+"""Embeddings and labels as they come from users -> checked tensors, or an error that says why."""
+
+from __future__ import annotations
+
+import warnings
+
+import numpy as np
+import torch
+from torch import Tensor
+
+ArrayLike = Tensor | np.ndarray
+
+
+def as_matrix(values: ArrayLike, name: str) -> Tensor:
+    """Embeddings as a float tensor [N, D] without gradient; shares memory where it can.
+
+    Args:
+        values: Torch tensor or numpy array of any float dtype, on any device.
+        name: Of the argument, for the error.
+
+    Raises:
+        TypeError: Neither tensor nor array, or not of a float dtype.
+        ValueError: Not a matrix.
+    """
+    if not isinstance(values, Tensor | np.ndarray):
+        raise TypeError(f"`{name}` must be a torch tensor or numpy array, got {type(values)}")
+    matrix = torch.as_tensor(_native(values) if isinstance(values, np.ndarray) else values).detach()
+    if not matrix.is_floating_point():
+        raise TypeError(f"`{name}` must be of a float dtype, got {matrix.dtype}")
+    if matrix.ndim != 2 or matrix.shape[1] == 0:
+        raise ValueError(
+            f"`{name}` must be a matrix with one embedding per row, got shape {tuple(matrix.shape)}"
+        )
+    return matrix.cpu() if matrix.device.type == "mps" else matrix  # MPS has no float64
+
+
+def as_labels(labels: ArrayLike, n_images: int, n_classes: int) -> Tensor:
+    """Labels as a 1-D int64 tensor, or an error that names what is wrong with them.
+
+    Args:
+        labels: [N] integers in [0, C), tensor, array or sequence.
+        n_images: N.
+        n_classes: C.
+
+    Returns:
+        [N] int64, on the device of `labels`.
+
+    Raises:
+        TypeError: Labels are not integers.
+        ValueError: Not one per image, or one outside [0, C).
+    """
+    try:
+        index = torch.as_tensor(_native(labels) if isinstance(labels, np.ndarray) else labels)
+    except (TypeError, ValueError, RuntimeError) as error:  # strings, ragged lists, None
+        kind = type(labels).__name__
+        raise TypeError(f"`labels` must be integers, got {kind} ({error})") from error
+    whole = not (index.is_floating_point() or index.is_complex() or index.dtype == torch.bool)
+    if not whole and index.numel():  # an empty list becomes an empty float tensor
+        raise TypeError(f"`labels` must be integers, got {index.dtype}")
+    if index.shape != (n_images,):
+        raise ValueError(
+            f"`labels` must hold one integer per image, expected shape ({n_images},), "
+            f"got {tuple(index.shape)}"
+        )
+    index = index.long()
+    if len(index) and not 0 <= (low := int(index.min())) <= (high := int(index.max())) < n_classes:
+        raise ValueError(
+            f"`labels` must lie in [0, {n_classes}) for {n_classes} class texts, got "
+            f"{low if low < 0 else high}; pass one text per class"
+        )
+    return index
+
+
+def _native(values: np.ndarray) -> Tensor | np.ndarray:
+    """The array as torch takes it: native byte order, no long doubles, no negative strides."""
+    if values.dtype.kind == "f" and values.dtype.itemsize > 8:
+        values = values.astype(np.float64)
+    values = values.astype(values.dtype.newbyteorder("="), copy=False)
+    if any(stride < 0 for stride in values.strides):
+        values = values.copy()
+    with warnings.catch_warnings():  # read-only memory is fine: nothing here writes to it
+        warnings.filterwarnings("ignore", message=".*not writable")
+        return torch.as_tensor(values)
+
+
+def row_norms(rows: Tensor, name: str, first_row: int = 0) -> Tensor:
+    """Lengths of the rows [n]; a zero or non-finite row is an error.
+
+    Args:
+        rows: [n, D] float.
+        name: Of the argument, for the error.
+        first_row: Position of the first row in the whole set, for the error.
+
+    Raises:
+        ValueError: A row is zero or not finite; names it.
+    """
+    norms: Tensor = torch.linalg.vector_norm(rows, dim=1)
+    if len(rows) and not 0 < float(norms.min()) <= float(norms.max()) < float("inf"):
+        bad = int((~(norms > 0) | ~norms.isfinite()).nonzero()[0])
+        raise ValueError(
+            f"`{name}` must be finite and non-zero, row {first_row + bad} has norm "
+            f"{float(norms[bad])}; check the model's weights and the input of that row"
+        )
+    return norms
+
+
+def unit_rows(rows: Tensor, name: str) -> Tensor:
+    """Rows [n, D] scaled to length 1, in float64.
+
+    Raises:
+        ValueError: As `row_norms`.
+    """
+    wide = rows.double()
+    return wide / row_norms(wide, name)[:, None]

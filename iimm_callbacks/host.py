@@ -1,0 +1,47 @@
+"""What the Trainer knows and does not hand its callbacks."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import torch
+from transformers import Trainer, TrainerState, TrainingArguments
+
+
+def find_trainer() -> Trainer | None:
+    """The Trainer that is calling, found on the call stack: no hook is handed it."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        caller = frame.f_locals.get("self")
+        if isinstance(caller, Trainer):
+            return caller
+        frame = frame.f_back  # type: ignore[assignment]
+    return None
+
+
+def any_rank(flag: bool, args: TrainingArguments) -> bool:
+    """Whether any rank says so; every rank must ask at the same step."""
+    if args.world_size == 1 or not torch.distributed.is_initialized():
+        return flag
+    agreed = torch.tensor([int(flag)], device=args.device)
+    torch.distributed.all_reduce(agreed, op=torch.distributed.ReduceOp.MAX)
+    return bool(agreed.item())
+
+
+def autocast_dtype(args: TrainingArguments) -> torch.dtype | None:
+    """The dtype of mixed-precision training, else None. The Trainer autocasts `forward` only."""
+    if args.bf16:
+        return torch.bfloat16
+    return torch.float16 if args.fp16 else None
+
+
+def recipe(args: TrainingArguments, state: TrainerState) -> dict[str, Any]:
+    """What is worth knowing of a run's settings years later, JSON-ready."""
+    return {
+        "optimizer": str(getattr(args.optim, "value", args.optim)),
+        "learning_rate": args.learning_rate,
+        "schedule": str(getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)),
+        "steps": state.max_steps,
+        "batch_size": args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
+    }

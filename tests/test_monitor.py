@@ -1,0 +1,236 @@
+"""The monitor in a training loop of the user's own: begin, check, end."""
+
+import json
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from iimm_callbacks import ImageCollator, Limits, PromptClassifier, append_outcome, read_outcomes
+from iimm_callbacks.encoders import model_fingerprint
+from iimm_callbacks.monitor import IIMMMonitor
+
+
+@pytest.fixture
+def make_monitor(colour_task, shape_task, processor):
+    def build(**settings):
+        off_target = settings.pop("off_target", [shape_task])
+        settings = {"processor": processor, "progress": False} | settings
+        return IIMMMonitor(colour_task, off_target, **settings)
+
+    return build
+
+
+@pytest.fixture
+def train(processor, colour_task, colours):
+    """(model, monitor, steps, start) -> trained by hand, looked at every second step."""
+
+    def run(model, monitor, steps=6, start=0):
+        classifier = PromptClassifier(model, colour_task, processor).train()
+        optimizer = torch.optim.SGD(classifier.parameters(), lr=0.05)
+        collate = ImageCollator(processor)
+        monitor.begin(model)
+        for step in range(start + 1, steps + 1):
+            rows = [colours[(8 * step + i) % 96] for i in range(8)]
+            classifier(**collate(rows))["loss"].backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            if step % 2 == 0:
+                monitor.check(model, step, steps)
+        return monitor
+
+    return run
+
+
+def timeless(rows):
+    return [{k: v for k, v in r.items() if k not in ("time", "eval_iimm_runtime")} for r in rows]
+
+
+def test_guards_a_loop_without_any_trainer(tiny_clip, make_monitor, train):
+    model = tiny_clip()
+    monitor = train(model, make_monitor())
+    assert [row["step"] for row in monitor.history] == [0, 2, 4, 6]
+    assert [row["share"] for row in monitor.history] == pytest.approx([0, 1 / 3, 2 / 3, 1])
+    first, last = monitor.history[0], monitor.history[-1]
+    gain = last["eval_iimm_accuracy"] - first["eval_iimm_accuracy"]
+    drop = first["eval_iimm_shapes_accuracy"] - last["eval_iimm_shapes_accuracy"]
+    assert last["eval_iimm_gain_observed"] == pytest.approx(gain)
+    assert last["eval_iimm_forgetting_observed"] == pytest.approx(drop)
+    assert last["eval_iimm_forgetting_worst"] == pytest.approx(drop)  # of one task
+    assert monitor.row().items() <= last.items()
+    assert all(type(v) is float for v in monitor.row().values())
+    assert model.training
+
+
+def test_the_loop_ends_at_the_weights_it_had_without_the_guard(tiny_clip, make_monitor, train):
+    class Blind:
+        def begin(self, model):
+            pass
+
+        def check(self, model, step, total_steps):
+            pass
+
+    guarded, plain = tiny_clip(dropout=0.3), tiny_clip(dropout=0.3)
+    for model, monitor in ((guarded, make_monitor()), (plain, Blind())):
+        torch.manual_seed(3)
+        train(model, monitor)
+    for one, other in zip(guarded.parameters(), plain.parameters(), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_a_wrecked_model_is_told_from_the_untouched_one(tiny_clip, make_monitor):
+    model = tiny_clip()
+    monitor = make_monitor(limits=Limits(max_forgetting=0.05))
+    # What the untouched model says of the shapes counts as right.
+    look = monitor.probe.look
+
+    def all_right_at_first(model, step, dtype=None):
+        seen = look(model, step, dtype)
+        seen.correct["shapes"][:] = step == 0
+        return seen
+
+    monitor.probe.look = all_right_at_first
+    assert monitor.begin(model).level == "continue"
+    verdict = monitor.check(model, 1, 10)
+    assert verdict.level == "stop"
+    assert "observed mean forgetting 100.0 points" in verdict.reason
+    assert monitor.verdict is verdict
+
+
+@pytest.mark.parametrize("call", [lambda m, x: m.check(x, 1, 2), lambda m, x: m.end()])
+def test_nothing_can_be_said_before_the_untouched_model_was_seen(tiny_clip, make_monitor, call):
+    with pytest.raises(RuntimeError, match=r"call `begin\(model\)` on the untouched model"):
+        call(make_monitor(), tiny_clip())
+
+
+def test_a_second_begin_is_refused(tiny_clip, make_monitor):
+    monitor = make_monitor()
+    monitor.begin(tiny_clip())
+    with pytest.raises(RuntimeError, match="`begin` was called already"):
+        monitor.begin(tiny_clip())
+
+
+def test_a_checkpoint_goes_through_json_and_back(tiny_clip, make_monitor, train):
+    monitor = train(tiny_clip(), make_monitor())
+    state = monitor.state_dict()
+    text = json.dumps(state, allow_nan=False)
+    again = make_monitor()
+    again.load_state_dict(json.loads(text))
+    assert again.state_dict() == state  # also before the run goes on
+    again.begin(tiny_clip())
+    assert again.state_dict() == state
+    assert again.verdict == monitor.verdict
+
+
+def test_a_run_goes_on_from_the_recorded_baseline(tiny_clip, make_monitor, train):
+    model = tiny_clip()
+    whole = train(tiny_clip(), make_monitor())
+    half = make_monitor()
+    half_state = {}
+
+    class UpToStep4:
+        def begin(self, model):
+            half.begin(model)
+
+        def check(self, model, step, total_steps):
+            if step == 4:
+                half_state.update(json.loads(json.dumps(half.state_dict())))
+                half_state["weights"] = {k: v.clone() for k, v in model.state_dict().items()}
+            else:
+                half.check(model, step, total_steps)
+
+    train(model, UpToStep4())
+    resumed_model, resumed = tiny_clip(), make_monitor()
+    resumed_model.load_state_dict(half_state.pop("weights"))
+    resumed.load_state_dict(half_state)
+    train(resumed_model, resumed, start=4)
+    missing_step_4 = [row for row in whole.history if row["step"] != 4]
+    assert timeless(resumed.history) == timeless(missing_step_4)
+    assert resumed.record()["model_fingerprint"] == model_fingerprint(tiny_clip())
+
+
+def test_state_is_empty_before_the_run_begins(make_monitor):
+    assert make_monitor().state_dict() == {}
+
+
+@pytest.mark.parametrize("moment", ["before", "begun", "ended", "restored"])
+def test_the_record_is_json_at_every_moment(tiny_clip, make_monitor, train, moment):
+    monitor = make_monitor()
+    if moment != "before":
+        train(tiny_clip(), monitor, steps=0 if moment == "begun" else 2)
+    if moment == "restored":
+        state, monitor = monitor.state_dict(), make_monitor()
+        monitor.load_state_dict(state)
+    record = monitor.record()
+    assert json.loads(json.dumps(record, allow_nan=False)) == record
+    assert [look["step"] for look in record["looks"]] == {
+        "before": [], "begun": [0], "ended": [0, 2], "restored": [0, 2]
+    }[moment]  # fmt: skip
+
+
+def test_a_finite_state_even_where_there_is_no_standard_error(tiny_clip, make_monitor, monkeypatch):
+    from dataclasses import replace
+
+    monitor = make_monitor()
+    look = monitor.probe.look
+
+    def without_error(*args):
+        seen = look(*args)
+        return replace(seen, measurement=replace(seen.measurement, standard_error=math.nan))
+
+    monitor.probe.look = without_error
+    monitor.begin(tiny_clip())
+    state = json.loads(json.dumps(monitor.state_dict(), allow_nan=False))
+    assert "eval_iimm_se" not in monitor.row()
+    assert monitor.end().standard_error is None
+    again = make_monitor()
+    again.load_state_dict(state)
+    again.begin(tiny_clip())
+    assert again.end().standard_error is None
+
+
+def test_the_outcome_is_read_back_from_file_as_it_was(tiny_clip, make_monitor, train, tmp_path):
+    monitor = train(tiny_clip(), make_monitor())
+    outcome = monitor.end(recipe={"optimizer": "sgd", "learning_rate": 0.05})
+    assert outcome.method == "full"
+    assert outcome.model == "CLIPModel"
+    assert outcome.model_fingerprint == model_fingerprint(tiny_clip())
+    assert outcome.task_fingerprint == monitor.probe.fingerprints["colours"]
+    assert outcome.gain == pytest.approx(monitor.history[-1]["eval_iimm_gain_observed"])
+    assert set(outcome.drops) == {"shapes"}
+    assert [look["share"] for look in outcome.trajectory] == pytest.approx([0, 1 / 3, 2 / 3, 1])
+    append_outcome(tmp_path / "runs.jsonl", outcome)
+    append_outcome(tmp_path / "runs.jsonl", outcome)
+    assert read_outcomes(tmp_path / "runs.jsonl") == [outcome, outcome]
+
+
+def test_a_run_without_off_target_tasks_has_an_outcome_too(
+    tiny_clip, make_monitor, train, tmp_path
+):
+    monitor = train(tiny_clip(), make_monitor(off_target=[]))
+    assert not any("forgetting" in key for key in monitor.row())
+    append_outcome(tmp_path / "runs.jsonl", monitor.end())
+    assert read_outcomes(tmp_path / "runs.jsonl") == [monitor.end()]
+
+
+def test_a_failing_look_leaves_history_and_verdict_as_they_were(tiny_clip, make_monitor, caplog):
+    model, monitor = tiny_clip(), make_monitor()
+    verdict = monitor.begin(model)
+    history = list(monitor.history)
+    broken = nn.Module()
+    for step in (1, 2):
+        assert monitor.check(broken, step, 10) is verdict
+    assert monitor.history == history
+    assert monitor.failures == 2
+    assert len([r for r in caplog.records if "could not measure" in r.message]) == 1
+    assert "step 1 (ValueError: `model` must be a dual encoder" in caplog.text
+    monitor.check(model, 3, 10)
+    assert monitor.history[-1]["step"] == 3
+
+
+def test_a_failing_look_raises_if_strict(tiny_clip, make_monitor):
+    monitor = make_monitor(strict=True)
+    monitor.begin(tiny_clip())
+    with pytest.raises(ValueError, match="got Module"):
+        monitor.check(nn.Module(), 1, 10)

@@ -1,0 +1,332 @@
+"""The probe: what it measures, and that it leaves no trace."""
+
+import copy
+import random
+
+import numpy as np
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from PIL import Image
+from torch import nn
+
+from iimm_callbacks import Task, iimm
+from iimm_callbacks.encoders import class_embeddings, find_encoder
+from iimm_callbacks.probe import Probe, undisturbed
+
+# peft 0.21 asks transformers 5 for `is_gradient_checkpointing`, which warns that it has a new name.
+pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is:FutureWarning")
+
+
+@pytest.fixture
+def make_probe(colour_task, shape_task, processor):
+    def build(task=colour_task, off_target=(shape_task,), **settings):
+        settings = {"processor": processor, "progress": False} | settings
+        return Probe(task, off_target, **settings)
+
+    return build
+
+
+@pytest.fixture
+def captions(colours):
+    rows = [colours[i] for i in range(12)]
+    return [(row["image"], f"picture {i} of a {row['label']}") for i, row in enumerate(rows)]
+
+
+def assert_same_look(one, other, atol=0.0):
+    numbers = [
+        [x.measurement.iimm, x.measurement.inter, x.measurement.intra, x.measurement.standard_error]
+        for x in (one, other)
+    ]
+    assert numbers[0] == pytest.approx(numbers[1], rel=0, abs=atol)
+    assert one.correct.keys() == other.correct.keys()
+    for name in one.correct:
+        np.testing.assert_array_equal(one.correct[name], other.correct[name])
+
+
+def embeds(model, processor, task, positions):
+    """Image and class embeddings of a task, straight from the model."""
+    encoder = find_encoder(model, processor)
+    model.eval()
+    with torch.no_grad():
+        images = encoder.embed_images(model, encoder.preprocess(task.images(positions)))
+        texts = encoder.embed_texts(model, encoder.tokenize(task.prompts(positions)))
+    return images, class_embeddings(texts, len(task.templates))
+
+
+# That it leaves no trace
+
+
+def test_modes_are_restored_module_by_module(tiny_clip):
+    model = tiny_clip().train()
+    model.vision_model.eval()
+    before = [m.training for m in model.modules()]
+    assert len(set(before)) == 2
+    with undisturbed(model):
+        assert not any(m.training for m in model.modules())
+        assert not torch.is_grad_enabled()
+    assert [m.training for m in model.modules()] == before
+    assert torch.is_grad_enabled()
+
+
+@pytest.mark.parametrize("raises", [False, True])
+def test_random_streams_and_modes_are_restored_even_by_an_exception(tiny_clip, raises):
+    def draws():
+        return random.random(), np.random.rand(), torch.rand(1).item()
+
+    def seed():
+        random.seed(7), np.random.seed(7), torch.manual_seed(7)
+
+    model = tiny_clip().train()
+    seed()
+    expected = draws()
+    seed()
+    try:
+        with undisturbed(model):
+            draws()
+            if raises:
+                raise KeyError("inside")
+    except KeyError:
+        assert raises
+    assert draws() == expected
+    assert all(m.training for m in model.modules())
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_look_leaves_weights_gradients_and_graph_alone(tiny_clip, make_probe, compiled):
+    bare = tiny_clip(dropout=0.5).train()
+    before = {k: v.clone() for k, v in bare.state_dict().items()}
+    model = torch.compile(bare, backend="eager") if compiled else bare
+    probe = make_probe()
+    probe.look(model, 0)
+    assert all(torch.equal(v, before[k]) for k, v in bare.state_dict().items())
+    assert all(p.grad is None and p.requires_grad for p in bare.parameters())
+    assert all(m.training for m in bare.modules())
+
+
+def test_the_embeddings_carry_no_graph(tiny_clip, make_probe, monkeypatch):
+    seen = []
+
+    def watching(images, texts, labels):
+        seen.extend([images, texts])
+        return iimm(images, texts, labels)
+
+    monkeypatch.setattr("iimm_callbacks.probe.iimm", watching)
+    make_probe().look(tiny_clip(), 0)
+    assert [t.requires_grad for t in seen] == [False, False]
+
+
+def test_a_look_within_autocast_leaves_no_weights_without_gradient_behind(tiny_clip, make_probe):
+    # Autocast keeps its casts of the weights; one made under no_grad has no way back to them.
+    model, probe = tiny_clip(), make_probe()
+    probe.prepare(model)
+    pixels = torch.rand(2, 3, 16, 16)
+    with torch.autocast("cpu", torch.bfloat16):
+        probe.look(model, 0)
+        out = model.get_image_features(pixel_values=pixels)
+        out = out if isinstance(out, torch.Tensor) else out.pooler_output
+        out.float().sum().backward()
+    assert all(p.grad is not None for p in model.visual_projection.parameters())
+
+
+# What it measures
+
+
+def test_measures_what_the_embeddings_give(
+    tiny_clip, make_probe, processor, colour_task, shape_task
+):
+    model = tiny_clip()
+    look = make_probe().look(model, 3)
+    assert look.step == 3
+    positions = colour_task.subset()
+    images, texts = embeds(model, processor, colour_task, positions)
+    labels = torch.tensor(colour_task.labels(positions))
+    assert look.measurement.iimm == pytest.approx(iimm(images, texts, labels).iimm, abs=1e-6)
+    for task in (colour_task, shape_task):
+        positions = task.subset(256)
+        images, texts = embeds(model, processor, task, positions)
+        nearest = (nn.functional.normalize(images, dim=1) @ texts.T).argmax(1)
+        right = (nearest == torch.tensor(task.labels(positions))).float().mean().item()
+        assert look.accuracy(task.name) == pytest.approx(right)
+    assert list(look.correct) == ["colours", "shapes"]
+
+
+def test_captions_are_measured_by_recall_at_1(tiny_clip, make_probe, processor, captions):
+    task = Task("captions", captions)
+    model = tiny_clip()
+    look = make_probe(task).look(model, 0)
+    positions = task.subset()
+    images, texts = embeds(model, processor, task, positions)
+    nearest = (nn.functional.normalize(images, dim=1) @ texts.T).argmax(1)
+    right = (nearest == torch.arange(12)).float().mean().item()
+    assert look.accuracy("captions") == pytest.approx(right)
+    assert look.measurement.n_images == look.measurement.n_classes == 12
+
+
+def test_every_look_shows_the_same_images(tiny_clip, make_probe):
+    model, probe = tiny_clip(), make_probe()
+    assert_same_look(probe.look(model, 0), probe.look(model, 1))
+
+
+def test_preprocessing_anew_gives_bit_equal_results(tiny_clip, make_probe):
+    model = tiny_clip()
+    cached, anew = make_probe(), make_probe(cache_limit=0)
+    assert_same_look(cached.look(model, 0), anew.look(model, 0))
+    assert_same_look(cached.look(model, 1), anew.look(model, 1))
+    assert cached.fingerprints == anew.fingerprints
+
+
+def test_without_cache_images_are_read_at_every_look_and_with_it_once(
+    tiny_clip, make_probe, shapes, monkeypatch
+):
+    reads = []
+    images = Task.images
+    monkeypatch.setattr(
+        Task, "images", lambda self, positions: reads.append(self.name) or images(self, positions)
+    )
+    for limit, expected in ((2**31, 2), (0, 2 * 3)):
+        reads.clear()
+        model, probe = tiny_clip(), make_probe(cache_limit=limit)
+        probe.look(model, 0)
+        probe.look(model, 1)
+        assert len(reads) == expected
+
+
+def test_the_cache_takes_the_tasks_that_fit(tiny_clip, make_probe):
+    task_only = 32 * 3 * 16 * 16 * 4  # float32 pixels of the task's 32 images
+    probe = make_probe(cache_limit=task_only)
+    probe.prepare(tiny_clip())
+    assert [p.batches is None for p in probe._prepared] == [False, True]
+
+
+@pytest.mark.parametrize("batch_size", [1, 7])
+def test_the_batch_size_changes_nothing(tiny_clip, make_probe, batch_size):
+    model = tiny_clip()
+    whole, parts = make_probe(), make_probe(batch_size=batch_size)
+    assert_same_look(whole.look(model, 0), parts.look(model, 0), atol=1e-6)
+    assert whole.fingerprints == parts.fingerprints
+
+
+def test_class_texts_are_encoded_anew_at_every_look(tiny_clip, make_probe):
+    model, probe = tiny_clip(), make_probe()
+    before = probe.look(model, 0).measurement
+    with torch.no_grad():
+        model.text_projection.weight.normal_()
+    after = probe.look(model, 1).measurement
+    assert after.inter != before.inter
+    assert after.intra == before.intra  # the images are embedded by the other tower
+
+
+def test_without_its_adapter_a_model_measures_as_its_base(tiny_clip, make_probe):
+    lora = LoraConfig(target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    model, probe = get_peft_model(tiny_clip(), lora), make_probe()
+    base = make_probe().look(tiny_clip(), 0)
+    with model.disable_adapter():
+        assert_same_look(probe.look(model, 0), base)
+    assert probe.look(model, 0).measurement.iimm != base.measurement.iimm
+
+
+@pytest.mark.parametrize("precision", ["weights", "autocast"])
+def test_bfloat16_measures_nearly_as_float32(tiny_clip, make_probe, precision):
+    exact = make_probe().look(tiny_clip(), 0).measurement
+    model = tiny_clip().bfloat16() if precision == "weights" else tiny_clip()
+    dtype = torch.bfloat16 if precision == "autocast" else None
+    look = make_probe().look(model, 0, autocast_dtype=dtype)
+    assert look.measurement.iimm == pytest.approx(exact.iimm, abs=0.02)
+    assert look.measurement.iimm != exact.iimm
+    assert next(model.parameters()).dtype == (torch.bfloat16 if dtype is None else torch.float32)
+
+
+def test_an_own_pair_of_functions_is_measured_like_the_models_own(tiny_clip, make_probe, processor):
+    model = tiny_clip()
+    own = find_encoder(model, processor)
+    pair = (
+        lambda m, images: own.embed_images(m, own.preprocess(images)),
+        lambda m, prompts: own.embed_texts(m, own.tokenize(prompts)),
+    )
+    by_pair = make_probe(processor=None, encode=pair)
+    assert_same_look(by_pair.look(model, 0), make_probe().look(model, 0))
+    assert by_pair.fingerprints.keys() == {"colours", "shapes"}
+
+
+# Fingerprints
+
+
+def test_there_are_no_fingerprints_before_the_images_were_read(make_probe):
+    assert make_probe().fingerprints == {}
+
+
+def test_fingerprints_change_with_prompts_images_labels_and_preprocessing_only(
+    tiny_clip, make_probe, colours, processor
+):
+    def fingerprint(dataset=colours, templates="a {} thing", model=None, **settings):
+        task = Task("colours", dataset, templates=templates, probe_size=32)
+        probe = make_probe(task, [], **settings)
+        probe.prepare(model or tiny_clip())
+        return probe.fingerprints["colours"]
+
+    expected = fingerprint()
+    other_weights = tiny_clip()
+    nn.init.normal_(other_weights.visual_projection.weight)
+    assert fingerprint(cache_limit=0, batch_size=5, progress=True) == expected
+    assert fingerprint(model=other_weights) == expected
+    assert fingerprint(dataset=colours.select(range(96))) == expected
+
+    pairs = [(row["image"], row["label"]) for row in colours]
+    names = colours.features["label"].names
+
+    def from_pairs(pairs):
+        task = Task("colours", pairs, templates="a {} thing", class_names=names, probe_size=32)
+        probe = make_probe(task, [])
+        probe.prepare(tiny_clip())
+        return probe.fingerprints["colours"], task.subset()
+
+    same, positions = from_pairs(pairs)
+    assert same == expected
+    image, label = pairs[positions[3]]
+    pixels = np.asarray(image).copy()
+    pixels[0, 0, 0] ^= 1
+    one_bit = list(pairs)
+    one_bit[positions[3]] = (Image.fromarray(pixels), label)
+    swapped = [(i, {0: 1, 1: 0}.get(y, y)) for i, y in pairs]
+    larger = copy.deepcopy(processor)
+    larger.image_processor.size = {"height": 24, "width": 24}
+    others = {
+        "prompts": fingerprint(templates="one {} thing"),
+        "images": from_pairs(one_bit)[0],
+        "labels": from_pairs(swapped)[0],
+        "preprocessing": fingerprint(processor=larger),
+    }
+    assert len({expected, *others.values()}) == 5, others
+
+
+# Bad input
+
+
+def test_a_corrupt_image_names_task_and_position(tiny_clip, make_probe, colours, tmp_path):
+    pairs = [(row["image"], row["label"]) for row in colours]
+    (tmp_path / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n and then nothing")
+    names = colours.features["label"].names
+    chosen = Task("colours", pairs, class_names=names, probe_size=32).subset()
+    pairs[chosen[5]] = (str(tmp_path / "broken.png"), pairs[chosen[5]][1])
+    task = Task("colours", pairs, class_names=names, probe_size=32)
+    model = tiny_clip().train()
+    with pytest.raises(ValueError, match=rf"task 'colours': image {chosen[5]} cannot be read"):
+        make_probe(task, []).look(model, 0)
+    assert model.training
+
+
+def test_an_off_target_task_with_the_images_and_prompts_of_the_task_is_refused(
+    tiny_clip, make_probe, colour_task, colours
+):
+    again = Task("again", colours, templates="a {} thing", probe_size=32)
+    with pytest.raises(ValueError, match="'again' is the task itself"):
+        make_probe(colour_task, [again]).prepare(tiny_clip())
+
+
+def test_weights_that_are_not_finite_are_refused(tiny_clip, make_probe):
+    model = tiny_clip()
+    with torch.no_grad():
+        model.visual_projection.weight.fill_(torch.inf)
+    with pytest.raises(ValueError, match="finite"):
+        make_probe().look(model, 0)
