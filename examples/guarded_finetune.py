@@ -36,7 +36,7 @@ from iimm_callbacks import (
 )
 from iimm_callbacks.report import plot_run, save_run
 
-LEARNING_RATE = {"full": 3e-4, "lora": 3e-3}
+LEARNING_RATE = {"full": 1e-4, "lora": 1e-3}
 
 
 @dataclass
@@ -51,7 +51,7 @@ class Settings:
     outcomes: str = field(default="", metadata={"help": "JSON lines of finished runs"})
     max_forgetting: float = field(default=0.05, metadata={"help": "Limit, a fraction"})
     action: str = field(default="warn", metadata={"help": "warn or stop"})
-    steps: int = field(default=150, metadata={"help": "Optimizer steps"})
+    steps: int = field(default=120, metadata={"help": "Optimizer steps"})
     batch_size: int = field(default=32, metadata={"help": "Images per step"})
     learning_rate: float = field(default=0.0, metadata={"help": "Default: by method"})
     seed: int = field(default=0, metadata={"help": "Of the training"})
@@ -105,7 +105,7 @@ def finetune(settings, outcomes):
         max_steps=8 if settings.smoke else settings.steps,
         per_device_train_batch_size=settings.batch_size,
         learning_rate=settings.learning_rate or LEARNING_RATE[settings.method],
-        warmup_steps=0.1,
+        warmup_steps=15,
         logging_steps=50,
         save_strategy="no",
         report_to="none",

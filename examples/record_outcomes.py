@@ -24,7 +24,7 @@ class Settings:
     output: str = field(default="outcomes.jsonl", metadata={"help": "JSON-lines file to append to"})
     methods: str = field(default="full,lora", metadata={"help": "Separated by commas"})
     tasks: str = field(default="", metadata={"help": "Separated by commas; default: all shipped"})
-    steps: int = field(default=150, metadata={"help": "Optimizer steps of each run"})
+    steps: int = field(default=120, metadata={"help": "Optimizer steps of each run"})
     smoke: bool = field(default=False, metadata={"help": "A few steps each, to see that it runs"})
 
 

@@ -95,7 +95,9 @@ def row_norms(rows: Tensor, name: str, first_row: int = 0) -> Tensor:
         ValueError: A row is zero or not finite; names it.
     """
     norms: Tensor = torch.linalg.vector_norm(rows, dim=1)
-    if len(rows) and not 0 < float(norms.min()) <= float(norms.max()) < float("inf"):
+    if not _usable(norms):  # the squares of huge or tiny numbers leave the range of float32
+        norms = torch.linalg.vector_norm(rows.double(), dim=1).to(rows.dtype)
+    if not _usable(norms):
         bad = int((~(norms > 0) | ~norms.isfinite()).nonzero()[0])
         raise ValueError(
             f"`{name}` must be finite and non-zero, row {first_row + bad} has norm "
@@ -112,3 +114,7 @@ def unit_rows(rows: Tensor, name: str) -> Tensor:
     """
     wide = rows.double()
     return wide / row_norms(wide, name)[:, None]
+
+
+def _usable(norms: Tensor) -> bool:
+    return len(norms) == 0 or 0 < float(norms.min()) <= float(norms.max()) < float("inf")

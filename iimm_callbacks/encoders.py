@@ -19,8 +19,14 @@ EncodePair = tuple[
 # The families (`config.model_type`) whose text tower was trained on text padded to its full length
 # and reads the padding; every other family masks it.
 _READS_PADDING = ("siglip", "siglip2")
-# Settings of an image processor that say who it is, not what it does to pixels.
-_NOT_PREPROCESSING = ("image_processor_type", "processor_class", "_processor_class")
+# Settings of an image processor that do nothing to the pixels of an RGB image, and differ between
+# versions of transformers.
+_NOT_PREPROCESSING = (
+    "image_processor_type",
+    "processor_class",
+    "_processor_class",
+    "do_convert_rgb",
+)
 
 
 @dataclass(frozen=True)

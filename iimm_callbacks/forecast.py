@@ -208,11 +208,11 @@ class Forecaster:
             "worst": lambda o: o.worst,
         }
         updated: dict[str, Any] = {}
+        followed = [o for o in rows if o.trajectory]
         for name, (value, standard_error) in seen.items():
             if share >= 1:
                 updated[name] = Prediction(value, standard_error, math.inf)
                 continue
-            followed = [o for o in rows if o.trajectory]
             so_far = [_at(o, name, share) for o in followed]
             line = _line(so_far, [finals[name](o) for o in followed], value)
             prior = getattr(forecast, name)
@@ -220,10 +220,13 @@ class Forecaster:
                 updated[name] = line
         if not updated:
             return forecast
-        what = "what is observed" if share >= 1 else f"what was seen at {share:.0%} of the steps"
-        return replace(
-            forecast, **updated, basis=f"{what}, against {len(rows)} runs under method {method!r}"
-        )
+        basis = "what is observed"
+        if share < 1:
+            basis = (
+                f"{' and '.join(updated)} at {share:.0%} of the steps, against {len(followed)} "
+                f"runs of this model under method {method!r}"
+            )
+        return replace(forecast, **updated, basis=basis)
 
     def _rows(self, model: str, method: str) -> list[Outcome]:
         return [o for o in self._outcomes if o.model_fingerprint == model and o.method == method]

@@ -28,7 +28,9 @@ _GROUPS = 32
 # Which jackknife group an image belongs to depends on its position alone, so that any chunking
 # gives the same standard error. A fixed shuffle, because data sets often come sorted by class.
 _GROUP_OF = torch.randperm(1024, generator=torch.Generator().manual_seed(0)) % _GROUPS
-_SMALL = 2**20  # numbers in an update; up to here all arithmetic is in float64
+# Which rows share a float32 sum depends on the chunks, and its rounding averages out over many
+# images only. By position, not by chunk size, so that any chunking does the same.
+_EXACT = 4096
 _CHUNK_BYTES = {"cpu": 2**21, "cuda": 2**26}  # CPU: what stays in a core's cache
 
 
@@ -174,15 +176,14 @@ class IIMMAccumulator:
         state = sums, correct, counts = [
             t.clone() for t in (self._sums, self._correct, self._counts)
         ]
-        # float32 errors of single rows average out over many images, not over a few.
-        least = torch.float64 if images.numel() <= _SMALL else torch.float32
-        texts = self._texts.to(torch.promote_types(images.dtype, least))
+        texts = self._texts.to(torch.promote_types(images.dtype, torch.float32))
         for rows in _chunks(images):
             x = images[rows].to(texts.dtype)
             weights = 1 / row_norms(x, "image_embeds", first_row=rows.start)
             places = torch.arange(rows.start, rows.start + len(x)) + self._position
             group = _GROUP_OF[places % len(_GROUP_OF)].to(x.device)
-            _add_by_group(sums, x, weights, group)
+            exact = torch.float64 if self._position + rows.start < _EXACT else x.dtype
+            _add_by_group(sums, x.to(exact), weights.to(exact), group)
             cosines = (x * texts.index_select(0, index[rows])).sum(1) * weights
             correct.index_add_(0, group, cosines.double())
             counts += torch.bincount(group, minlength=_GROUPS)

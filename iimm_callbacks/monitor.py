@@ -99,6 +99,8 @@ class IIMMMonitor:
         self.failures = 0
         self._forecaster = Forecaster().fit(as_outcomes(outcomes))
         self._baseline: Look | None = None
+        self._prior: Forecast | None = None  # set by `begin`
+        self._fingerprints: dict[str, str] = {}  # of the probe that took the baseline
         self._model_name = self._model_fingerprint = ""
 
     def begin(self, model: nn.Module) -> Verdict:
@@ -113,7 +115,10 @@ class IIMMMonitor:
         Raises:
             ValueError: The model cannot be measured; or, going on, images, prompts or
                 preprocessing are not those of the start.
+            RuntimeError: The run has begun already.
         """
+        if self._prior is not None:
+            raise RuntimeError("`begin` was called already; make a new IIMMMonitor for every run")
         self.probe.prepare(model)
         if self._baseline is not None:
             self._check_fingerprints()
@@ -122,6 +127,7 @@ class IIMMMonitor:
             self._model_name = _name(model)
             self._model_fingerprint = model_fingerprint(model)
             self._baseline = self.probe.look(model, 0, self.autocast_dtype)
+            self._fingerprints = self.probe.fingerprints
         baseline = self._baseline
         prior = self._forecaster.predict(
             baseline.measurement,
@@ -153,7 +159,7 @@ class IIMMMonitor:
             RuntimeError: `begin` was not called.
             Exception: What the look raised, if `strict`.
         """
-        if self._baseline is None:
+        if self._baseline is None or self._prior is None:
             raise RuntimeError("call `begin(model)` on the untouched model before `check`")
         share = min(step / max(total_steps, 1), 1.0)
         self._before = self.verdict, self.forecast
@@ -225,7 +231,7 @@ class IIMMMonitor:
             model_fingerprint=self._model_fingerprint,
             method=self.method or "",
             task=name,
-            task_fingerprint=self.probe.fingerprints[name],
+            task_fingerprint=self._fingerprints[name],
             iimm=m.iimm,
             inter=m.inter,
             intra=m.intra,
@@ -254,11 +260,11 @@ class IIMMMonitor:
             "model": self._model_name,
             "model_fingerprint": self._model_fingerprint,
             "method": self.method,
-            "fingerprints": self.probe.fingerprints,
+            "fingerprints": self._fingerprints,
             "limits": asdict(self.limits),
             "n_images": self._baseline.measurement.n_images if self._baseline else 0,
             "n_classes": self._baseline.measurement.n_classes if self._baseline else 0,
-            "basis": self._prior.basis if self._baseline else "",
+            "basis": self._prior.basis if self._prior else "",
             "failures": self.failures,
             "looks": self.history,
         }
@@ -267,10 +273,13 @@ class IIMMMonitor:
         """Baseline and history as JSON-ready data, for a checkpoint."""
         if self._baseline is None:
             return {}
+        measurement = asdict(self._baseline.measurement)
+        if math.isnan(measurement["standard_error"]):  # JSON has no NaN
+            measurement["standard_error"] = None
         return {
-            "measurement": asdict(self._baseline.measurement),
+            "measurement": measurement,
             "correct": {k: _to_bits(v) for k, v in self._baseline.correct.items()},
-            "fingerprints": self.probe.fingerprints,
+            "fingerprints": self._fingerprints,
             "history": list(self.history),
             "verdict": asdict(self.verdict),
             "method": self.method,
@@ -284,8 +293,12 @@ class IIMMMonitor:
         The baseline is the recorded one; a half-trained model is never taken for it.
         """
         correct = {k: _from_bits(v) for k, v in state["correct"].items()}
-        self._baseline = Look(0, Measurement(**state["measurement"]), correct, 0.0)
-        self._fingerprints_at_start = dict(state["fingerprints"])
+        error = state["measurement"]["standard_error"]
+        measurement = state["measurement"] | {
+            "standard_error": math.nan if error is None else error
+        }
+        self._baseline = Look(0, Measurement(**measurement), correct, 0.0)
+        self._fingerprints = dict(state["fingerprints"])
         self.history = [dict(row) for row in state["history"]]
         self.verdict = Verdict(**state["verdict"])
         self.method = state["method"]
@@ -293,7 +306,7 @@ class IIMMMonitor:
         self._model_fingerprint = state["model_fingerprint"]
 
     def _check_fingerprints(self) -> None:
-        then, now = self._fingerprints_at_start, self.probe.fingerprints
+        then, now = self._fingerprints, self.probe.fingerprints
         if then != now:
             changed = sorted(k for k in then.keys() | now.keys() if then.get(k) != now.get(k))
             raise ValueError(

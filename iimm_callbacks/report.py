@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import json
 import os
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -130,7 +129,9 @@ def plot_run(record: dict[str, Any], path: str | Path) -> None:
         )
     for axis in axes:
         axis.legend(fontsize=8)
-    figure.suptitle(f"{record['task']}, {record['method']}: {record['ended'].split(':')[0]}")
+    ended = record["ended"].split(":")[0]
+    # A "$" in a task's name is no formula.
+    figure.suptitle(f"{record['task']}, {record['method']}: {ended}", parse_math=False)
     figure.savefig(path, dpi=150)
 
 
@@ -146,13 +147,12 @@ def save_run(record: dict[str, Any], path: str | Path) -> None:
     """
     path = Path(path)
     text = json.dumps(record, indent=1, allow_nan=False)
-    with tempfile.NamedTemporaryFile(
-        "w", dir=path.parent, prefix=path.name, delete=False, encoding="utf-8"
-    ) as file:
+    unfinished = path.with_name(f"{path.name}.{os.getpid()}.unfinished")
+    with unfinished.open("w", encoding="utf-8") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
-    os.replace(file.name, path)
+    os.replace(unfinished, path)
 
 
 def _plot_outcome(axis: Any, record: dict[str, Any], name: str) -> None:

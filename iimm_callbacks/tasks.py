@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -68,8 +69,8 @@ class Task:
     ) -> None:
         if not isinstance(name, str) or not name.strip():
             raise TypeError(f"`name` must be a non-empty string, got {name!r}")
-        if probe_size is not None and probe_size < 2:
-            raise ValueError(f"`probe_size` must be at least 2, got {probe_size}")
+        if probe_size is not None and (not isinstance(probe_size, int) or probe_size < 2):
+            raise ValueError(f"`probe_size` must be an integer of at least 2, got {probe_size!r}")
         self.name = name
         self.dataset = dataset
         self.probe_size = probe_size
@@ -83,6 +84,7 @@ class Task:
         self._labels = self._source.labels()
         self.is_captions = isinstance(self._labels[0], str)
         if self.is_captions:
+            _check_captions(name, self._labels, class_names)
             self.class_names: tuple[str, ...] = ()
         else:
             self.class_names = _class_names(name, class_names, self._source.class_names)
@@ -221,7 +223,7 @@ class _PairSource:
 
     def labels(self) -> list[Any]:
         targets = getattr(self._pairs, "targets", None)
-        if targets is not None:
+        if targets is not None and len(targets) == len(self):
             return list(targets)
         return [self._pairs[i][1] for i in range(len(self))]
 
@@ -265,6 +267,8 @@ def _class_names(
             f"`class_names` of task {name!r} must be given: the data set has integer labels "
             "without names"
         )
+    if isinstance(given, str):
+        raise TypeError(f"`class_names` of task {name!r} must be a list of names, got {given!r}")
     names = tuple(str(n) for n in (own if given is None else given))  # type: ignore[union-attr]
     if given is not None and own is not None and len(names) != len(own):
         raise ValueError(
@@ -289,6 +293,24 @@ def _class_names(
             "classes with one prompt cannot be told apart"
         )
     return names
+
+
+def _check_captions(name: str, captions: Sequence[Any], class_names: Any) -> None:
+    if class_names is not None:
+        raise TypeError(
+            f"`dataset` of task {name!r}: label 0 must be an integer, got {captions[0]!r}; with "
+            "`class_names` the labels are positions in it, without it strings are captions"
+        )
+    for position, caption in enumerate(captions):
+        if not isinstance(caption, str):
+            raise TypeError(
+                f"`dataset` of task {name!r}: caption {position} must be a string, got {caption!r}"
+            )
+    if len(set(captions)) < 2:
+        raise ValueError(
+            f"`dataset` of task {name!r} must hold at least 2 distinct captions, got "
+            f"{captions[0]!r} only: IIMM compares images with wrong texts"
+        )
 
 
 def _integer_labels(name: str, labels: Sequence[Any], n_classes: int) -> list[int]:
@@ -318,6 +340,11 @@ def _rgb(image: Any) -> Any:
         image = Image.open(io.BytesIO(image))
     elif isinstance(image, np.ndarray):
         image = Image.fromarray(image)
-    elif not isinstance(image, Image.Image):
+    elif isinstance(image, str | os.PathLike):
         image = Image.open(image)
+    elif not isinstance(image, Image.Image):
+        raise TypeError(
+            f"expected a PIL image, path, bytes or uint8 array, got {type(image).__name__}; pass "
+            "the data set without its transform"
+        )
     return image.convert("RGB")

@@ -72,6 +72,14 @@ class PromptClassifier(nn.Module):
             return {"logits": logits}
         return {"loss": nn.functional.cross_entropy(logits, labels), "logits": logits}
 
+    def activation_checkpointing_enable(self, **settings: Any) -> None:
+        """What the Trainer calls to trade time for memory; passed on to the dual encoder."""
+        self.dual_encoder.activation_checkpointing_enable(**settings)  # type: ignore[operator]
+
+    def gradient_checkpointing_enable(self, **settings: Any) -> None:
+        """The same under its name in transformers 4."""
+        self.dual_encoder.gradient_checkpointing_enable(**settings)  # type: ignore[operator]
+
 
 class ImageCollator:
     """Collator: rows of a labelled image data set -> ``{"pixel_values", "labels"}``.

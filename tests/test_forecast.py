@@ -39,8 +39,10 @@ def at(x):
 
 
 def predict(outcomes, x=0.4, *, method="full", before=0.3, model="1f"):
-    return Forecaster().fit(outcomes).predict(
-        at(x), method=method, zero_shot_accuracy=before, model=model
+    return (
+        Forecaster()
+        .fit(outcomes)
+        .predict(at(x), method=method, zero_shot_accuracy=before, model=model)
     )
 
 
@@ -91,7 +93,9 @@ def test_90_percent_intervals_cover_90_percent():
 
 def test_probabilities_are_those_of_the_t_and_the_normal_distribution():
     assert Prediction(0.06, 0.01, 10).probability_above(0.05) == pytest.approx(0.8296, abs=1e-4)
-    assert Prediction(0.06, 0.01, math.inf).probability_above(0.05) == pytest.approx(0.8413, abs=1e-4)
+    assert Prediction(0.06, 0.01, math.inf).probability_above(0.05) == pytest.approx(
+        0.8413, abs=1e-4
+    )
     assert Prediction(0.06, 0.01, math.inf).high == pytest.approx(0.06 + 1.6449 * 0.01, abs=1e-6)
     assert [Prediction(0.06, 0.0, 3).probability_above(limit) for limit in (0.05, 0.06)] == [1, 0]
 
@@ -100,7 +104,11 @@ def test_probabilities_are_those_of_the_t_and_the_normal_distribution():
     ("outcomes", "asked", "says"),
     [
         ([], {}, "no complete run of this model under method 'full' is on record"),
-        (planted(n=2), {}, "only 2 complete runs of this model under method 'full' are on record; 3"),
+        (
+            planted(n=2),
+            {},
+            "only 2 complete runs of this model under method 'full' are on record; 3",
+        ),
         (planted(n=1), {}, "only 1 complete run of this model"),
         (planted(), {"model": "other"}, "no complete run of this model"),
         (planted(), {"method": "lora"}, "under method 'lora'"),

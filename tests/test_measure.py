@@ -155,19 +155,19 @@ def test_chunked_and_merged_equal_whole(sizes, seed):
     assert_same(merged.compute(), whole)
 
 
-@pytest.mark.parametrize("size", [1, 7, 32, 999, 4096])
-def test_chunked_equals_whole_in_a_tight_cone_of_float32(size):
+@pytest.mark.parametrize(
+    ("n", "d", "size"),
+    [(300, 32, 1), (5000, 32, 7), (5000, 32, 999), (3000, 512, 64), (3000, 512, 2500)],
+)
+def test_chunked_equals_whole_in_a_tight_cone_of_float32(n, d, size):
     # CLIP's cone, and worse: nearly all of each unit vector is shared, rounding adds up.
-    images, texts, labels = draw(5000, 10, 32, cone=4.0, dtype=torch.float32)
+    images, texts, labels = draw(n, 10, d, cone=4.0, dtype=torch.float32)
     whole = iimm(images, texts, labels)
     assert whole.intra > 0.9
     assert_same(whole, iimm(images.double(), texts.double(), labels), 1e-7)
     parts = IIMMAccumulator(texts)
-    stop = 5000 if size > 1 else 300
-    for start in range(0, stop, size):
+    for start in range(0, n, size):
         parts.update(images[start : start + size], labels[start : start + size])
-    if size == 1:
-        parts.update(images[300:], labels[300:])
     assert_same(parts.compute(), whole)
 
 
@@ -330,3 +330,11 @@ def test_accumulators_of_other_texts_do_not_merge():
         IIMMAccumulator(T).merge(IIMMAccumulator(T + 1))
     with pytest.raises(ValueError, match="at least 2 images, got 0"):
         IIMMAccumulator(T).compute()
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e30])
+def test_rows_whose_squares_leave_the_range_of_float32_are_measured(scale):
+    images, texts = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.6, 0.8]]), torch.eye(2)
+    expected = iimm(images, texts, torch.tensor([0, 1, 1]))
+    scaled = iimm(images * scale, texts * scale, torch.tensor([0, 1, 1]))
+    assert astuple(scaled) == pytest.approx(astuple(expected), abs=1e-7)

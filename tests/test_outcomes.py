@@ -47,7 +47,7 @@ def test_outcomes_come_back_as_they_were_written(tmp_path):
 @pytest.mark.parametrize(
     ("line", "says"),
     [
-        (line_with()[:-9], "Expecting|Unterminated|delimiter"),  # cut short by a crash
+        (line_with()[:40], "line 1 column 41"),  # cut short by a crash
         ("not JSON", "Expecting value"),
         ("[1, 2]", "expected a JSON object, got list"),
         ('{"schema_version": 1, "model": "only"}', "missing"),
@@ -68,7 +68,7 @@ def test_a_line_that_is_no_outcome_is_skipped_and_named(tmp_path, caplog, line, 
         assert read_outcomes(path) == [RUN, RUN]
     (message,) = caplog.messages
     assert "line 3 is not an outcome" in message
-    assert any(part in message for part in says.split("|"))
+    assert says in message
 
 
 def test_binary_rubbish_is_skipped(tmp_path, caplog):

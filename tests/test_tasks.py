@@ -1,0 +1,224 @@
+"""Tasks: the probe is balanced, fixed and seeded; what cannot be probed is refused by value."""
+
+import io
+import re
+from collections import Counter
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from datasets import ClassLabel, Dataset, Features, Image, Value
+from PIL import Image as PILImage
+
+from iimm_callbacks import Task
+
+RED = PILImage.new("RGB", (4, 4), (255, 0, 0))
+
+
+def pairs(labels):
+    return [(RED, label) for label in labels]
+
+
+def hub(labels, names=("cat", "dog", "owl"), **columns):
+    """A `datasets.Dataset` of undecodable images: whoever decodes one gets an error."""
+    rows = {
+        "image": [{"bytes": b"rubbish", "path": None}] * len(labels),
+        "label": labels,
+        **columns,
+    }
+    kinds = {"image": Image(), "label": ClassLabel(names=list(names))}
+    return Dataset.from_dict(
+        rows, features=Features(kinds | {key: Value("int64") for key in columns})
+    )
+
+
+class TorchvisionLike:
+    """Has `.targets` and `.classes`, and must not be read for its labels."""
+
+    classes = ("cat", "dog")
+
+    def __init__(self, targets, readable=1):
+        self.targets, self.readable = targets, readable
+
+    def __len__(self):
+        return 6
+
+    def __getitem__(self, position):
+        assert position < self.readable
+        return RED, position % 2
+
+
+def test_the_probe_is_balanced_and_keeps_to_its_size():
+    task = Task("t", pairs([0] * 500 + [1] * 50 + [2] * 90), class_names="a b c".split())
+    for size in (2, 3, 64, 150):
+        chosen = task.subset(size)
+        assert len(chosen) == len(set(chosen)) == size
+        counts = Counter(task.labels(chosen)).values()
+        assert max(counts) - min(counts) <= 1
+
+
+def test_a_class_that_runs_out_is_filled_up_by_the_others():
+    task = Task("t", pairs([0] * 500 + [1] * 5 + [2] * 90), class_names="a b c".split())
+    assert Counter(task.labels(task.subset(215))) == {0: 120, 1: 5, 2: 90}
+    assert sorted(task.subset(10_000)) == list(range(595))
+
+
+def test_the_probe_is_the_same_every_time_and_another_for_another_seed():
+    data = pairs([0, 1] * 100)
+    first = Task("t", data, class_names=["a", "b"]).subset(20)
+    torch.manual_seed(9)
+    np.random.seed(9)
+    assert Task("other name", list(data), class_names=["a", "b"]).subset(20) == first
+    assert Task("t", data, class_names=["a", "b"], seed=1).subset(20) != first
+
+
+def test_the_probe_is_not_sorted_by_class():
+    task = Task("t", pairs([0] * 50 + [1] * 50), class_names=["a", "b"])
+    labels = task.labels(task.subset(40))
+    assert sorted(labels) != labels != [0, 1] * 20
+
+
+def test_probe_size_goes_before_the_default():
+    data = pairs([0, 1] * 100)
+    assert len(Task("t", data, class_names=["a", "b"], probe_size=7).subset(100)) == 7
+    assert len(Task("t", data, class_names=["a", "b"]).subset(100)) == 100
+
+
+def test_captions_count_once_and_belong_to_their_image():
+    task = Task("t", pairs(["a cat", "a dog", "a cat", "an owl", "a dog"]))
+    chosen = task.subset()
+    assert task.is_captions
+    assert sorted(task.prompts(chosen)) == ["a cat", "a dog", "an owl"]
+    assert task.labels(chosen) == [0, 1, 2]
+    assert len(task.subset(2)) == 2
+
+
+def test_labels_are_read_without_decoding_an_image():
+    task = Task("t", hub([2, 0, 1, 2]))
+    assert task.labels(range(4)) == [2, 0, 1, 2]
+    assert task.class_names == ("cat", "dog", "owl")
+
+
+def test_a_transform_on_the_data_set_is_not_applied(colours):
+    data = colours.select(range(8))
+    data.set_transform(lambda rows: {"image": [torch.zeros(3)] * len(rows["image"])})
+    transformed = Task("t", data)
+    plain = Task("t", colours.select(range(8)))
+    assert transformed.labels(range(8)) == plain.labels(range(8))
+    assert transformed.images([3])[0].tobytes() == plain.images([3])[0].tobytes()
+    assert set(data[0]) == {"image"}  # the user's own view keeps its transform
+
+
+def test_prompts_come_class_by_class_with_templates_within():
+    task = Task("t", hub([0, 1]), templates=["a {}", "the {}, 100 % {sic}"])
+    assert task.prompts([0])[:3] == ["a cat", "the cat, 100 % {sic}", "a dog"]
+    assert len(task.prompts([0])) == 6
+    assert Task("t", hub([0, 1])).prompts([])[0] == "a photo of a cat."
+
+
+@pytest.mark.parametrize("targets", [[0, 1] * 3, torch.tensor([0, 1] * 3), np.array([0, 1] * 3)])
+def test_torchvision_data_sets_give_targets_and_classes_without_being_read(targets):
+    task = Task("t", TorchvisionLike(targets))
+    assert task.labels(range(6)) == [0, 1, 0, 1, 0, 1]
+    assert task.class_names == ("cat", "dog")
+
+
+def test_targets_of_another_length_are_not_taken_for_labels():
+    assert Task("t", TorchvisionLike([1, 1], readable=6)).labels(range(6)) == [0, 1, 0, 1, 0, 1]
+
+
+def test_class_names_may_be_reworded_for_the_prompts():
+    assert Task("t", hub([0, 1]), class_names=["tabby", "hound", "barn owl"]).prompts([])[2] == (
+        "a photo of a barn owl."
+    )
+
+
+@pytest.mark.parametrize("kind", ["RGB", "RGBA", "L", "P", "path", "bytes", "array", "dict"])
+def test_images_of_any_kind_become_rgb(kind, tmp_path):
+    encoded = io.BytesIO()
+    RED.save(encoded, "png")
+    (tmp_path / "red.png").write_bytes(encoded.getvalue())
+    images = {
+        "path": str(tmp_path / "red.png"),
+        "bytes": encoded.getvalue(),
+        "array": np.asarray(RED),
+        "dict": {"bytes": None, "path": tmp_path / "red.png"},
+    }
+    image = images[kind] if kind in images else RED.convert(kind)
+    (read,) = Task("t", [(image, 0), (RED, 1)], class_names=["a", "b"]).images([0])
+    assert (read.mode, read.size) == ("RGB", (4, 4))
+    assert kind == "L" or read.getpixel((0, 0)) == (255, 0, 0)
+
+
+@pytest.mark.parametrize(
+    ("image", "says"),
+    [
+        (b"rubbish", "image 1 cannot be read (UnidentifiedImageError"),
+        ("/nowhere/cat.png", "No such file or directory: '/nowhere/cat.png'"),
+        (torch.zeros(3, 4, 4), "got Tensor; pass the data set without its transform"),
+        (np.zeros((4, 4, 3)), "image 1 cannot be read (TypeError"),
+        (None, "got NoneType"),
+    ],
+)
+def test_an_unreadable_image_is_named_by_task_and_position(image, says):
+    task = Task("pets", [(RED, 0), (image, 1)], class_names=["cat", "dog"])
+    with pytest.raises(ValueError, match=re.escape(says)) as caught:
+        task.images([0, 1])
+    assert "`dataset` of task 'pets': image 1" in str(caught.value)
+
+
+def test_the_columns_may_be_named():
+    data = hub([0, 1], age=[1, 0]).rename_column("label", "species")
+    assert Task("t", data, label_column="species").labels([0, 1]) == [0, 1]
+    by_age = Task("t", data, label_column="age", class_names=["young", "old"])
+    assert by_age.labels([0, 1]) == [1, 0]
+
+
+TWO = {"class_names": ["a", "b"]}
+UNLABELLED = hub([0, 1]).remove_columns("label")
+CHOICE = hub([0, 1], age=[1, 0], size=[2, 3]).remove_columns("label")
+
+
+@pytest.mark.parametrize(
+    ("dataset", "settings", "error", "says"),
+    [
+        ([], TWO, ValueError, "must hold at least 2 images, got 0"),
+        (hub([0]), {}, ValueError, "must hold at least 2 images, got 1"),
+        (hub([0, 0], names=["cat"]), {}, ValueError, "must hold at least 2 classes, got 1"),
+        (pairs([0, 1]), {"class_names": ["a", "b", "a"]}, ValueError, "got ['a'] more than once"),
+        (hub([0, 1]), TWO, ValueError, "data set's 3 classes (cat, dog, owl, ...), got 2"),
+        (hub([0, 1]), {"class_names": ["dog", "cat", "owl"]}, ValueError, "got ['dog', 'cat'"),
+        (pairs([0, 1]), {"class_names": "ab"}, TypeError, "must be a list of names, got 'ab'"),
+        (pairs([0, 1]), {}, ValueError, "`class_names` of task 't' must be given"),
+        (pairs([0, 2]), TWO, ValueError, "label 1 must lie in [0, 2) for 2 class names, got 2"),
+        (hub([0, -1]), {}, ValueError, "label 1 must lie in [0, 3) for 3 class names, got -1; -1"),
+        (pairs([0.5, 1]), TWO, TypeError, "label 0 must be an integer, got 0.5 (float)"),
+        (pairs([0, None]), TWO, TypeError, "label 1 must be an integer, got None"),
+        (pairs(["a", "b"]), TWO, TypeError, "label 0 must be an integer, got 'a'"),
+        (pairs(["a cat", 1]), {}, TypeError, "caption 1 must be a string, got 1"),
+        (pairs(["a cat"] * 2), {}, ValueError, "2 distinct captions, got 'a cat' only"),
+        (pairs([0, 1]), TWO | {"templates": "a photo"}, ValueError, "one '{}' for the class name"),
+        (pairs([0, 1]), TWO | {"templates": ["{}", "{} {}"]}, ValueError, "got '{} {}'"),
+        (pairs([0, 1]), TWO | {"templates": []}, ValueError, "exactly one '{}'"),
+        (pairs([0, 1]), TWO | {"probe_size": 1}, ValueError, "at least 2, got 1"),
+        (pairs([0, 1]), TWO | {"probe_size": 9.5}, ValueError, "got 9.5"),
+        (datasets.DatasetDict(test=hub([0, 1])), {}, TypeError, "dict of ['test']; pick one"),
+        (hub([0, 1]).to_iterable_dataset(), {}, TypeError, "task 't' is a stream"),
+        (hub([0, 1]), {"label_column": "labels"}, ValueError, "['image', 'label'], got 'labels'"),
+        (hub([0, 1]), {"image_column": "pixels"}, ValueError, "got 'pixels'"),
+        (UNLABELLED, {}, ValueError, "must have one column for `label_column`"),
+        (CHOICE, {}, ValueError, "name the column"),
+        ([{"image": RED}] * 2, TWO, TypeError, "(image, label) pairs, got items of type dict"),
+        (7, {}, TypeError, "or a sequence of (image, label) pairs, got int"),
+    ],
+)  # fmt: skip
+def test_bad_tasks_are_refused_by_value(dataset, settings, error, says):
+    with pytest.raises(error, match=re.escape(says)):
+        Task("t", dataset, **settings)
+
+
+@pytest.mark.parametrize("name", ["", " ", 7, None])
+def test_a_task_needs_a_name(name):
+    with pytest.raises(TypeError, match=re.escape(f"non-empty string, got {name!r}")):
+        Task(name, pairs([0, 1]), **TWO)
