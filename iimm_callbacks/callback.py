@@ -111,7 +111,8 @@ class IIMMCallback(TrainerCallback):  # type: ignore[misc]  # transformers is un
             raise TypeError(
                 f"`action` must be 'warn', 'stop' or a callable of the verdict, got {action!r}"
             )
-        if action == "stop" and (max_forgetting is None or off_target == []):
+        unguarded = off_target is not None and len(off_target) == 0
+        if action == "stop" and (max_forgetting is None or unguarded):
             missing = "no `max_forgetting`" if max_forgetting is None else "no `off_target` task"
             raise ValueError(
                 f"`action='stop'` has nothing to judge by: {missing}; give one, or use 'warn'"

@@ -68,6 +68,12 @@ def find_encoder(
         ValueError: The model has no readable joint space, or no processor was to be found.
     """
     if encode is not None:
+        for function in encode:
+            if not callable(function):
+                raise TypeError(
+                    "`encode` must be two functions (encode_images, encode_texts) of (model, "
+                    f"list), got {function!r}"
+                )
         images, texts = encode
         names = ", ".join(getattr(f, "__qualname__", type(f).__name__) for f in encode)
         return Encoder(list, list, images, texts, f"user functions {names}")

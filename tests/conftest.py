@@ -31,6 +31,14 @@ COLOURS = {"red": (220, 30, 30), "green": (30, 200, 40), "blue": (30, 40, 220), 
 SHAPES = ("circle", "square", "cross")
 
 
+@pytest.fixture(autouse=True)
+def no_setting_outlives_its_test():
+    """`TrainingArguments(bf16=True)` and `(torch_compile=True)` set it for the whole process."""
+    yield
+    for name in [name for name in os.environ if name.startswith("ACCELERATE_")]:
+        del os.environ[name]
+
+
 @pytest.fixture(scope="session")
 def processor(tmp_path_factory):
     """A byte-level CLIP tokenizer and a 16 px image processor."""

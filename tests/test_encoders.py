@@ -24,9 +24,6 @@ from iimm_callbacks.encoders import (
     move,
 )
 
-# peft 0.21 asks transformers 5 for `is_gradient_checkpointing`, which warns that it has a new name.
-pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is:FutureWarning")
-
 PROMPTS = ["a red thing", "a photo of a blue circle", "grey"]
 LORA = {"r": 2, "target_modules": ["q_proj", "v_proj"], "init_lora_weights": False}
 

@@ -191,7 +191,7 @@ def test_what_was_lost_so_far_takes_over_where_it_leaves_less_spread(share):
     prior, new = update(followed(noise=0.05), share, {"forgetting": (share / 0.1 * 0.04, 0.01)})
     assert new.forgetting.scale < prior.forgetting.scale
     assert new.forgetting.point == pytest.approx(0.08)  # 0.04 lost at 10 % is half of the end
-    assert f"what was seen at {share:.0%} of the steps" in new.basis
+    assert f"at {share:.0%} of the steps" in new.basis
     assert new.gain == prior.gain
 
 

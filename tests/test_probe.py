@@ -14,9 +14,6 @@ from iimm_callbacks import Task, iimm
 from iimm_callbacks.encoders import class_embeddings, find_encoder
 from iimm_callbacks.probe import Probe, undisturbed
 
-# peft 0.21 asks transformers 5 for `is_gradient_checkpointing`, which warns that it has a new name.
-pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is:FutureWarning")
-
 
 @pytest.fixture
 def make_probe(colour_task, shape_task, processor):

@@ -1,7 +1,6 @@
 """Class prompts under the plain Trainer: the model's own logits, and the right gradients."""
 
 import copy
-import os
 
 import numpy as np
 import pytest
@@ -14,18 +13,7 @@ from transformers import Trainer, TrainingArguments
 from iimm_callbacks import ImageCollator, PromptClassifier, Task
 from iimm_callbacks.tuning import detect
 
-# peft 0.21 asks transformers 5 for `is_gradient_checkpointing`, which warns that it has a new name.
-pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is:FutureWarning")
-
 LORA = {"r": 2, "target_modules": ["q_proj", "v_proj"]}
-
-
-@pytest.fixture(autouse=True)
-def no_setting_outlives_its_test():
-    """`TrainingArguments(bf16=True)` and `(torch_compile=True)` set it for the whole process."""
-    yield
-    for name in [name for name in os.environ if name.startswith("ACCELERATE_")]:
-        del os.environ[name]
 
 
 @pytest.fixture
