@@ -15,10 +15,10 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from . import host, keys, report
 from .encoders import EncodePair
 from .guard import Limits, Verdict
-from .monitor import IIMMMonitor, check_tasks
+from .monitor import IIMMMonitor
 from .outcomes import Outcome
 from .schedule import Budget, Every, check_every, is_due
-from .tasks import Task
+from .tasks import Task, check_tasks
 
 logger = logging.getLogger(__name__)
 
@@ -169,16 +169,15 @@ class IIMMCallback(TrainerCallback):  # type: ignore[misc]  # transformers is un
             autocast_dtype=host.autocast_dtype(args),
             strict=self.strict,
         )
-        if saved and state.global_step > 0:
+        resumed = state.global_step > 0
+        if resumed:
             monitor.load_state_dict(saved["attributes"])
-            monitor.begin(kwargs["model"])
-            self.monitor = monitor
-            self._budget.took(monitor.row()[keys.RUNTIME], counts=False)
-            self._alarm = monitor.verdict if monitor.verdict.level != "continue" else None
-            return
         verdict = monitor.begin(kwargs["model"])
         self.monitor = monitor
         self._budget.took(monitor.row()[keys.RUNTIME], counts=False)
+        if resumed:
+            self._alarm = verdict
+            return
         self._began = time.perf_counter()
         self._show(state, report.preflight_table(monitor.record()))
         self._emit(args, state, control, monitor.row())

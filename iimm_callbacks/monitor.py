@@ -22,7 +22,7 @@ from .guard import Limits, Verdict, judge
 from .measure import Measurement
 from .outcomes import Outcome, as_outcomes
 from .probe import Look, Probe
-from .tasks import Task
+from .tasks import Task, check_tasks
 from .tuning import detect
 
 logger = logging.getLogger(__name__)
@@ -330,34 +330,6 @@ class IIMMMonitor:
 
     def _split(self, look: Look) -> dict[str, np.ndarray]:
         return {task.name: look.correct[task.name] for task in self.probe.off_target}
-
-
-def check_tasks(task: Task, off_target: Sequence[Task]) -> None:
-    """Raise unless these tasks can guard one another.
-
-    Raises:
-        TypeError: One is not a `Task`.
-        ValueError: Two of one name, or an off-target task on the data of the task.
-    """
-    for candidate in (task, *off_target):
-        if not isinstance(candidate, Task):
-            raise TypeError(
-                f"`task` and `off_target` must be `Task`s, got {type(candidate).__name__}; wrap "
-                "the data set: Task('name', dataset)"
-            )
-    for other in off_target:
-        if other is task or other.dataset is task.dataset:
-            raise ValueError(
-                f"`off_target` task {other.name!r} is the task itself; off-target tasks are those "
-                "that are not trained on"
-            )
-    names = [t.name for t in (task, *off_target)]
-    doubles = sorted({n for n in names if names.count(n) > 1})
-    if doubles:
-        raise ValueError(
-            f"`task` and `off_target` must have names of their own, got {doubles} more than once; "
-            "they name the logged keys"
-        )
 
 
 def _name(model: nn.Module) -> str:

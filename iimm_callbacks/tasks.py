@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import io
-import os
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+
+from .sources import as_rgb, open_source
 
 TASK_PROBE_SIZE = 512
 OFF_TARGET_PROBE_SIZE = 256
@@ -75,7 +75,7 @@ class Task:
         self.dataset = dataset
         self.probe_size = probe_size
         self.seed = seed
-        self._source = _open(name, dataset, image_column, label_column)
+        self._source = open_source(name, dataset, image_column, label_column)
         if len(self._source) < 2:
             raise ValueError(
                 f"`dataset` of task {name!r} must hold at least 2 images, got {len(self._source)}; "
@@ -142,7 +142,7 @@ class Task:
         images = []
         for position in positions:
             try:
-                images.append(_rgb(self._source.image(position)))
+                images.append(as_rgb(self._source.image(position)))
             except Exception as error:
                 raise ValueError(
                     f"`dataset` of task {self.name!r}: image {position} cannot be read "
@@ -162,101 +162,32 @@ class Task:
         return [template.replace("{}", name) for name in names for template in self.templates]
 
 
-class _HubSource:
-    """A `datasets.Dataset`, read without its transform and without decoding for the labels."""
+def check_tasks(task: Task, off_target: Sequence[Task]) -> None:
+    """Raise unless these tasks can guard one another.
 
-    def __init__(self, name: str, dataset: Any, image: str | None, label: str | None) -> None:
-        from datasets import ClassLabel, Image, Value
-
-        self._dataset = dataset.with_format(None)
-        features = dataset.features
-
-        def pick(argument: str, given: str | None, *kinds: Any) -> str:
-            if given is not None:
-                if given not in features:
-                    raise ValueError(
-                        f"`{argument}` of task {name!r} must be one of {list(features)}, "
-                        f"got {given!r}"
-                    )
-                return given
-            for is_kind in kinds:
-                found = [str(k) for k, f in features.items() if is_kind(f)]
-                if len(found) == 1:
-                    return found[0]
-                if found:
-                    break
-            raise ValueError(
-                f"`dataset` of task {name!r} must have one column for `{argument}`, got features "
-                f"{dict(features)}; name the column"
-            )
-
-        self._image = pick("image_column", image, lambda f: isinstance(f, Image))
-        self._label = pick(
-            "label_column",
-            label,
-            lambda f: isinstance(f, ClassLabel),
-            lambda f: isinstance(f, Value) and "int" in f.dtype,
-            lambda f: isinstance(f, Value) and "string" in f.dtype,
-        )
-        feature = features[self._label]
-        self.class_names = feature.names if isinstance(feature, ClassLabel) else None
-
-    def __len__(self) -> int:
-        return len(self._dataset)
-
-    def labels(self) -> list[Any]:
-        return list(self._dataset[self._label])
-
-    def image(self, position: int) -> Any:
-        return self._dataset[position][self._image]
-
-
-class _PairSource:
-    """Any sequence of (image, label) or (image, caption) pairs."""
-
-    def __init__(self, pairs: Any) -> None:
-        self._pairs = pairs
-        self.class_names = getattr(pairs, "classes", None)
-
-    def __len__(self) -> int:
-        return len(self._pairs)
-
-    def labels(self) -> list[Any]:
-        targets = getattr(self._pairs, "targets", None)
-        if targets is not None and len(targets) == len(self):
-            return list(targets)
-        return [self._pairs[i][1] for i in range(len(self))]
-
-    def image(self, position: int) -> Any:
-        return self._pairs[position][0]
-
-
-def _open(name: str, dataset: Any, image: str | None, label: str | None) -> Any:
-    if hasattr(dataset, "features") and hasattr(dataset, "with_format"):
-        if not hasattr(dataset, "__len__"):
+    Raises:
+        TypeError: One is not a `Task`.
+        ValueError: Two of one name, or an off-target task on the data of the task.
+    """
+    for candidate in (task, *off_target):
+        if not isinstance(candidate, Task):
             raise TypeError(
-                f"`dataset` of task {name!r} is a stream; the probe needs images at fixed "
-                "positions: pass e.g. `Dataset.from_list(list(stream.take(512)))`"
+                f"`task` and `off_target` must be `Task`s, got {type(candidate).__name__}; wrap "
+                "the data set: Task('name', dataset)"
             )
-        return _HubSource(name, dataset, image, label)
-    if isinstance(dataset, dict):
-        raise TypeError(
-            f"`dataset` of task {name!r} must be one split, got a dict of {list(dataset)}; "
-            "pick one, e.g. dataset['test']"
+    for other in off_target:
+        if other is task or other.dataset is task.dataset:
+            raise ValueError(
+                f"`off_target` task {other.name!r} is the task itself; off-target tasks are those "
+                "that are not trained on"
+            )
+    names = [t.name for t in (task, *off_target)]
+    doubles = sorted({n for n in names if names.count(n) > 1})
+    if doubles:
+        raise ValueError(
+            f"`task` and `off_target` must have names of their own, got {doubles} more than once; "
+            "they name the logged keys"
         )
-    if hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__"):
-        if len(dataset):
-            item = dataset[0]
-            if not isinstance(item, tuple | list) or len(item) != 2:
-                raise TypeError(
-                    f"`dataset` of task {name!r} must yield (image, label) pairs, got items of "
-                    f"type {type(item).__name__}"
-                )
-        return _PairSource(dataset)
-    raise TypeError(
-        f"`dataset` of task {name!r} must be a datasets.Dataset or a sequence of (image, label) "
-        f"pairs, got {type(dataset).__name__}"
-    )
 
 
 def _class_names(
@@ -329,22 +260,3 @@ def _integer_labels(name: str, labels: Sequence[Any], n_classes: int) -> list[in
             )
         integers.append(value)
     return integers
-
-
-def _rgb(image: Any) -> Any:
-    from PIL import Image
-
-    if isinstance(image, dict):  # an undecoded `datasets.Image`
-        image = image["bytes"] if image.get("bytes") is not None else image["path"]
-    if isinstance(image, bytes):
-        image = Image.open(io.BytesIO(image))
-    elif isinstance(image, np.ndarray):
-        image = Image.fromarray(image)
-    elif isinstance(image, str | os.PathLike):
-        image = Image.open(image)
-    elif not isinstance(image, Image.Image):
-        raise TypeError(
-            f"expected a PIL image, path, bytes or uint8 array, got {type(image).__name__}; pass "
-            "the data set without its transform"
-        )
-    return image.convert("RGB")

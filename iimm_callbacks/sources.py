@@ -1,0 +1,142 @@
+"""A user's data set -> its labels without decoding, and its images one by one."""
+
+from __future__ import annotations
+
+import io
+import os
+from typing import Any
+
+import numpy as np
+
+
+class _HubSource:
+    """A `datasets.Dataset`, read without its transform and without decoding for the labels."""
+
+    def __init__(self, name: str, dataset: Any, image: str | None, label: str | None) -> None:
+        from datasets import ClassLabel, Image, Value
+
+        self._dataset = dataset.with_format(None)
+        features = dataset.features
+
+        def pick(argument: str, given: str | None, *kinds: Any) -> str:
+            if given is not None:
+                if given not in features:
+                    raise ValueError(
+                        f"`{argument}` of task {name!r} must be one of {list(features)}, "
+                        f"got {given!r}"
+                    )
+                return given
+            for is_kind in kinds:
+                found = [str(k) for k, f in features.items() if is_kind(f)]
+                if len(found) == 1:
+                    return found[0]
+                if found:
+                    break
+            raise ValueError(
+                f"`dataset` of task {name!r} must have one column for `{argument}`, got features "
+                f"{dict(features)}; name the column"
+            )
+
+        self._image = pick("image_column", image, lambda f: isinstance(f, Image))
+        self._label = pick(
+            "label_column",
+            label,
+            lambda f: isinstance(f, ClassLabel),
+            lambda f: isinstance(f, Value) and "int" in f.dtype,
+            lambda f: isinstance(f, Value) and "string" in f.dtype,
+        )
+        feature = features[self._label]
+        self.class_names = feature.names if isinstance(feature, ClassLabel) else None
+
+    def __len__(self) -> int:
+        return len(self._dataset)
+
+    def labels(self) -> list[Any]:
+        return list(self._dataset[self._label])
+
+    def image(self, position: int) -> Any:
+        return self._dataset[position][self._image]
+
+
+class _PairSource:
+    """Any sequence of (image, label) or (image, caption) pairs."""
+
+    def __init__(self, pairs: Any) -> None:
+        self._pairs = pairs
+        self.class_names = getattr(pairs, "classes", None)
+
+    def __len__(self) -> int:
+        return len(self._pairs)
+
+    def labels(self) -> list[Any]:
+        targets = getattr(self._pairs, "targets", None)
+        if targets is not None and len(targets) == len(self):
+            return list(targets)
+        return [self._pairs[i][1] for i in range(len(self))]
+
+    def image(self, position: int) -> Any:
+        return self._pairs[position][0]
+
+
+def open_source(name: str, dataset: Any, image: str | None, label: str | None) -> Any:
+    """The source for a data set: ``len``, ``labels()``, ``image(position)``, ``class_names``.
+
+    Args:
+        name: Of the task, for errors.
+        dataset: As `Task`.
+        image: Name of the image column, or None.
+        label: Name of the label column, or None.
+
+    Raises:
+        TypeError: The data set is of another kind.
+        ValueError: A column is missing or ambiguous.
+    """
+    if hasattr(dataset, "features") and hasattr(dataset, "with_format"):
+        if not hasattr(dataset, "__len__"):
+            raise TypeError(
+                f"`dataset` of task {name!r} is a stream; the probe needs images at fixed "
+                "positions: pass e.g. `Dataset.from_list(list(stream.take(512)))`"
+            )
+        return _HubSource(name, dataset, image, label)
+    if isinstance(dataset, dict):
+        raise TypeError(
+            f"`dataset` of task {name!r} must be one split, got a dict of {list(dataset)}; "
+            "pick one, e.g. dataset['test']"
+        )
+    if hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__"):
+        if len(dataset):
+            item = dataset[0]
+            if not isinstance(item, tuple | list) or len(item) != 2:
+                raise TypeError(
+                    f"`dataset` of task {name!r} must yield (image, label) pairs, got items of "
+                    f"type {type(item).__name__}"
+                )
+        return _PairSource(dataset)
+    raise TypeError(
+        f"`dataset` of task {name!r} must be a datasets.Dataset or a sequence of (image, label) "
+        f"pairs, got {type(dataset).__name__}"
+    )
+
+
+def as_rgb(image: Any) -> Any:
+    """An RGB PIL image from a PIL image, path, encoded bytes or uint8 array.
+
+    Raises:
+        TypeError: It is none of these.
+    """
+    from PIL import Image
+
+    if isinstance(image, dict):  # an undecoded `datasets.Image`
+        image = image["bytes"] if image.get("bytes") is not None else image["path"]
+    if isinstance(image, bytes):
+        image = Image.open(io.BytesIO(image))
+    elif isinstance(image, np.ndarray):
+        image = Image.fromarray(image)
+    elif isinstance(image, str | os.PathLike):
+        image = Image.open(image)
+    elif not isinstance(image, Image.Image):
+        raise TypeError(
+            f"expected a PIL image, path, bytes or uint8 array, got {type(image).__name__}; pass "
+            "the data set without its transform"
+        )
+    return image.convert("RGB")
