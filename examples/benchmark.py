@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 import torch
 from rich.console import Console
 from rich.table import Table
-from transformers import HfArgumentParser, Trainer, TrainingArguments
+from transformers import HfArgumentParser, PrinterCallback, Trainer, TrainingArguments
 
 from iimm_callbacks import IIMMCallback, ImageCollator, PromptClassifier, iimm, sample
 from iimm_callbacks.probe import Probe
@@ -136,6 +136,7 @@ def run_row(settings):
             processing_class=processor,
             callbacks=callbacks,
         )
+        trainer.remove_callback(PrinterCallback)
         start = time.perf_counter()
         trainer.train()
         return time.perf_counter() - start

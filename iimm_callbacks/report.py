@@ -90,7 +90,9 @@ def summary_table(record: dict[str, Any]) -> str:
         key = keys.accuracy_key(name)
         change = f"{_percent(first[key])} -> {_percent(last[key])}"
         table.add_row(f"  {name}", "", change)
-    notes = [f"Run: {record['ended']}. Last verdict: {last['level']} ({last['reason']})."]
+    notes = [f"Run: {record['ended']}."]
+    if last["reason"] not in record["ended"]:
+        notes = [f"{notes[0]} Last verdict: {last['level']} ({last['reason']})."]
     if record["looks_dropped"]:
         notes.append(f"{record['looks_dropped']} looks were dropped to keep to `max_overhead`.")
     if record["failures"]:
