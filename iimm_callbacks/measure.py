@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 
 import numpy as np
 import torch
@@ -180,10 +180,15 @@ class IIMMAccumulator:
         for rows in _chunks(images):
             x = images[rows].to(texts.dtype)
             weights = 1 / row_norms(x, "image_embeds", first_row=rows.start)
-            places = torch.arange(rows.start, rows.start + len(x)) + self._position
-            group = _GROUP_OF[places % len(_GROUP_OF)].to(x.device)
-            exact = torch.float64 if self._position + rows.start < _EXACT else x.dtype
-            _add_by_group(sums, x.to(exact), weights.to(exact), group)
+            place = self._position + rows.start
+            group, order, starts, bag_group = _layout(place % len(_GROUP_OF), len(x), x.device)
+            exact = torch.float64 if place < _EXACT else x.dtype
+            # embedding_bag reads each row once, where index_add or a one-hot product takes 3 to 5
+            # times as long. It adds in the rows' dtype, so bags are small and added in float64.
+            bags = torch.nn.functional.embedding_bag(
+                order, x.to(exact), starts, mode="sum", per_sample_weights=weights.to(exact)[order]
+            )
+            sums.index_add_(0, bag_group, bags.double())
             cosines = (x * texts.index_select(0, index[rows])).sum(1) * weights
             correct.index_add_(0, group, cosines.double())
             counts += torch.bincount(group, minlength=_GROUPS)
@@ -293,25 +298,24 @@ def drift_bound(
 
 def _chunks(matrix: Tensor) -> Iterator[slice]:
     size = _CHUNK_BYTES.get(matrix.device.type, 2**26) // (4 * matrix.shape[1])
-    step = max(_GROUPS, size)
+    step = max(_GROUPS, 2 ** (max(size, 1).bit_length() - 1))  # a power of 2: few layouts
     return (slice(i, min(i + step, len(matrix))) for i in range(0, len(matrix), step))
 
 
-def _add_by_group(sums: Tensor, rows: Tensor, weights: Tensor, group: Tensor) -> None:
-    """``sums[g] += Σ weight · row`` over the rows of group g.
+@lru_cache(maxsize=64)  # whole chunks all have the same one
+def _layout(phase: int, n: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """For n images from a position: their groups, order by group, and bags of up to 8 in a group.
 
-    embedding_bag reads each row once, where index_add or a one-hot product takes 3 to 5 times as
-    long. It adds in the rows' own dtype, so a bag is 8 rows and the bags are added in float64.
+    Returns:
+        group [n], order [n], first row of each bag in that order, group of each bag.
     """
+    group = _GROUP_OF[(phase + torch.arange(n)) % len(_GROUP_OF)]
     order = group.argsort()
-    sorted_group = group[order]
-    first = torch.searchsorted(sorted_group, torch.arange(_GROUPS, device=group.device))
-    rank = torch.arange(len(rows), device=group.device) - first[sorted_group]
+    first = torch.searchsorted(group[order], torch.arange(_GROUPS))
+    rank = torch.arange(n) - first[group[order]]
     starts = (rank % 8 == 0).nonzero().squeeze(1)
-    bags = torch.nn.functional.embedding_bag(
-        order, rows, starts, mode="sum", per_sample_weights=weights[order]
-    )
-    sums.index_add_(0, sorted_group[starts], bags.double())
+    layout = group, order, starts, group[order][starts]
+    return tuple(t.to(device) for t in layout)  # type: ignore[return-value]
 
 
 def _jackknife(value: float, n: int, groups: list[tuple[float, float]]) -> float:
