@@ -184,7 +184,11 @@ class IIMMCallback(TrainerCallback):  # type: ignore[misc]  # transformers is un
         self._act(args, state, control, verdict)
         if control.should_training_stop:
             self._hold_first_step = True
-            self._refuse_if_step_cannot_be_held(args)
+            if not host.can_hold_step(args):
+                raise RuntimeError(
+                    f"{self._stop_reason}. It ends in this error because neither DeepSpeed nor "
+                    "fp16 without gradient clipping can be stopped otherwise before the first step"
+                )
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -247,8 +251,11 @@ class IIMMCallback(TrainerCallback):  # type: ignore[misc]  # transformers is un
         if not self._hold_first_step:
             swapped = args.load_best_model_at_end and state.best_model_checkpoint is not None
             self._look(args, state, control, kwargs["model"], needed=True, again=swapped)
-        complete = state.global_step >= state.max_steps and not self._stop_reason
-        ended = self._stop_reason or ("finished" if complete else "stopped early")
+        # Numbers of an earlier step are no outcome, where the last look failed.
+        seen = monitor.history[-1]["step"] == state.global_step
+        complete = state.global_step >= state.max_steps and seen and not self._stop_reason
+        early = "stopped early" if seen else "the last look failed"
+        ended = self._stop_reason or ("finished" if complete else early)
         self.outcome = monitor.end(complete=complete, ended=ended, recipe=host.recipe(args, state))
         self._show(state, report.summary_table(self.record()))
 
@@ -327,13 +334,6 @@ class IIMMCallback(TrainerCallback):  # type: ignore[misc]  # transformers is un
             "args": {},
             "attributes": monitor.state_dict(),
         }
-
-    def _refuse_if_step_cannot_be_held(self, args: TrainingArguments) -> None:
-        if args.deepspeed is not None or (args.fp16 and not args.max_grad_norm):
-            raise RuntimeError(
-                f"{self._stop_reason}. Training was ended by this error because neither DeepSpeed "
-                "nor fp16 without gradient clipping can be stopped before the first step otherwise"
-            )
 
     def _emit(
         self,

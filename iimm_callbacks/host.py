@@ -29,6 +29,15 @@ def any_rank(flag: bool, args: TrainingArguments) -> bool:
     return bool(agreed.item())
 
 
+def can_hold_step(args: TrainingArguments) -> bool:
+    """Whether taking the gradients away in `on_pre_optimizer_step` keeps the weights as they are.
+
+    DeepSpeed steps in backward; a GradScaler that has seen no gradient refuses to step, unless
+    clipping has unscaled them before.
+    """
+    return args.deepspeed is None and not (args.fp16 and not args.max_grad_norm)
+
+
 def autocast_dtype(args: TrainingArguments) -> torch.dtype | None:
     """The dtype of mixed-precision training, else None. The Trainer autocasts `forward` only."""
     if args.bf16:

@@ -380,10 +380,13 @@ def test_weights_that_turn_nan_give_no_number(make_trainer, guard, caplog):
                 with torch.no_grad():
                     next(model.parameters()).fill_(math.nan)
 
-    trainer = make_trainer([Poison(), guard(every=3)], max_steps=9)
+    callback = guard(every=3)
+    trainer = make_trainer([Poison(), callback], max_steps=9)
     trainer.train()
     assert [r["step"] for r in rows(trainer)] == [0, 3]
     assert "must be finite" in caplog.text
+    # What was seen at step 3 is not how the run ended.
+    assert (callback.outcome.complete, callback.outcome.ended) == (False, "the last look failed")
 
 
 def test_the_first_measurement_is_not_forgiven(make_trainer, guard, tiny_clip):
