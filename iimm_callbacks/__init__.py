@@ -2,16 +2,18 @@
 
 from .accuracy import forgetting, gain_over_zero_shot_error, zero_shot_accuracy
 from .callback import IIMMCallback
+from .classifier import ImageCollator, PromptClassifier
+from .families import Family, register_encoder
 from .forecast import Forecast, Forecaster
 from .guard import Limits, Verdict
 from .measure import IIMMAccumulator, Measurement, drift_bound, iimm
 from .outcomes import Outcome, append_outcome, read_outcomes
 from .tasks import Task
-from .tuning import ImageCollator, PromptClassifier
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "Family",
     "Forecast",
     "Forecaster",
     "IIMMAccumulator",
@@ -29,5 +31,6 @@ __all__ = [
     "gain_over_zero_shot_error",
     "iimm",
     "read_outcomes",
+    "register_encoder",
     "zero_shot_accuracy",
 ]

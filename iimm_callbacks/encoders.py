@@ -1,28 +1,30 @@
-"""Model -> image and text embeddings; alone knows the quirks of model families and wrappers."""
+"""Model -> image and text embeddings; looks through whatever training puts around a model."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-Inputs = dict[str, Tensor]
+from .families import Family, family_of, image_part, why_not
+from .heads import Head
+from .sources import kind
+
 EncodePair = tuple[
     Callable[[nn.Module, list[Any]], Tensor], Callable[[nn.Module, list[str]], Tensor]
 ]
 
-# The families (`config.model_type`) whose text tower was trained on text padded to its full length
-# and reads the padding; every other family masks it.
-_READS_PADDING = ("siglip", "siglip2")
-# Settings of an image processor that do nothing to the pixels of an RGB image, and differ between
+# Settings of a processor that do nothing to the pixels of an RGB image, and differ between
 # versions of transformers.
 _NOT_PREPROCESSING = (
     "image_processor_type",
+    "feature_extractor_type",
     "processor_class",
     "_processor_class",
     "do_convert_rgb",
@@ -31,33 +33,40 @@ _NOT_PREPROCESSING = (
 
 @dataclass(frozen=True)
 class Encoder:
-    """The four functions a probe needs of a dual encoder.
+    """The functions a probe needs of a dual encoder.
 
     Attributes:
-        preprocess: PIL images -> model inputs, e.g. ``pixel_values`` [n, 3, H, W].
+        preprocess: Images -> model inputs, e.g. ``pixel_values`` [n, 3, H, W].
         tokenize: Prompts -> model inputs, e.g. ``input_ids`` [n, L].
-        embed_images: (model, preprocessed images) -> [n, D], not normalised.
+        embed_backbone: (model, preprocessed images) -> [n, D], not normalised, before any `Head`.
         embed_texts: (model, tokenized prompts) -> [n, D], not normalised.
+        logit_scale: model -> (scale, bias or None) of ``logits = scale · cosine + bias``.
         description: Of the preprocessing, for fingerprints.
     """
 
     preprocess: Callable[[list[Any]], Any]
     tokenize: Callable[[list[str]], Any]
-    embed_images: Callable[[nn.Module, Any], Tensor]
+    embed_backbone: Callable[[nn.Module, Any], Tensor]
     embed_texts: Callable[[nn.Module, Any], Tensor]
+    logit_scale: Callable[[nn.Module], tuple[Any, Any]]
     description: str
+
+    def embed_images(self, model: nn.Module, inputs: Any) -> Tensor:
+        """(model, preprocessed images) -> [n, D], not normalised, as the model is tuned now."""
+        return adapt(model, self.embed_backbone(model, inputs))
 
 
 def find_encoder(
     model: nn.Module, processor: Any = None, encode: EncodePair | None = None
 ) -> Encoder:
-    """The `Encoder` for a model: from its own feature functions, or from `encode`.
+    """The `Encoder` for a model: by its entry in `families`, or from `encode`.
 
     Args:
-        model: A transformers dual encoder with ``get_image_features`` and ``get_text_features``,
-            bare, under PEFT, DDP or `torch.compile`, or inside a user's `nn.Module`.
-        processor: Its processor (image processor and tokenizer in one). ``None``: loaded with
-            `AutoProcessor` from where the model came from.
+        model: A dual encoder of a family in `families`, bare, under PEFT, DDP or `torch.compile`,
+            or inside a user's `nn.Module`.
+        processor: Its processor (image processor and tokenizer in one), or for open_clip the pair
+            ``(transform, tokenizer)``. ``None``: loaded with `AutoProcessor` from where the model
+            came from.
         encode: ``(encode_images, encode_texts)`` for any other model: each takes the model and a
             list (RGB PIL images; prompts) and returns embeddings [n, D].
 
@@ -65,6 +74,7 @@ def find_encoder(
         The `Encoder`.
 
     Raises:
+        TypeError: `encode` is not two functions.
         ValueError: The model has no readable joint space, or no processor was to be found.
     """
     if encode is not None:
@@ -76,53 +86,105 @@ def find_encoder(
                 )
         images, texts = encode
         names = ", ".join(getattr(f, "__qualname__", type(f).__name__) for f in encode)
-        return Encoder(list, list, images, texts, f"user functions {names}")
+        return Encoder(list, list, images, texts, lambda m: (1.0, None), f"user functions {names}")
     core = find_dual_encoder(model)
-    config = getattr(core, "config", None)
-    processor = _find_processor(config, processor)
-    text_options: dict[str, Any] = {"padding": True, "truncation": True, "return_tensors": "pt"}
-    if getattr(config, "model_type", "") in _READS_PADDING:
-        length = core.config.text_config.max_position_embeddings
-        text_options |= {"padding": "max_length", "max_length": length}
+    family = family_of(core)
+    assert family is not None
+    processor = _find_processor(core, family, processor)
+    read = family.preprocess(processor)
 
-    def preprocess(batch: list[Any]) -> Inputs:
-        return dict(processor.image_processor(images=batch, return_tensors="pt"))
-
-    def tokenize(prompts: list[str]) -> Inputs:
-        return dict(processor.tokenizer(prompts, **text_options))
+    def preprocess(images: list[Any]) -> Any:
+        wrong = next((k for k in map(kind, images) if k != family.reads), None)
+        if wrong is not None:
+            raise ValueError(
+                f"`dataset` must hold {family.reads}s for {type(core).__name__}, got a {wrong}"
+            )
+        return read(images)
 
     return Encoder(
         preprocess,
-        tokenize,
-        lambda m, inputs: _features(m, "get_image_features", inputs),
-        lambda m, inputs: _features(m, "get_text_features", inputs),
-        _describe(processor.image_processor),
+        family.tokenize(core, processor),
+        lambda m, inputs: _vectors(m, family, "embed_images", inputs),
+        lambda m, inputs: _vectors(m, family, "embed_texts", inputs),
+        lambda m: family.logit_scale(find_dual_encoder(m)),
+        _describe(processor),
     )
 
 
 def find_dual_encoder(model: nn.Module) -> Any:
-    """The outermost module, in `model` or inside it, that has both feature functions.
+    """The outermost module, in `model` or inside it, that is a dual encoder of a known family.
 
     Args:
         model: Any module; DDP, `torch.compile` and a user's wrappers are looked through.
 
     Returns:
-        The module with ``get_image_features`` and ``get_text_features``.
+        The module.
 
     Raises:
-        ValueError: There is none.
+        ValueError: There is none; says why, where the model is of a kind that cannot be one.
     """
     for module in _breadth_first(model):
-        if callable(getattr(module, "get_image_features", None)) and callable(
-            getattr(module, "get_text_features", None)
-        ):
+        if family_of(module) is not None:
             return module
+    reasons = ((module, why_not(module)) for module in _breadth_first(model))
+    module, reason = next((found for found in reasons if found[1]), (model, None))
     raise ValueError(
-        f"`model` must be a dual encoder with a joint space, got {type(model).__name__}: neither "
-        "it nor any module inside has `get_image_features` and `get_text_features`; pass "
-        "`encode=(encode_images, encode_texts)`, two functions of (model, list) that return "
-        "embeddings [n, D]"
+        f"`model` must be a dual encoder with a joint space, got {type(module).__name__}: "
+        + (
+            reason
+            or "neither it nor any module inside has `get_image_features` and "
+            "`get_text_features`, or `encode_image` and `encode_text`"
+        )
+        + "; pass `encode=(encode_images, encode_texts)`, two functions of (model, list) that "
+        "return embeddings [n, D], or teach its family with `register_encoder`"
     )
+
+
+def find_head(model: nn.Module) -> Head | None:
+    """The `Head` on the dual encoder, in `model` or inside it, if there is one."""
+    return next((module for module in _breadth_first(model) if isinstance(module, Head)), None)
+
+
+def adapt(model: nn.Module, backbone_embeds: Tensor) -> Tensor:
+    """Embeddings of the backbone -> those of the tuned model: through its `Head`, if it has one.
+
+    Args:
+        model: Any module.
+        backbone_embeds: [n, D].
+
+    Returns:
+        [n, D].
+    """
+    head = find_head(model)
+    return backbone_embeds if head is None else head.adapt(backbone_embeds)
+
+
+def zero_shot_twin(model: nn.Module) -> AbstractContextManager[Any] | None:
+    """Inside it, a model under PEFT is the untouched model again, at any step.
+
+    Args:
+        model: Any module.
+
+    Returns:
+        ``disable_adapter()`` of the `PeftModel` in it; None where that is not exactly the model
+        before fine-tuning: no PEFT, a merged adapter, tuned biases, weights unfrozen by hand, or an
+        initialisation that changed the base weights (PiSSA and the like).
+    """
+    for module in _breadth_first(model):
+        configs: Any = getattr(module, "peft_config", None)
+        disable: Any = getattr(module, "disable_adapter", None)
+        if not configs or not callable(disable):
+            continue
+        inside = list(module.modules())
+        adapters = _adapters(module)
+        exact = (
+            all(getattr(c, "bias", "none") == "none" for c in configs.values())
+            and all(isinstance(_init_of(c), bool) for c in configs.values())
+            and not any(getattr(m, "merged", False) for m in inside)
+            and all(id(p) in adapters for p in module.parameters() if p.requires_grad)
+        )
+        return disable() if exact else None
+    return None
 
 
 def model_fingerprint(model: nn.Module) -> str:
@@ -142,13 +204,7 @@ def model_fingerprint(model: nn.Module) -> str:
         model = find_dual_encoder(model)
     except ValueError:
         pass  # a model with functions of its own: all its parameters count
-    adapters = {
-        id(parameter)
-        for module in model.modules()
-        for layer in getattr(module, "adapter_layer_names", ())  # of every PEFT layer
-        if isinstance(getattr(module, layer, None), nn.Module)
-        for parameter in getattr(module, layer).parameters()
-    }
+    adapters = _adapters(model)
     values = {}
     for name, parameter in model.named_parameters():
         if id(parameter) in adapters:
@@ -202,38 +258,56 @@ def _breadth_first(model: nn.Module) -> Iterator[nn.Module]:
         queue = [child for module in queue for child in module.children()]
 
 
-def _features(model: nn.Module, function: str, inputs: Inputs) -> Tensor:
-    output = getattr(find_dual_encoder(model), function)(**inputs)
-    if not isinstance(output, Tensor):  # transformers 5; a tuple with `config.return_dict=False`
-        output = output[1] if isinstance(output, tuple) else output.pooler_output
+def _adapters(model: nn.Module) -> set[int]:
+    return {
+        id(parameter)
+        for module in model.modules()
+        for layer in getattr(module, "adapter_layer_names", ())  # of every PEFT layer
+        if isinstance(getattr(module, layer, None), nn.Module)
+        for parameter in getattr(module, layer).parameters()
+    }
+
+
+def _init_of(config: Any) -> Any:
+    return getattr(config, "init_lora_weights", True)
+
+
+def _vectors(model: nn.Module, family: Family, function: str, inputs: Any) -> Tensor:
+    core = find_dual_encoder(model)
+    output = getattr(family, function)(core, inputs)
     if not isinstance(output, Tensor) or output.ndim != 2:
         got = list(output.shape) if isinstance(output, Tensor) else type(output).__name__
         raise ValueError(
-            f"`model`'s `{function}` must return one joint-space vector per input, [n, D], got "
-            f"{got} from {type(find_dual_encoder(model)).__name__}; pass "
-            "`encode=(encode_images, encode_texts)`"
+            f"`model` must give one joint-space vector per input, [n, D], got {got} from "
+            f"`{function}` of {type(core).__name__}; pass `encode=(encode_images, encode_texts)`, "
+            "or teach its family with `register_encoder`"
         )
     embeds: Tensor = output
     return embeds
 
 
-def _describe(image_processor: Any) -> str:
+def _describe(processor: Any) -> str:
+    part = image_part(processor)
+    if not hasattr(part, "to_dict"):
+        return repr(part)
     # As JSON: a processor made in code has tuples and enums where one read from a file has not.
     settings = {
         key: value
-        for key, value in image_processor.to_dict().items()
+        for key, value in part.to_dict().items()
         if value is not None and key not in _NOT_PREPROCESSING
     }
     return json.dumps(settings, sort_keys=True, default=str)
 
 
-def _find_processor(config: Any, processor: Any) -> Any:
+def _find_processor(core: nn.Module, family: Family, processor: Any) -> Any:
     def complete(candidate: Any) -> bool:
-        return hasattr(candidate, "image_processor") and hasattr(candidate, "tokenizer")
+        if isinstance(candidate, tuple):
+            return len(candidate) == 2 and all(map(callable, candidate))
+        return image_part(candidate) is not None and hasattr(candidate, "tokenizer")
 
     if complete(processor):
         return processor
-    source = getattr(config, "_name_or_path", "")
+    source = getattr(getattr(core, "config", None), "_name_or_path", "")
     problem = "the model does not say where it was loaded from"
     if source:
         from transformers import AutoProcessor
@@ -247,8 +321,14 @@ def _find_processor(config: Any, processor: Any) -> Any:
                 return loaded
             problem = f"{source!r} has {type(loaded).__name__} only"
     got = "none" if processor is None else type(processor).__name__
+    if family.name == "open_clip":
+        raise ValueError(
+            "`processor` must be the pair (transform, tokenizer) for an open_clip model, got "
+            f"{got}; pass `processor=(preprocess, open_clip.get_tokenizer(model_name))`, with "
+            "`preprocess` the validation transform of `open_clip.create_model_and_transforms`"
+        )
     raise ValueError(
-        "`processor` must have an `image_processor` and a `tokenizer`, got "
-        f"{got}, and {problem}; pass `IIMMCallback(processor=...)` or "
+        "`processor` must have an `image_processor` (or `feature_extractor`) and a `tokenizer`, "
+        f"got {got}, and {problem}; pass `IIMMCallback(processor=...)` or "
         "`Trainer(processing_class=...)`, e.g. `AutoProcessor.from_pretrained(model_name)`"
     )

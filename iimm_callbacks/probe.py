@@ -16,8 +16,18 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from .accuracy import zero_shot_correct
-from .encoders import EncodePair, Encoder, class_embeddings, find_encoder, move
+from .encoders import (
+    EncodePair,
+    Encoder,
+    adapt,
+    class_embeddings,
+    find_encoder,
+    find_head,
+    move,
+)
+from .frozen import FrozenPart
 from .measure import Measurement, iimm
+from .sources import content
 from .tasks import OFF_TARGET_PROBE_SIZE, TASK_PROBE_SIZE, Task
 
 _TEXT_BATCH = 256
@@ -52,11 +62,14 @@ class _Prepared:
     labels: Tensor
     prompts: list[Any]  # tokenized, in batches
     batches: list[Any] | None  # preprocessed images; None where memory did not suffice
+    witness: tuple[Any, Any]  # one preprocessed image and one tokenized prompt
     fingerprint: str
 
 
 class Probe:
     """The fixed images and prompts of a run, ready to be shown to the model again and again.
+
+    Towers that are frozen are run once: see `frozen.FrozenPart`.
 
     Args:
         task: The task being learnt; its IIMM and accuracy are measured.
@@ -89,6 +102,7 @@ class Probe:
         self.progress = progress
         self._encoder: Encoder | None = None
         self._prepared: list[_Prepared] = []
+        self._frozen_images, self._frozen_texts = FrozenPart(), FrozenPart()
 
     @property
     def fingerprints(self) -> dict[str, str]:
@@ -152,33 +166,67 @@ class Probe:
         correct: dict[str, np.ndarray] = {}
         measurement = None
         with undisturbed(model), _autocast(model, autocast_dtype):
+            self._find_frozen(model, autocast_dtype)
             for prepared in self._prepared:
                 images, texts = self._embed(model, prepared)
                 name = prepared.task.name
-                if measurement is None:
+                logits = None
+                if measurement is None:  # the task being learnt
                     measurement = iimm(images, texts, prepared.labels)
-                correct[name] = zero_shot_correct(images, texts, prepared.labels)
+                    logits = self._classify(model, images, len(texts))
+                correct[name] = (
+                    zero_shot_correct(images, texts, prepared.labels)
+                    if logits is None
+                    else (logits.argmax(1).cpu() == prepared.labels).numpy()
+                )
         assert measurement is not None
         return Look(step, measurement, correct, time.perf_counter() - start)
+
+    def _find_frozen(self, model: nn.Module, autocast_dtype: torch.dtype | None) -> None:
+        encoder = self._encoder
+        assert encoder is not None
+        image, prompt = (move(one, model) for one in self._prepared[0].witness)
+        # Autocast's cache holds casts made without gradients, which would look frozen.
+        with _autocast(model, autocast_dtype, cache_enabled=False):
+            self._frozen_images.update(model, lambda: encoder.embed_backbone(model, image))
+            self._frozen_texts.update(model, lambda: encoder.embed_texts(model, prompt))
+
+    def _classify(self, model: nn.Module, images: Tensor, n_classes: int) -> Tensor | None:
+        head = find_head(model)
+        logits = None if head is None else head.classify(images)
+        if logits is not None and logits.shape[1] != n_classes:
+            raise ValueError(
+                f"`task` {self.task.name!r} must have the {logits.shape[1]} classes of the model's "
+                f"linear probe, got {n_classes}"
+            )
+        return logits
 
     def _embed(self, model: nn.Module, prepared: _Prepared) -> tuple[Tensor, Tensor]:
         encoder = self._encoder
         assert encoder is not None
-        prompts = [encoder.embed_texts(model, move(p, model)) for p in prepared.prompts]
-        texts = class_embeddings(torch.cat(prompts), len(prepared.task.templates))  # [C, D]
-        batches = prepared.batches
-        fresh = batches is None
-        images = [
-            encoder.embed_images(model, move(batch, model))
-            for batch in (self._preprocess(prepared) if fresh else batches or [])
-        ]
-        return torch.cat(images), texts  # [N, D], [C, D]
 
-    def _preprocess(self, prepared: _Prepared) -> Iterator[Any]:
-        assert self._encoder is not None
+        def embed_texts() -> Tensor:
+            prompts = [encoder.embed_texts(model, move(p, model)) for p in prepared.prompts]
+            return class_embeddings(torch.cat(prompts), len(prepared.task.templates))
+
+        def embed_images() -> Tensor:
+            batches = self._read_again(prepared) if prepared.batches is None else prepared.batches
+            return torch.cat([encoder.embed_backbone(model, move(b, model)) for b in batches])
+
+        name = prepared.task.name
+        backbone = self._frozen_images.get(name, embed_images)
+        return adapt(model, backbone), self._frozen_texts.get(name, embed_texts)  # [N, D], [C, D]
+
+    def _read_again(self, prepared: _Prepared) -> Iterator[Any]:
         for start in range(0, len(prepared.positions), self.batch_size):
             chunk = prepared.positions[start : start + self.batch_size]
-            yield self._encoder.preprocess(prepared.task.images(chunk))
+            yield self._preprocess(prepared.task.images(chunk))
+
+    def _preprocess(self, images: list[Any]) -> Any:
+        assert self._encoder is not None
+        # A processor may draw, e.g. which part of a long sound it takes: the same at every look.
+        _seed(0)
+        return self._encoder.preprocess(images)
 
     def _prepare_task(self, task: Task, positions: list[int], room: int, bar: Any) -> _Prepared:
         encoder = self._encoder
@@ -186,13 +234,16 @@ class Probe:
         labels, prompts = task.labels(positions), task.prompts(positions)
         digest = hashlib.sha256(repr((labels, prompts, encoder.description)).encode())
         batches: list[Any] | None = []
+        one = None
         for start in range(0, len(positions), self.batch_size):
             images = task.images(positions[start : start + self.batch_size])
             for image in images:
-                digest.update(repr(image.size).encode() + image.tobytes())
+                digest.update(content(image))
+            one = one or self._preprocess(images[:1])
             if batches is not None:
-                batches.append(encoder.preprocess(images))
-                if _n_bytes(batches) > room:
+                batches.append(self._preprocess(images))
+                room -= _n_bytes(batches[-1:])
+                if room < 0:
                     batches = None
             bar.update(len(images))
         tokenized = [
@@ -200,7 +251,13 @@ class Probe:
             for i in range(0, len(prompts), _TEXT_BATCH)
         ]
         return _Prepared(
-            task, positions, torch.tensor(labels), tokenized, batches, digest.hexdigest()[:16]
+            task,
+            positions,
+            torch.tensor(labels),
+            tokenized,
+            batches,
+            (one, encoder.tokenize(prompts[:1])),
+            digest.hexdigest()[:16],
         )
 
 
@@ -233,10 +290,19 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
             torch.cuda.set_rng_state_all(cuda_states)
 
 
-def _autocast(model: nn.Module, dtype: torch.dtype | None) -> AbstractContextManager[Any]:
+def _seed(seed: int) -> None:
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+
+
+def _autocast(
+    model: nn.Module, dtype: torch.dtype | None, cache_enabled: bool = True
+) -> AbstractContextManager[Any]:
     if dtype is None:
         return nullcontext()
-    return torch.autocast(next(model.parameters()).device.type, dtype)
+    device = next(model.parameters()).device.type
+    return torch.autocast(device, dtype, cache_enabled=cache_enabled)
 
 
 def _n_bytes(batches: list[Any] | None) -> int:
@@ -246,5 +312,5 @@ def _n_bytes(batches: list[Any] | None) -> int:
         for value in (batch.values() if isinstance(batch, dict) else [])
         if isinstance(value, Tensor)
     ]
-    pictures = [i for b in batches or [] if isinstance(b, list) for i in b]
-    return sum(t.nbytes for t in tensors) + sum(3 * int(p.width * p.height) for p in pictures)
+    images = [image for b in batches or [] if isinstance(b, list) for image in b]
+    return sum(t.nbytes for t in tensors) + sum(len(content(image)) for image in images)

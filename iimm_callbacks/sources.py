@@ -8,12 +8,14 @@ from typing import Any
 
 import numpy as np
 
+_IMAGES = ("Image", "Audio", "Video")  # features of `datasets`; the last is not in all versions
+
 
 class _HubSource:
     """A `datasets.Dataset`, read without its transform and without decoding for the labels."""
 
     def __init__(self, name: str, dataset: Any, image: str | None, label: str | None) -> None:
-        from datasets import ClassLabel, Image, Value
+        from datasets import ClassLabel, Value
 
         self._dataset = dataset.with_format(None)
         features = dataset.features
@@ -37,7 +39,7 @@ class _HubSource:
                 f"{dict(features)}; name the column"
             )
 
-        self._image = pick("image_column", image, lambda f: isinstance(f, Image))
+        self._image = pick("image_column", image, lambda f: type(f).__name__ in _IMAGES)
         self._label = pick(
             "label_column",
             label,
@@ -118,12 +120,55 @@ def open_source(name: str, dataset: Any, image: str | None, label: str | None) -
     )
 
 
-def as_rgb(image: Any) -> Any:
-    """An RGB PIL image from a PIL image, path, encoded bytes or uint8 array.
+def as_image(item: Any) -> Any:
+    """What a model's processor reads, from what a data set holds.
+
+    Args:
+        item: An image (PIL image, path, encoded bytes, uint8 array [H, W, 3]), a sound (floats
+            [n], ``{"array", "sampling_rate"}`` or a decoded `datasets.Audio`) or a video (list of
+            images, uint8 array [T, H, W, 3]).
+
+    Returns:
+        An RGB PIL image; ``{"array": [n] float32, "sampling_rate": int or None}``; or a list of RGB
+        PIL images.
 
     Raises:
         TypeError: It is none of these.
     """
+    if hasattr(item, "get_all_samples"):  # what `datasets.Audio` decodes to
+        samples = item.get_all_samples()
+        item = {"array": samples.data.mean(0).numpy(), "sampling_rate": samples.sample_rate}
+    if isinstance(item, list) and item and isinstance(item[0], float):
+        item = np.asarray(item)
+    if isinstance(item, np.ndarray) and item.ndim == 1 and item.dtype.kind == "f":
+        item = {"array": item, "sampling_rate": None}
+    if isinstance(item, dict) and "array" in item:
+        return {
+            "array": np.asarray(item["array"], dtype=np.float32),
+            "sampling_rate": item.get("sampling_rate"),
+        }
+    if isinstance(item, list | tuple) or (isinstance(item, np.ndarray) and item.ndim == 4):
+        return [_as_rgb(frame) for frame in item]
+    return _as_rgb(item)
+
+
+def kind(image: Any) -> str:
+    """What `as_image` returned: ``"image"``, ``"sound"`` or ``"video"``."""
+    if isinstance(image, list):
+        return "video"
+    return "sound" if isinstance(image, dict) else "image"
+
+
+def content(image: Any) -> bytes:
+    """What `as_image` returned, as bytes to be hashed."""
+    if isinstance(image, list):
+        return b"".join(map(content, image))
+    if isinstance(image, dict):
+        return repr(image["sampling_rate"]).encode() + bytes(image["array"].tobytes())
+    return repr(image.size).encode() + bytes(image.tobytes())
+
+
+def _as_rgb(image: Any) -> Any:
     from PIL import Image
 
     if isinstance(image, dict):  # an undecoded `datasets.Image`

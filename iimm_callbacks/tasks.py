@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from .sources import as_rgb, open_source
+from .sources import as_image, open_source
 
 TASK_PROBE_SIZE = 512
 OFF_TARGET_PROBE_SIZE = 256
@@ -24,7 +24,8 @@ class Task:
             - any sequence of ``(image, label)`` or ``(image, caption)`` pairs, e.g. a torch
               data set. Its labels are read from ``.targets`` where it has that, else by reading
               every item once.
-            Images are PIL images, paths, encoded bytes or uint8 arrays. A transform set on a
+            Images are PIL images, paths, encoded bytes or uint8 arrays; for a model that reads
+            sounds or videos they are what `sources.as_image` takes. A transform set on a
             `datasets.Dataset` is not applied: the probe uses the model's own processor.
         templates: One or several prompt templates with one ``{}`` for the class name; several are
             averaged the CLIP way. For captions the default is the caption itself.
@@ -134,7 +135,7 @@ class Task:
         return [int(i) for i in rng.permutation(chosen)]
 
     def images(self, positions: Sequence[int]) -> list[Any]:
-        """The images at these positions, as RGB PIL images.
+        """The images at these positions, as `sources.as_image` returns them.
 
         Raises:
             ValueError: An image cannot be read; names the task and the position.
@@ -142,7 +143,7 @@ class Task:
         images = []
         for position in positions:
             try:
-                images.append(as_rgb(self._source.image(position)))
+                images.append(as_image(self._source.image(position)))
             except Exception as error:
                 raise ValueError(
                     f"`dataset` of task {self.name!r}: image {position} cannot be read "

@@ -1,130 +1,129 @@
-"""Fine-tuning a dual encoder as a classifier with the plain Trainer; recognising the method."""
+"""The fine-tuning methods of the paper: prepare a model for one, recognise the one in use."""
 
 from __future__ import annotations
 
+import logging
+import re
+from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from .encoders import class_embeddings, find_dual_encoder, find_encoder, move
+from .encoders import (
+    Encoder,
+    class_embeddings,
+    find_dual_encoder,
+    find_encoder,
+    find_head,
+    move,
+)
+from .families import family_of
+from .heads import ClipAdapter, LinearProbe
+from .probe import undisturbed
 from .tasks import Task
 
+logger = logging.getLogger(__name__)
 
-class PromptClassifier(nn.Module):
-    """A dual encoder that classifies images by class prompts, trainable by the plain Trainer.
+_IN_ATTENTION = re.compile(r"(^|[._])(attn|attention)([._]|$)")
+# A text decoder inside the text tower reads images through these; a dual encoder never runs them.
+_UNUSED = re.compile(r"cross_?att")
+_INPUT_PROJECTIONS = {
+    "q_proj",
+    "k_proj",
+    "v_proj",
+    "query",
+    "key",
+    "value",
+    "q",
+    "k",
+    "v",
+    "kv",
+    "qkv",
+}
+_SCALES = re.compile(r"(^|\.)(logit_scale(_[at])?|logit_bias|temperature)$")
 
-    ``logits = exp(logit_scale) · x·t (+ logit_bias)`` over all class prompts, loss = mean
-    cross-entropy over the batch (the recipe of arXiv 2407.15731). The prompts are tokenized once
-    and held as buffers, so a batch is ``{"pixel_values", "labels"}``. Right under gradient
-    accumulation and several ranks: the loss is a mean, and the Trainer is told to divide it.
+
+def prepare(model: nn.Module, method: str, **options: Any) -> nn.Module:
+    """Make a dual encoder ready to be fine-tuned by a method of arXiv 2407.15731.
 
     Args:
-        model: A dual encoder, bare or under PEFT. It is trained in place and stays reachable as
-            ``.dual_encoder``; save it with ``classifier.dual_encoder.save_pretrained(folder)``.
-        task: Names the classes and the prompts.
-        processor: As `encoders.find_encoder`.
+        model: A dual encoder of a family in `families`. It is changed in place.
+        method: One of
+
+            =================  ============================================================
+            ``"full"``         all weights
+            ``"bitfit"``       the biases inside the transformer blocks
+            ``"attention"``    the attention input-projection weights of both towers
+            ``"lora"``         low-rank adapters on the attention of both towers, by peft
+            ``"clip_adapter"`` a bottleneck on the image embeddings, see `heads.ClipAdapter`
+            ``"linear_probe"`` a linear classifier on them, see `heads.LinearProbe`
+            =================  ============================================================
+        **options: Of the method:
+
+            - ``bitfit``, ``attention``: ``n_blocks``, only the last so many blocks of each tower.
+            - ``lora``: ``rank`` (8), ``alpha`` (twice the rank), ``dropout`` (0), ``mlp`` (False;
+              adapt the MLPs too), ``n_blocks``. Fused attention (open_clip) is adapted in its
+              input projection only, and takes no dropout.
+            - ``clip_adapter``: ``reduction`` (4), ``residual_ratio`` (0.2), ``processor``.
+            - ``linear_probe``: ``task``, from whose class embeddings it starts, ``processor``.
+
+            ``processor`` as in `encoders.find_encoder`; not needed where it was saved with the
+            model.
+
+    Returns:
+        The model itself, a `peft.PeftModel` or a `heads.Head`, for the plain Trainer: inside a
+        `PromptClassifier`, or as it is where it has a loss of its own. To load it again, prepare a
+        fresh model in the same way and load the state dict, as the Trainer does when it resumes;
+        `trainable_share` tells how much of it trains.
 
     Raises:
-        ValueError: `task` has captions instead of classes, or the model cannot be read.
-
-    Example: see ``examples/guarded_finetune.py``.
+        ValueError: `method` is unknown, the model is no dual encoder, it has nothing of what the
+            method tunes, or an option is out of range.
+        TypeError: An option that the method has not.
+        ImportError: ``"lora"`` without peft.
     """
-
-    # The loss is a plain mean over the batch; with True the Trainer would expect it to be divided
-    # by `num_items_in_batch` already.
-    accepts_loss_kwargs = False
-
-    def __init__(self, model: nn.Module, task: Task, processor: Any = None) -> None:
-        super().__init__()
-        if task.is_captions:
-            raise ValueError(f"`task` {task.name!r} must have classes, got captions")
-        self._encoder = find_encoder(model, processor)
-        self.dual_encoder = model
-        self.n_templates = len(task.templates)
-        self.n_classes = len(task.class_names)
-        tokens = self._encoder.tokenize(task.prompts([]))
-        self._token_names = list(tokens)
-        for name, value in tokens.items():
-            self.register_buffer(f"prompt_{name}", value, persistent=False)
-
-    def forward(self, labels: Tensor | None = None, **images: Tensor) -> dict[str, Tensor]:
-        """Logits and, with labels, the loss.
-
-        Args:
-            labels: [B] integers in [0, C), or None.
-            **images: What the processor makes of images, ``pixel_values`` [B, 3, H, W] as a rule.
-
-        Returns:
-            ``{"loss": scalar, "logits": [B, C]}``, or the logits alone.
-        """
-        tokens = {name: getattr(self, f"prompt_{name}") for name in self._token_names}
-        texts = self._encoder.embed_texts(self.dual_encoder, tokens)
-        texts = class_embeddings(texts, self.n_templates)  # [C, D]
-        embeds = self._encoder.embed_images(self.dual_encoder, move(images, self.dual_encoder))
-        embeds = nn.functional.normalize(embeds.to(texts.dtype), dim=1)  # [B, D]
-        core = find_dual_encoder(self.dual_encoder)
-        logits = core.logit_scale.exp() * embeds @ texts.T  # [B, C]
-        bias = getattr(core, "logit_bias", None)
-        if bias is not None:
-            logits = logits + bias
-        if labels is None:
-            return {"logits": logits}
-        return {"loss": nn.functional.cross_entropy(logits, labels), "logits": logits}
-
-    def activation_checkpointing_enable(self, **settings: Any) -> None:
-        """What the Trainer calls to trade time for memory; passed on to the dual encoder."""
-        self.dual_encoder.activation_checkpointing_enable(**settings)  # type: ignore[operator]
-
-    def gradient_checkpointing_enable(self, **settings: Any) -> None:
-        """The same under its name in transformers 4."""
-        self.dual_encoder.gradient_checkpointing_enable(**settings)  # type: ignore[operator]
+    if method not in _METHODS:
+        known = ", ".join(map(repr, _METHODS))
+        raise ValueError(f"`method` must be one of {known}, got {method!r}")
+    core = find_dual_encoder(model)
+    if core is not model:
+        raise ValueError(
+            f"`model` must be the dual encoder itself, got {type(model).__name__} around "
+            f"{type(core).__name__}; prepare that one first, then wrap it"
+        )
+    prepared = _METHODS[method](model, **options)
+    n_total = sum(p.numel() for p in prepared.parameters())
+    share = trainable_share(prepared)
+    logger.info("%s trains %.3g %% of %d parameters", method, 100 * share, n_total)
+    return prepared
 
 
-class ImageCollator:
-    """Collator: rows of a labelled image data set -> ``{"pixel_values", "labels"}``.
-
-    Use it with ``TrainingArguments(remove_unused_columns=False)``, else the Trainer drops the
-    image column before it gets here.
-
-    Args:
-        processor: The model's processor.
-        image_column: Column with the images.
-        label_column: Column with the integer labels.
-    """
-
-    def __init__(
-        self, processor: Any, image_column: str = "image", label_column: str = "label"
-    ) -> None:
-        self.processor = processor
-        self.image_column = image_column
-        self.label_column = label_column
-
-    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Tensor]:
-        """One batch, [B, 3, H, W] float32 and [B] int64."""
-        for column in (self.image_column, self.label_column):
-            if column not in rows[0]:
-                raise ValueError(
-                    f"`ImageCollator` needs column {column!r}, got {list(rows[0])}; name the "
-                    "column, and set `TrainingArguments(remove_unused_columns=False)`"
-                )
-        images = [row[self.image_column].convert("RGB") for row in rows]
-        inputs = self.processor.image_processor(images=images, return_tensors="pt")
-        labels = torch.tensor([row[self.label_column] for row in rows])
-        return {**inputs, "labels": labels}
+def trainable_share(model: nn.Module) -> float:
+    """Parameters with `requires_grad` over all parameters, a fraction in [0, 1]."""
+    counts = [(p.numel(), p.requires_grad) for p in model.parameters()]
+    return sum(n for n, trains in counts if trains) / max(sum(n for n, _ in counts), 1)
 
 
 def detect(model: nn.Module) -> str:
-    """The fine-tuning method a model is prepared for.
+    """The fine-tuning method a model is prepared for, whoever prepared it.
 
     Args:
-        model: Any module.
+        model: Any module; under DDP and `torch.compile` too.
 
     Returns:
-        The PEFT type in lower case (``"lora"``, ``"ia3"``, ...; ``"dora"`` for LoRA with DoRA),
-        else ``"full"`` if every parameter trains, ``"frozen"`` if none does, ``"partial"``
-        otherwise. Under DDP and `torch.compile` too.
+        ``"clip_adapter"`` or ``"linear_probe"``; the PEFT type in lower case (``"lora"``,
+        ``"ia3"``, ``"prompt_tuning"``, ...; ``"dora"`` for LoRA with DoRA); else by what trains:
+        ``"full"``, ``"bitfit"`` (biases only), ``"attention"`` (attention input-projection weights
+        only), ``"frozen"`` (nothing) or ``"partial"``. Whether the logit scale trains changes none
+        of this. A head on an encoder that trains too is ``"partial"``.
     """
+    trains = {
+        name: p.requires_grad for name, p in model.named_parameters() if not _SCALES.search(name)
+    }
+    head = find_head(model)
+    if head is not None:
+        thawed = any(p.requires_grad for p in head.dual_encoder.parameters())
+        return "partial" if thawed else head.method
     for module in model.modules():
         configs = getattr(module, "peft_config", None)
         if isinstance(configs, dict) and configs:
@@ -133,7 +132,188 @@ def detect(model: nn.Module) -> str:
                 return "dora"
             kind = config.peft_type
             return str(getattr(kind, "value", kind)).lower()
-    trains = [p.requires_grad for p in model.parameters()]
-    if all(trains):
+    tuned = [name for name, is_trained in trains.items() if is_trained]
+    if len(tuned) == len(trains):
         return "full"
-    return "partial" if any(trains) else "frozen"
+    if not tuned:
+        return "frozen"
+    if all(map(_is_bias, tuned)):
+        return "bitfit"
+    return "attention" if all(map(_is_input_projection, tuned)) else "partial"
+
+
+def _full(model: nn.Module) -> nn.Module:
+    return model.requires_grad_(True)
+
+
+def _bitfit(model: nn.Module, *, n_blocks: int | None = None) -> nn.Module:
+    return _train_only(model, "bias", _is_bias, n_blocks)
+
+
+def _attention(model: nn.Module, *, n_blocks: int | None = None) -> nn.Module:
+    return _train_only(model, "attention input projection", _is_input_projection, n_blocks)
+
+
+def _lora(
+    model: nn.Module,
+    *,
+    rank: int = 8,
+    alpha: int | None = None,
+    dropout: float = 0.0,
+    mlp: bool = False,
+    n_blocks: int | None = None,
+) -> nn.Module:
+    try:
+        from peft import LoraConfig, get_peft_model
+    except ImportError as error:
+        raise ImportError("LoRA needs peft; pip install 'iimm_callbacks[peft]'") from error
+    _check_at_least_1(rank=rank)
+    in_blocks = _inside(_blocks(model, n_blocks))
+    modules, parameters = [], []
+    for name, module in model.named_modules():
+        if not in_blocks(name) or not (mlp or _IN_ATTENTION.search(name)):
+            continue
+        parent = model.get_submodule(name.rpartition(".")[0])
+        # What reads a weight without calling its module never meets an adapter in that module.
+        # Torch's fused attention does so with both projections, timm's where it has `q_bias`.
+        if isinstance(module, nn.MultiheadAttention):
+            parameters.append(f"{name}.in_proj_weight")
+        elif isinstance(module, nn.Linear) and not isinstance(parent, nn.MultiheadAttention):
+            if name.endswith(".qkv") and getattr(parent, "q_bias", None) is not None:
+                parameters.append(f"{name}.weight")
+            else:
+                modules.append(name)
+    if not modules and not parameters:
+        raise ValueError(f"`model` {type(model).__name__} has no attention that LoRA could adapt")
+    if parameters and dropout:
+        raise ValueError(
+            f"`dropout` must be 0 for {type(model).__name__}, got {dropout}: its attention is one "
+            "fused projection, whose weight is adapted as a whole"
+        )
+    _freeze(model)
+    config = LoraConfig(
+        r=rank,
+        lora_alpha=2 * rank if alpha is None else alpha,
+        lora_dropout=dropout,
+        target_modules=modules,
+        target_parameters=parameters or None,
+    )
+    return get_peft_model(model, config)
+
+
+def _clip_adapter(
+    model: nn.Module, *, processor: Any = None, reduction: int = 4, residual_ratio: float = 0.2
+) -> nn.Module:
+    _check_at_least_1(reduction=reduction)
+    if not 0 < residual_ratio <= 1:
+        raise ValueError(f"`residual_ratio` must lie in (0, 1], got {residual_ratio!r}")
+    embeds = _embed_texts(model, find_encoder(model, processor), ["a"])
+    head = ClipAdapter(model, embeds.shape[1], reduction=reduction, residual_ratio=residual_ratio)
+    return head.to(embeds.device)
+
+
+def _linear_probe(model: nn.Module, *, task: Task, processor: Any = None) -> nn.Module:
+    if task.is_captions:
+        raise ValueError(f"`task` {task.name!r} must have classes, got captions")
+    encoder = find_encoder(model, processor)
+    embeds = _embed_texts(model, encoder, task.prompts([]))
+    scale, _ = encoder.logit_scale(model)
+    return LinearProbe(model, class_embeddings(embeds, len(task.templates)), scale).to(
+        embeds.device
+    )
+
+
+def _embed_texts(model: nn.Module, encoder: Encoder, prompts: list[str]) -> Tensor:
+    with undisturbed(model):
+        return encoder.embed_texts(model, move(encoder.tokenize(prompts), model))
+
+
+def _train_only(
+    model: nn.Module, what: str, wanted: Callable[[str], bool], n_blocks: int | None
+) -> nn.Module:
+    in_blocks = _inside(_blocks(model, n_blocks))
+    names = [name for name, _ in model.named_parameters() if in_blocks(name) and wanted(name)]
+    if not names:
+        raise ValueError(f"`model` {type(model).__name__} has no {what} inside its blocks to tune")
+    _freeze(model)
+    for name in names:
+        model.get_parameter(name).requires_grad_(True)
+    for tower in _towers(model):
+        if not any(map(_inside([tower]), names)):
+            logger.warning("%r has no %s: it stays as it is", tower, what)
+    return model
+
+
+def _towers(model: nn.Module) -> list[str]:
+    family = family_of(model)
+    assert family is not None
+    return [tower for tower in family.towers if isinstance(getattr(model, tower, None), nn.Module)]
+
+
+def _blocks(model: nn.Module, n_blocks: int | None) -> list[str]:
+    """Names of the (last) blocks of every tower: what lies in a numbered place of a list.
+
+    In a tower with attention they are the innermost such modules that hold some of it.
+    """
+    if n_blocks is not None:
+        _check_at_least_1(n_blocks=n_blocks)
+    chosen = []
+    for tower in _towers(model):
+        numbered = {
+            name: found[0]
+            for name, _ in model.get_submodule(tower).named_parameters(prefix=tower)
+            if (found := re.findall(r"^.*\.\d+(?=\.)", name))
+        }
+        attention = {block for name, block in numbered.items() if _is_input_projection(name)}
+        blocks = list(
+            dict.fromkeys(b for b in numbered.values() if not attention or b in attention)
+        )
+        innermost = [b for b in blocks if not any(o.startswith(f"{b}.") for o in blocks)]
+        chosen += innermost[-(n_blocks or 0) :]
+    return chosen
+
+
+def _inside(blocks: list[str]) -> Callable[[str], bool]:
+    starts = tuple(f"{block}." for block in blocks)
+    return lambda name: name.startswith(starts) and not _UNUSED.search(name)
+
+
+def _is_bias(name: str) -> bool:
+    return name.endswith("bias")
+
+
+def _is_input_projection(name: str) -> bool:
+    *path, module, kind = ("", *name.split("."))
+    fused = kind in ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
+    named = kind == "weight" and module in _INPUT_PROJECTIONS
+    return fused or (named and _IN_ATTENTION.search(".".join(path)) is not None)
+
+
+def _freeze(model: nn.Module) -> None:
+    model.requires_grad_(False)
+    # A frozen batch norm moves all the same, by its running statistics, unless it is in eval mode,
+    # out of which every `model.train()` takes it.
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.register_forward_pre_hook(_stay_in_eval_mode)
+
+
+def _stay_in_eval_mode(module: nn.Module, inputs: Any) -> None:
+    if not getattr(module.weight, "requires_grad", False):
+        module.eval()
+
+
+def _check_at_least_1(**arguments: int) -> None:
+    for name, value in arguments.items():
+        if not isinstance(value, int) or value < 1:
+            raise ValueError(f"`{name}` must be an integer of at least 1, got {value!r}")
+
+
+_METHODS: dict[str, Callable[..., nn.Module]] = {
+    "full": _full,
+    "bitfit": _bitfit,
+    "attention": _attention,
+    "lora": _lora,
+    "clip_adapter": _clip_adapter,
+    "linear_probe": _linear_probe,
+}

@@ -8,6 +8,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp()  # not the user's
 
+import torchvision_ops  # isort: skip  # noqa: F401
 import numpy as np
 import pytest
 import torch
@@ -29,6 +30,13 @@ torch.set_num_threads(1)  # tiny models gain nothing from more
 
 COLOURS = {"red": (220, 30, 30), "green": (30, 200, 40), "blue": (30, 40, 220), "grey": (128,) * 3}
 SHAPES = ("circle", "square", "cross")
+
+
+collect_ignore = ["tiny_open_clip.py"]  # has no doctest, and open_clip is not everywhere
+
+
+def pytest_addoption(parser):
+    parser.addoption("--record-matrix", action="store_true", help="see test_matrix.py")
 
 
 @pytest.fixture(autouse=True)

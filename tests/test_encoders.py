@@ -197,7 +197,8 @@ def test_features_that_are_no_joint_space_vectors_are_refused(
     model = tiny_clip()
     monkeypatch.setattr(model, "get_image_features", lambda **inputs: torch.zeros(5, 4, 24))
     with pytest.raises(
-        ValueError, match=r"\[n, D\], got \[5, 4, 24\] from CLIPModel; pass `encode"
+        ValueError,
+        match=r"\[n, D\], got \[5, 4, 24\] from `embed_images` of CLIPModel; pass `encode",
     ):
         embed(model, find_encoder(model, processor), pictures)
 

@@ -1,0 +1,339 @@
+"""How the models of each family are read: one table, one entry a family."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+Inputs = dict[str, Any]
+Read = Callable[[list[Any]], Any]
+
+
+def exponential_scale(model: Any) -> tuple[Any, Any]:
+    """``exp(logit_scale)`` and ``logit_bias``, None where there is none."""
+    return model.logit_scale.exp(), getattr(model, "logit_bias", None)
+
+
+def read_images(processor: Any) -> Read:
+    """Images -> model inputs, through a processor's own preprocessing.
+
+    Args:
+        processor: With an ``image_processor`` (or ``feature_extractor``, for sound), or a pair
+            ``(transform, tokenizer)`` as open_clip has them; the transform takes one image.
+
+    Returns:
+        A function of a list of images.
+    """
+    part = image_part(processor)
+    if isinstance(processor, tuple):
+        return lambda images: {"pixel_values": torch.stack([part(image) for image in images])}
+    if hasattr(part, "sampling_rate"):
+        return _read_sounds(part)
+    return lambda images: dict(part(images, return_tensors="pt"))
+
+
+def image_part(processor: Any) -> Any:
+    """The part of a processor, or of a pair, that reads images (or sounds); None without one."""
+    if isinstance(processor, tuple):
+        return processor[0]
+    for name in ("image_processor", "feature_extractor"):
+        if hasattr(processor, name):
+            return getattr(processor, name)
+    return None
+
+
+def read_prompts(model: Any, processor: Any, pad_to: int | None = None) -> Read:
+    """Prompts -> model inputs, through a processor's own tokenizer.
+
+    Args:
+        model: Not needed here; entries of the table that pad read their length from it.
+        processor: As `read_images`.
+        pad_to: Pad every text to this many tokens; None: to the longest of its batch.
+
+    Returns:
+        A function of a list of prompts.
+    """
+    if isinstance(processor, tuple):
+        return lambda prompts: {"input_ids": processor[1](prompts)}
+    options: dict[str, Any] = {"padding": True}
+    if pad_to is not None:
+        options = {"padding": "max_length", "max_length": pad_to}
+    return lambda prompts: dict(
+        processor.tokenizer(prompts, truncation=True, return_tensors="pt", **options)
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Family:
+    """How the models of one family are read. `register_encoder` adds one.
+
+    Attributes:
+        name: For tables and errors.
+        embed_images: (model, what `preprocess` made) -> embeddings [n, D], normalised or not.
+        embed_texts: (model, what `tokenize` made) -> embeddings [n, D], normalised or not.
+        preprocess: processor -> a function of a list of images that returns model inputs.
+        tokenize: (model, processor) -> a function of a list of prompts that returns model inputs.
+        logit_scale: model -> (scale, bias or None), ``logits = scale · cosine + bias``.
+        towers: Names of the submodules in which fine-tuning methods act; not all need exist.
+        reads: What an "image" is to it.
+    """
+
+    name: str
+    embed_images: Callable[[Any, Any], Tensor]
+    embed_texts: Callable[[Any, Any], Tensor]
+    preprocess: Callable[[Any], Read] = read_images
+    tokenize: Callable[[Any, Any], Read] = read_prompts
+    logit_scale: Callable[[Any], tuple[Any, Any]] = exponential_scale
+    towers: tuple[str, ...] = ("vision_model", "text_model")
+    reads: Literal["image", "sound", "video"] = "image"
+
+
+def register_encoder(family: Family, matches: type | Callable[[nn.Module], bool]) -> None:
+    """Teach the probe a family of models.
+
+    Later entries win over earlier ones and over those built in.
+
+    Args:
+        family: How its models are read.
+        matches: The models' class, or a function of a module that says whether it is one.
+
+    Raises:
+        TypeError: `family` is no `Family`, or `matches` neither a class nor a function.
+
+    Example:
+        >>> class Mine(nn.Module):
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.image, self.text = nn.LazyLinear(8), nn.EmbeddingBag(100, 8)
+        >>> register_encoder(
+        ...     Family(
+        ...         name="Mine",
+        ...         embed_images=lambda model, inputs: model.image(inputs["pixel_values"]),
+        ...         embed_texts=lambda model, inputs: model.text(inputs["input_ids"]),
+        ...         logit_scale=lambda model: (100.0, None),
+        ...         towers=("image", "text"),
+        ...     ),
+        ...     Mine,
+        ... )
+    """
+    if not isinstance(family, Family):
+        raise TypeError(f"`family` must be a `Family`, got {type(family).__name__}")
+    if not callable(matches):
+        raise TypeError(
+            "`matches` must be the models' class or a function of a module that returns a bool, "
+            f"got {matches!r}"
+        )
+    if isinstance(matches, type):
+        kind = matches
+        _TABLE.insert(0, (lambda module: isinstance(module, kind), family))
+    else:
+        _TABLE.insert(0, (matches, family))
+
+
+def family_of(module: nn.Module) -> Family | None:
+    """The family of a module that is itself a dual encoder, else None."""
+    if _model_type(module) in _NO_JOINT_SPACE:
+        return None
+    return next((family for matches, family in _TABLE if matches(module)), None)
+
+
+def why_not(module: nn.Module) -> str | None:
+    """Why a module is no dual encoder; None if nothing is known of it."""
+    kind = _model_type(module)
+    if kind in _NO_JOINT_SPACE:
+        return _NO_JOINT_SPACE[kind]
+    generates = getattr(module, "can_generate", None)
+    if callable(generates) and generates():
+        return "it generates text and has no space in which images and texts are compared"
+    inputs = getattr(module, "main_input_name", None)
+    if inputs == "pixel_values":
+        return "it embeds images only and has no text tower"
+    if inputs == "input_ids" and kind is not None:
+        return "it embeds texts only and has no image tower"
+    return None
+
+
+def _read_sounds(extractor: Any) -> Read:
+    def read(sounds: list[Any]) -> Inputs:
+        for sound in sounds:
+            rate = sound["sampling_rate"]
+            if rate not in (None, extractor.sampling_rate):
+                raise ValueError(
+                    f"`dataset` must hold sounds of {extractor.sampling_rate} Hz for this model, "
+                    f"got {rate} Hz; resample them, e.g. dataset.cast_column('audio', "
+                    f"Audio(sampling_rate={extractor.sampling_rate}))"
+                )
+        arrays = [sound["array"] for sound in sounds]
+        return dict(extractor(arrays, sampling_rate=extractor.sampling_rate, return_tensors="pt"))
+
+    return read
+
+
+def _vector(output: Any) -> Any:
+    # transformers 5 returns an object, or a tuple with `config.return_dict=False`; 4 a tensor.
+    if isinstance(output, Tensor):
+        return output
+    return output[1] if isinstance(output, tuple) else output.pooler_output
+
+
+def _first_token(output: Any) -> Any:
+    # All tokens are projected; the space was trained on the first.
+    vectors = _vector(output)
+    return vectors[:, 0] if vectors.ndim == 3 else vectors
+
+
+def _transformers(
+    name: str,
+    *,
+    images: str = "get_image_features",
+    texts: Callable[[Any, Inputs], Tensor] | None = None,
+    vector: Callable[[Any], Any] = _vector,
+    padding: Callable[[Any], int] | None = None,
+    **entry: Any,
+) -> Family:
+    def tokenize(model: Any, processor: Any) -> Read:
+        return read_prompts(model, processor, padding(model) if padding else None)
+
+    return Family(
+        name=name,
+        embed_images=lambda model, inputs: vector(getattr(model, images)(**inputs)),
+        embed_texts=texts or (lambda model, inputs: vector(model.get_text_features(**inputs))),
+        tokenize=tokenize,
+        **entry,
+    )
+
+
+def _full_length(model: Any) -> int:
+    return int(model.config.text_config.max_position_embeddings)
+
+
+def _temperature(model: Any) -> tuple[Any, Any]:
+    return 1 / model.temperature, None
+
+
+def _clamped(model: Any) -> tuple[Any, Any]:
+    return model.logit_scale.clamp(0.0, model.max_log_logit_scale).exp(), None
+
+
+def _chinese_clip_texts(model: Any, inputs: Inputs) -> Tensor:
+    # transformers 4: its `get_text_features` fails, because the text tower has no pooler.
+    embeds: Tensor = model.text_projection(model.text_model(**inputs)[0][:, 0])
+    return embeds
+
+
+def _blip_tokens(inputs: Inputs) -> Inputs:
+    # A BERT tokenizer gives token types, BLIP has none.
+    return {name: value for name, value in inputs.items() if name != "token_type_ids"}
+
+
+def _blip_retrieval() -> Family:
+    # The class has no feature functions and no scale; 0.07 is BLIP's own initial temperature.
+    def images(model: Any, inputs: Inputs) -> Tensor:
+        embeds: Tensor = model.vision_proj(model.vision_model(**inputs)[0][:, 0])
+        return embeds
+
+    def texts(model: Any, inputs: Inputs) -> Tensor:
+        hidden = model.text_encoder(**_blip_tokens(inputs))[0]
+        embeds: Tensor = model.text_proj(hidden[:, 0])
+        return embeds
+
+    return Family(
+        name="BLIP retrieval",
+        embed_images=images,
+        embed_texts=texts,
+        logit_scale=lambda model: (1 / 0.07, None),
+        towers=("vision_model", "text_encoder"),
+    )
+
+
+def _open_clip() -> Family:
+    def images(model: Any, inputs: Inputs) -> Tensor:
+        # In half precision open_clip keeps some weights in full, the convolution never.
+        patches = next((p for p in model.visual.parameters() if p.ndim == 4), None)
+        pixels = inputs["pixel_values"]
+        embeds: Tensor = model.encode_image(pixels if patches is None else pixels.to(patches.dtype))
+        return embeds
+
+    def texts(model: Any, inputs: Inputs) -> Tensor:
+        embeds: Tensor = model.encode_text(inputs["input_ids"])
+        return embeds
+
+    return Family(
+        name="open_clip",
+        embed_images=images,
+        embed_texts=texts,
+        towers=("visual", "text", "transformer"),
+    )
+
+
+def _model_type(module: nn.Module) -> Any:
+    return getattr(getattr(module, "config", None), "model_type", None)
+
+
+def _has(*functions: str) -> Callable[[nn.Module], bool]:
+    return lambda module: all(callable(getattr(module, name, None)) for name in functions)
+
+
+def _is(*model_types: str, functions: str = "get_text_features") -> Callable[[nn.Module], bool]:
+    has = _has(functions)
+
+    return lambda module: _model_type(module) in model_types and has(module)
+
+
+_NO_JOINT_SPACE = {
+    "blip-2": "its text side is a language model whose states lie in no space shared with images, "
+    "or, for retrieval, an image has 32 vectors instead of one",
+    "instructblip": "it generates text and has no space in which images and texts are compared",
+}
+
+# The first match counts. What follows the usual way needs no entry: the last ones read any model
+# with the usual functions.
+_TABLE: list[tuple[Callable[[nn.Module], bool], Family]] = [
+    # Trained on text padded to its full length, and reads the padding.
+    (_is("siglip", "siglip2"), _transformers("SigLIP", padding=_full_length)),
+    (_is("tipsv2"), _transformers("TIPSv2", padding=_full_length, logit_scale=_temperature)),
+    (_is("align"), _transformers("ALIGN", logit_scale=_temperature)),
+    (_is("aimv2"), _transformers("AIMv2", logit_scale=_clamped)),
+    (
+        _is("flava"),
+        _transformers("FLAVA", vector=_first_token, towers=("image_model", "text_model")),
+    ),
+    (
+        _is("clap"),
+        _transformers(
+            "CLAP",
+            images="get_audio_features",
+            logit_scale=lambda model: (model.logit_scale_a.exp(), None),
+            towers=("audio_model", "text_model"),
+            reads="sound",
+        ),
+    ),
+    (
+        _is("xclip"),
+        _transformers(
+            "X-CLIP",
+            images="get_video_features",
+            towers=("vision_model", "mit", "text_model"),
+            reads="video",
+        ),
+    ),
+    (_is("blip", functions="text_proj"), _blip_retrieval()),
+    (
+        _is("blip"),
+        _transformers(
+            "BLIP",
+            texts=lambda model, inputs: _vector(model.get_text_features(**_blip_tokens(inputs))),
+        ),
+    ),
+    (_is("chinese_clip"), _transformers("Chinese-CLIP", texts=_chinese_clip_texts)),
+    (_has("get_image_features", "get_text_features"), _transformers("CLIP")),
+    (
+        _has("get_video_features", "get_text_features"),
+        _transformers("video", images="get_video_features", reads="video"),
+    ),
+    (_has("encode_image", "encode_text"), _open_clip()),
+]

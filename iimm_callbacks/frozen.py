@@ -1,0 +1,62 @@
+"""Embeddings of frozen parts are computed once; what can have changed is computed again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class FrozenPart:
+    """Keeps what a part of a model returned for as long as that part cannot have changed.
+
+    At every look `update` embeds one item with gradients on. What is kept stays valid only if
+
+    1. no gradient reaches that embedding: nothing that trains takes part in it;
+    2. it is bit for bit what it was: no weight was swapped, merged or written through ``.data``;
+    3. no frozen tensor of the model was written to in place: not thawed, trained and frozen again
+       between two looks, no running statistics of a batch norm moved.
+
+    Attributes:
+        is_frozen: Whether the part was frozen at the latest `update`.
+    """
+
+    def __init__(self) -> None:
+        self.is_frozen = False
+        self._witness: Tensor | None = None
+        self._versions: list[tuple[int, int]] = []
+        self._kept: dict[Any, Tensor] = {}
+
+    def update(self, model: nn.Module, embed: Callable[[], Tensor]) -> None:
+        """Forget what was kept if the part can have changed; call it before each round of `get`.
+
+        Args:
+            model: The model in its present state, in eval mode.
+            embed: Embeds one item, always the same. Run it outside of autocast's cache: a cast
+                weight from there has no gradient.
+        """
+        with torch.enable_grad():
+            embeds = embed()
+        self.is_frozen = not embeds.requires_grad
+        witness, versions = embeds.detach(), _versions(model)
+        same = self._witness is not None and torch.equal(witness, self._witness)
+        if not (self.is_frozen and same and versions == self._versions):
+            self._kept.clear()
+        self._witness, self._versions = witness, versions
+
+    def get(self, key: Any, compute: Callable[[], Tensor]) -> Tensor:
+        """The value kept under a key, else `compute()`, kept if the part is frozen."""
+        if key in self._kept:
+            return self._kept[key]
+        value = compute()
+        if self.is_frozen:
+            self._kept[key] = value
+        return value
+
+
+def _versions(model: nn.Module) -> list[tuple[int, int]]:
+    # Every write in place counts a tensor's version up; inference tensors have none.
+    tensors = [*model.parameters(), *model.buffers()]
+    return [(id(t), 0 if t.is_inference() else t._version) for t in tensors if not t.requires_grad]
