@@ -35,13 +35,21 @@ from iimm_callbacks import (
     sample,
 )
 from iimm_callbacks.report import plot_run, save_run
+from iimm_callbacks.tuning import prepare
 
-LEARNING_RATE = {"full": 1e-4, "lora": 1e-3}
+LEARNING_RATE = {
+    "full": 1e-4,
+    "bitfit": 1e-3,
+    "attention": 1e-4,
+    "lora": 1e-3,
+    "clip_adapter": 1e-3,
+    "linear_probe": 1e-3,
+}
 
 
 @dataclass
 class Settings:
-    method: str = field(default="full", metadata={"help": "full or lora"})
+    method: str = field(default="full", metadata={"help": ", ".join(LEARNING_RATE)})
     task: str = field(default="handwritten_digits", metadata={"help": "Shipped task to learn"})
     model: str = field(default="", metadata={"help": "Hub name or folder; default: the sample"})
     dataset: str = field(default="", metadata={"help": "Hub name or folder; default: `task`"})
@@ -71,28 +79,25 @@ def load_data(settings):
     return data[settings.train_split], task
 
 
-def load_model(settings):
+def load_model(settings, task):
     """The model, prepared for the method, and its processor."""
     if settings.model:
         model = AutoModel.from_pretrained(settings.model)
         processor = AutoProcessor.from_pretrained(settings.model)
     else:
         model, processor = sample.load_model(), sample.load_processor()
-    if settings.method == "lora":
-        from peft import LoraConfig, get_peft_model
-
-        config = LoraConfig(r=8, lora_alpha=16, target_modules=["q_proj", "v_proj"])
-        model = get_peft_model(model, config)
-    elif settings.method != "full":
-        raise ValueError(f"`method` must be 'full' or 'lora', got {settings.method!r}")
-    return model, processor
+    options = {
+        "clip_adapter": {"processor": processor},
+        "linear_probe": {"processor": processor, "task": task},
+    }
+    return prepare(model, settings.method, **options.get(settings.method, {})), processor
 
 
 def finetune(settings, outcomes):
     """One guarded run; returns the guard and the trained classifier."""
     torch.manual_seed(settings.seed)
     train_dataset, task = load_data(settings)
-    model, processor = load_model(settings)
+    model, processor = load_model(settings, task)
     guard = IIMMCallback(
         task,  # off_target=None: the shipped tasks, as canaries
         max_forgetting=settings.max_forgetting,

@@ -6,6 +6,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,7 +14,7 @@ from tqdm.auto import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from . import host, keys, report
-from .encoders import EncodePair
+from .encoders import EncodePair, zero_shot_twin
 from .guard import Limits, Verdict
 from .monitor import IIMMMonitor
 from .outcomes import Outcome
@@ -147,7 +148,11 @@ class IIMMCallback(TrainerCallback):  # type: ignore[misc]  # transformers is un
         self.outcome = None
         self.monitor = None
         saved = state.stateful_callbacks.get(self._state_key)
-        if state.global_step > 0 and not saved:
+        resumed = state.global_step > 0
+        # Resumed without the guard's state, the untouched model is to be had only if it hides
+        # under adapters.
+        untouched = zero_shot_twin(kwargs["model"]) if resumed and not saved else nullcontext()
+        if untouched is None:
             logger.warning(
                 "The IIMM guard is off: this run resumes at step %d from a checkpoint that was "
                 "written without the guard, so the untouched model was never measured.",
@@ -169,19 +174,22 @@ class IIMMCallback(TrainerCallback):  # type: ignore[misc]  # transformers is un
             autocast_dtype=host.autocast_dtype(args),
             strict=self.strict,
         )
-        resumed = state.global_step > 0
-        if resumed:
+        if saved and resumed:
             monitor.load_state_dict(saved["attributes"])
-        verdict = monitor.begin(kwargs["model"])
+        with untouched:
+            verdict = monitor.begin(kwargs["model"])
         self.monitor = monitor
         self._budget.took(monitor.row()[keys.RUNTIME], counts=False)
-        if resumed:
+        if saved and resumed:
             self._alarm = verdict
             return
         self._began = time.perf_counter()
         self._show(state, report.preflight_table(monitor.record()))
-        self._emit(args, state, control, monitor.row())
-        self._act(args, state, control, verdict)
+        if resumed:  # the untouched model's numbers are not those of this step
+            self._look(args, state, control, kwargs["model"], needed=True)
+        else:
+            self._emit(args, state, control, monitor.row())
+            self._act(args, state, control, verdict)
         if control.should_training_stop:
             self._hold_first_step = True
             if not host.can_hold_step(args):

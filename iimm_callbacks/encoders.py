@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -159,32 +159,50 @@ def adapt(model: nn.Module, backbone_embeds: Tensor) -> Tensor:
     return backbone_embeds if head is None else head.adapt(backbone_embeds)
 
 
-def zero_shot_twin(model: nn.Module) -> AbstractContextManager[Any] | None:
-    """Inside it, a model under PEFT is the untouched model again, at any step.
+def zero_shot_twin(model: nn.Module) -> AbstractContextManager[None] | None:
+    """Inside it, a model with adapters is the untouched model again, at any step.
 
     Args:
         model: Any module.
 
     Returns:
-        ``disable_adapter()`` of the `PeftModel` in it; None where that is not exactly the model
-        before fine-tuning: no PEFT, a merged adapter, tuned biases, weights unfrozen by hand, or an
-        initialisation that changed the base weights (PiSSA and the like).
+        A context in which the adapters of peft are switched off; None where that is not exactly the
+        model before fine-tuning: no adapters, a merged one, tuned biases, weights unfrozen by hand,
+        or an initialisation that changed the base weights (PiSSA and the like).
     """
     for module in _breadth_first(model):
-        configs: Any = getattr(module, "peft_config", None)
-        disable: Any = getattr(module, "disable_adapter", None)
-        if not configs or not callable(disable):
+        configs = getattr(module, "peft_config", None)
+        if not isinstance(configs, dict) or not configs:
             continue
-        inside = list(module.modules())
         adapters = _adapters(module)
         exact = (
             all(getattr(c, "bias", "none") == "none" for c in configs.values())
-            and all(isinstance(_init_of(c), bool) for c in configs.values())
-            and not any(getattr(m, "merged", False) for m in inside)
+            and all(
+                isinstance(getattr(c, "init_lora_weights", True), bool) for c in configs.values()
+            )
+            and not any(getattr(m, "merged", False) for m in module.modules())
             and all(id(p) in adapters for p in module.parameters() if p.requires_grad)
         )
-        return disable() if exact else None
+        return _without_adapters(module) if exact else None
     return None
+
+
+@contextmanager
+def _without_adapters(module: Any) -> Iterator[None]:
+    trains = [(p, p.requires_grad) for p in module.parameters()]
+    try:
+        if hasattr(module, "disable_adapter"):  # a PeftModel
+            with module.disable_adapter():
+                yield
+        else:  # a transformers model after `add_adapter`
+            module.disable_adapters()
+            try:
+                yield
+            finally:
+                module.enable_adapters()
+    finally:
+        for parameter, flag in trains:  # peft wakes all adapters, frozen ones too
+            parameter.requires_grad_(flag)
 
 
 def model_fingerprint(model: nn.Module) -> str:
@@ -266,10 +284,6 @@ def _adapters(model: nn.Module) -> set[int]:
         if isinstance(getattr(module, layer, None), nn.Module)
         for parameter in getattr(module, layer).parameters()
     }
-
-
-def _init_of(config: Any) -> Any:
-    return getattr(config, "init_lora_weights", True)
 
 
 def _vectors(model: nn.Module, family: Family, function: str, inputs: Any) -> Tensor:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+
+_FILE = "head.safetensors"
 
 
 class Head(nn.Module):
@@ -29,6 +33,27 @@ class Head(nn.Module):
         super().train(mode)
         self.dual_encoder.eval()
         return self
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write the head's own weights, ``head.safetensors``; the encoder has not changed."""
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        save_file(self._own_weights(), Path(folder) / _FILE)
+
+    def load_pretrained(self, folder: str | Path) -> None:
+        """Read what `save_pretrained` wrote into a head that was prepared in the same way.
+
+        Raises:
+            FileNotFoundError: There is no such file.
+            ValueError: It is of another kind of head, or of other sizes.
+        """
+        weights, own = load_file(Path(folder) / _FILE), self._own_weights()
+        theirs, ours = ({k: list(v.shape) for k, v in w.items()} for w in (weights, own))
+        if theirs != ours:
+            raise ValueError(f"`folder` must hold a head of {ours}, got {theirs}")
+        self.load_state_dict(weights, strict=False)
+
+    def _own_weights(self) -> dict[str, Tensor]:
+        return {k: v for k, v in self.state_dict().items() if not k.startswith("dual_encoder.")}
 
     def adapt(self, image_embeds: Tensor) -> Tensor:
         """Image embeddings [n, D] of the encoder -> those of the tuned model."""

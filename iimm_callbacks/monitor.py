@@ -23,7 +23,7 @@ from .measure import Measurement
 from .outcomes import Outcome, as_outcomes
 from .probe import Look, Probe
 from .tasks import Task, check_tasks
-from .tuning import detect
+from .tuning import detect, trainable_share
 
 logger = logging.getLogger(__name__)
 
@@ -102,6 +102,7 @@ class IIMMMonitor:
         self._prior: Forecast | None = None  # set by `begin`
         self._fingerprints: dict[str, str] = {}  # of the probe that took the baseline
         self._model_name = self._model_fingerprint = ""
+        self._trainable_share = 0.0
 
     def begin(self, model: nn.Module) -> Verdict:
         """Measure the untouched model; after `load_state_dict`, only make ready to go on.
@@ -120,6 +121,7 @@ class IIMMMonitor:
         if self._prior is not None:
             raise RuntimeError("`begin` was called already; make a new IIMMMonitor for every run")
         self.probe.prepare(model)
+        self._trainable_share = trainable_share(model)
         if self._baseline is not None:
             self._check_fingerprints()
         else:
@@ -245,7 +247,7 @@ class IIMMMonitor:
             trajectory=[keys.trajectory_row(row) for row in self.history],
             complete=complete,
             ended=ended,
-            recipe=recipe or {},
+            recipe={"trainable_share": self._trainable_share} | (recipe or {}),
         )
 
     def row(self) -> dict[str, float]:
@@ -260,6 +262,7 @@ class IIMMMonitor:
             "model": self._model_name,
             "model_fingerprint": self._model_fingerprint,
             "method": self.method,
+            "trainable_share": self._trainable_share,
             "fingerprints": self._fingerprints,
             "limits": asdict(self.limits),
             "n_images": self._baseline.measurement.n_images if self._baseline else 0,

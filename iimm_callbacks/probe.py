@@ -267,7 +267,8 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
 
     Train mode is restored module by module, because ``model.train()`` would wake submodules that
     were frozen in eval mode. `no_grad`, not `inference_mode`: a tensor that a model caches under
-    the latter cannot be saved for backward.
+    the latter cannot be saved for backward. The 4-bit layers of bitsandbytes on some CPUs repack
+    their weights in place at the first evaluation, and cannot be trained after: not in here.
 
     Args:
         model: The model that is put in eval mode for the while.
@@ -275,12 +276,19 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
     modes = [(module, module.training) for module in model.modules()]
     python_state, numpy_state = random.getstate(), np.random.get_state()
     torch_state = torch.get_rng_state()
+    packing: list[Any] = [
+        m for m in model.modules() if getattr(m, "support_avx512bf16_for_cpu", False)
+    ]
     cuda_states = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else None
     model.eval()
+    for module in packing:
+        module.support_avx512bf16_for_cpu = False
     try:
         with torch.no_grad():
             yield
     finally:
+        for module in packing:
+            module.support_avx512bf16_for_cpu = True
         for module, training in modes:
             module.training = training
         random.setstate(python_state)

@@ -41,6 +41,8 @@ def preflight_table(record: dict[str, Any]) -> str:
     for name in record["off_target"]:
         accuracy = _percent(row[keys.accuracy_key(name)])
         table.add_row("", accuracy, f"{name} (off-target)")
+    trainable = f"{100 * record['trainable_share']:.3g} %"
+    table.add_row("trainable", trainable, f"of the parameters, method {record['method']!r}")
     for name in ("gain", "forgetting"):
         meaning = "points at the end, 90 % interval" if _has(row, name) else record["basis"]
         table.add_row(f"{name} forecast", _forecast(row, name), meaning)

@@ -14,6 +14,7 @@ from transformers import TrainerCallback
 from iimm_callbacks import IIMMCallback, Outcome, Task
 from iimm_callbacks.encoders import model_fingerprint
 from iimm_callbacks.probe import Probe
+from iimm_callbacks.tuning import prepare
 
 EVERY_LOOK = {
     "eval_iimm",
@@ -460,6 +461,29 @@ def test_a_checkpoint_without_the_guard_is_never_taken_for_the_baseline(
     trainer.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-3"))
     assert rows(trainer) == []
     assert "resumes at step 3 from a checkpoint that was written without the guard" in caplog.text
+
+
+def test_under_adapters_the_untouched_model_is_measured_at_any_step(
+    make_trainer, tiny_clip, guard, tmp_path
+):
+    arguments = {"max_steps": 6, "save_strategy": "steps", "save_steps": 3}
+    make_trainer(
+        model=prepare(tiny_clip(), "lora"), output_dir=str(tmp_path / "a"), **arguments
+    ).train()
+    fresh, late = guard(every=3), guard(every=3)
+    for callback, checkpoint in ((fresh, None), (late, str(tmp_path / "a" / "checkpoint-3"))):
+        model = prepare(tiny_clip(), "lora")
+        trainer = make_trainer([callback], model=model, output_dir=str(tmp_path / "b"), **arguments)
+        trainer.train(resume_from_checkpoint=checkpoint)
+    assert [r["step"] for r in late.monitor.history] == [0, 3, 6]
+    assert [r["step"] for r in rows(trainer)] == [3, 6]
+    for one, other in zip(
+        (r for r in fresh.monitor.history if r["step"] in (0, 3, 6)),
+        late.monitor.history,
+        strict=True,
+    ):
+        assert one["eval_iimm"] == other["eval_iimm"]
+        assert one["eval_iimm_forgetting_observed"] == other["eval_iimm_forgetting_observed"]
 
 
 def test_resuming_with_other_images_is_refused(make_trainer, guard, tmp_path, shapes):

@@ -56,6 +56,7 @@ def make_record():
             "task": "digits",
             "off_target": ["emoji", "[v2]"] if off_target else [],
             "method": "full",
+            "trainable_share": 0.0291,
             "limits": {"max_forgetting": limit, "limit_on": "mean", "confidence": 0.8},
             "n_images": 512,
             "n_classes": 10,
@@ -78,6 +79,7 @@ def lines_with(text, *words):
 def test_the_table_before_training_shows_measure_forecast_limit_and_verdict(make_record):
     text = preflight_table(make_record())
     assert "IIMM before training: digits (full)" in text
+    assert lines_with(text, "trainable 2.91 % of the parameters, method 'full'")
     for line in (
         "IIMM 0.432 ± 0.012 512 images, 10 class prompts",
         "inter-modal 0.200 image to wrong-class text",
