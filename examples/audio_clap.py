@@ -1,9 +1,16 @@
 """Fine-tune CLAP to classify sounds with the plain Trainer, guarded against forgetting.
 
     python examples/audio_clap.py
+    python examples/audio_clap.py --method lora --learning_rate 3e-3
     python examples/audio_clap.py --model laion/clap-htsat-unfused --learning_rate 1e-5
 
-RUNTIME
+Offline and in 15 seconds on two cores without `--model`: a CLAP of 50,000 random weights is first
+taught four machines, synthesised at 8 kHz, then fine-tuned, guarded, on six other sounds. These go
+from 9 to 94 % right on sounds held out, the machines from 100 to 49 %, with an alarm at step 6;
+with LoRA to 75 and 90 %. Expect other numbers with other versions (transformers 4.57, full: 98 and
+78 %). It shows the mechanics: such sounds are far easier than recordings. With `--model` (not run
+here, it needs the internet) any CLAP hears the same sounds at its own rate; replace them by yours.
+Prints the guard's tables; writes `run.json` and `trainer_state.json` (with the losses).
 """
 
 import sys
@@ -61,10 +68,10 @@ class Settings:
     method: str = field(default="full", metadata={"help": "full, bitfit, attention or lora"})
     max_forgetting: float = field(default=0.05, metadata={"help": "Limit, a fraction"})
     action: str = field(default="warn", metadata={"help": "warn or stop"})
-    steps: int = field(default=150, metadata={"help": "Optimizer steps"})
+    steps: int = field(default=120, metadata={"help": "Optimizer steps"})
     batch_size: int = field(default=32, metadata={"help": "Sounds per step"})
-    learning_rate: float = field(default=3e-3, metadata={"help": "Peak; of the tiny model"})
-    seed: int = field(default=0, metadata={"help": "Of weights, sounds and training"})
+    learning_rate: float = field(default=1e-3, metadata={"help": "Peak; of the tiny model"})
+    seed: int = field(default=0, metadata={"help": "Of weights and training"})
     output_dir: str = field(default="output/audio_clap", metadata={"help": "Where to write"})
     smoke: bool = field(default=False, metadata={"help": "A few steps, to see that it runs"})
 
@@ -107,27 +114,8 @@ def tiny_clap():
     return ClapModel(config), ClapProcessor(feature_extractor=sounds, tokenizer=tokenizer)
 
 
-def finetune(settings):
-    """One guarded run; returns the guard."""
-    torch.manual_seed(settings.seed)
-    if settings.model:
-        model = ClapModel.from_pretrained(settings.model)
-        processor = AutoProcessor.from_pretrained(settings.model)
-    else:
-        model, processor = tiny_clap()
-    rate = processor.feature_extractor.sampling_rate  # nothing resamples what is at another
-    train_dataset = make_sounds(SIGNALS, 480, rate, seed=settings.seed)
-    heard = make_sounds(SIGNALS, 240, rate, seed=settings.seed + 1)
-    others = make_sounds(MACHINES, 160, rate, seed=settings.seed + 2)
-    task = Task("signals", heard, class_names=list(SIGNALS), templates=TEMPLATE)
-    guard = IIMMCallback(
-        task,
-        # Sounds, not None: the shipped canaries are pictures.
-        off_target=[Task("machines", others, class_names=list(MACHINES), templates=TEMPLATE)],
-        max_forgetting=settings.max_forgetting,
-        action=settings.action,
-        max_overhead=None,  # this run is so short that every look would be dropped
-    )
+def make_trainer(model, task, processor, train_dataset, settings):
+    """A plain Trainer that teaches the model the classes of a task."""
     arguments = TrainingArguments(
         output_dir=settings.output_dir,
         max_steps=8 if settings.smoke else settings.steps,
@@ -143,14 +131,45 @@ def finetune(settings):
         seed=settings.seed,
     )
     trainer = Trainer(
-        model=PromptClassifier(prepare(model, settings.method), task, processor),
+        model=PromptClassifier(model, task, processor),
         args=arguments,
         train_dataset=train_dataset,
         data_collator=ImageCollator(processor),
         processing_class=processor,
-        callbacks=[guard],
     )
     trainer.remove_callback(PrinterCallback)  # the guard prints a line per look, that is enough
+    return trainer
+
+
+def finetune(settings):
+    """One guarded run; returns the guard."""
+    torch.manual_seed(settings.seed)
+    if settings.model:
+        model = ClapModel.from_pretrained(settings.model)
+        processor = AutoProcessor.from_pretrained(settings.model)
+    else:
+        model, processor = tiny_clap()
+    rate = processor.feature_extractor.sampling_rate  # the guard refuses sounds of another
+    heard, others = (
+        make_sounds(SIGNALS, 240, rate, seed=1),
+        make_sounds(MACHINES, 160, rate, seed=2),
+    )
+    signals = Task("signals", heard, class_names=list(SIGNALS), templates=TEMPLATE)
+    machines = Task("machines", others, class_names=list(MACHINES), templates=TEMPLATE)
+    if not settings.model:  # random weights know nothing, so nothing could be forgotten
+        lessons = make_sounds(MACHINES, 480, rate, seed=3)
+        make_trainer(model, machines, processor, lessons, settings).train()
+    guard = IIMMCallback(
+        signals,
+        off_target=[machines],  # without any, the guard would take the shipped pictures
+        max_forgetting=settings.max_forgetting,
+        action=settings.action,
+        max_overhead=None,  # this run is so short that every look would be dropped
+    )
+    model = prepare(model, settings.method)
+    lessons = make_sounds(SIGNALS, 480, rate, seed=4)
+    trainer = make_trainer(model, signals, processor, lessons, settings)
+    trainer.add_callback(guard)
     trainer.train()
     trainer.save_state()  # trainer_state.json: the loss and every look
     return guard

@@ -4,7 +4,15 @@
     python examples/contrastive_captions.py --model openai/clip-vit-base-patch32 \
         --dataset jxie/flickr8k --caption_column caption_0 --learning_rate 1e-5
 
-RUNTIME
+Offline and in 35 seconds on one core without `--model` and `--dataset`: the shipped sample learns
+"a red circle above a blue square" from 1,600 drawings made on the spot, far easier than photos. Of
+200 new drawings, each with a caption of its own, it finds the right caption for 2 % before and 66 %
+after; four shipped tasks lose 15 points on average, with an alarm from step 10 on. Prints the
+guard's tables; writes `run.json` and `trainer_state.json` (with the losses: 3.2 to 0.3). The real
+models and data sets were not run here: they need the internet.
+
+A batch must not hold one caption twice, nor two that fit one image: each would count as wrong for
+the other's image. The drawings see to that (no caption comes twice); see to it with data of yours.
 """
 
 import itertools
@@ -29,8 +37,10 @@ from iimm_callbacks import IIMMCallback, Task, sample
 from iimm_callbacks.report import save_run
 from iimm_callbacks.tuning import prepare
 
-COLOURS = ("red", "orange", "yellow", "green", "blue", "purple", "black", "grey")
-SHAPES = ("circle", "square", "triangle", "cross")
+COLOURS = ("red", "pink", "yellow", "green", "blue", "purple", "black", "grey")
+# Corners and rotation; 40 corners are round.
+SHAPES = {"triangle": (3, 0), "square": (4, 0), "diamond": (4, 45), "circle": (40, 0)}
+PLACES = {"above": np.array([(24, 12), (24, 36)]), "left of": np.array([(12, 24), (36, 24)])}
 CANARIES = ("printed_letters", "arrow_directions", "symbol_kinds", "emoji_groups")
 
 
@@ -45,7 +55,7 @@ class Settings:
     caption_column: str = field(default="caption", metadata={"help": "Column with one caption"})
     max_forgetting: float = field(default=0.05, metadata={"help": "Limit, a fraction"})
     action: str = field(default="warn", metadata={"help": "warn or stop"})
-    steps: int = field(default=120, metadata={"help": "Optimizer steps"})
+    steps: int = field(default=100, metadata={"help": "Optimizer steps"})
     batch_size: int = field(default=32, metadata={"help": "Pairs per step"})
     learning_rate: float = field(default=1e-4, metadata={"help": "Peak"})
     seed: int = field(default=0, metadata={"help": "Of drawings and training"})
@@ -55,34 +65,21 @@ class Settings:
     smoke: bool = field(default=False, metadata={"help": "A few steps, to see that it runs"})
 
 
-def draw(picture, shape, colour, x, y):
-    """One shape of about 20 px around (x, y)."""
-    box = (x - 9, y - 9, x + 9, y + 9)
-    if shape == "circle":
-        picture.ellipse(box, fill=colour)
-    elif shape == "square":
-        picture.rectangle(box, fill=colour)
-    elif shape == "triangle":
-        picture.polygon([(x, y - 10), (x - 10, y + 9), (x + 10, y + 9)], fill=colour)
-    else:
-        picture.line([(x - 9, y), (x + 9, y)], fill=colour, width=6)
-        picture.line([(x, y - 9), (x, y + 9)], fill=colour, width=6)
-
-
 def make_drawings(n_train, n_test, seed):
     """Two shapes each, no caption twice: in a batch, every other caption is a wrong one."""
     rng = np.random.default_rng(seed)
     things = list(itertools.product(COLOURS, SHAPES))
-    scenes = list(itertools.product(things, things, ("above", "left of")))
+    scenes = list(itertools.product(things, things, PLACES))
     rows = []
     for i in rng.permutation(len(scenes))[: n_train + n_test]:
-        (colour, shape), (colour2, shape2), where = scenes[i]
+        *pair, where = scenes[i]
         image = Image.new("RGB", (48, 48), "white")
-        places = ((24, 12), (24, 36)) if where == "above" else ((12, 24), (36, 24))
-        for thing, place in zip(((shape, colour), (shape2, colour2)), places, strict=True):
-            draw(ImageDraw.Draw(image), *thing, *(np.array(place) + rng.integers(-2, 3, 2)))
-        caption = f"a {colour} {shape} {where} a {colour2} {shape2}"
-        rows.append({"image": image, "caption": caption})
+        centres = PLACES[where] + rng.integers(-2, 3, (2, 2))
+        for (colour, shape), (x, y) in zip(pair, centres, strict=True):
+            around = (int(x), int(y), 10)
+            ImageDraw.Draw(image).regular_polygon(around, *SHAPES[shape], fill=colour)
+        first, second = (" ".join(thing) for thing in pair)
+        rows.append({"image": image, "caption": f"a {first} {where} a {second}"})
     return Dataset.from_list(rows[:n_train]), Dataset.from_list(rows[n_train:])
 
 
@@ -110,7 +107,7 @@ def finetune(settings):
         data = load_dataset(settings.dataset)
         train_dataset, test_dataset = data[settings.train_split], data[settings.test_split]
     else:
-        train_dataset, test_dataset = make_drawings(1600, 300, settings.seed)
+        train_dataset, test_dataset = make_drawings(1600, 200, settings.seed)
     if settings.model:
         model = AutoModel.from_pretrained(settings.model)
         processor = AutoProcessor.from_pretrained(settings.model)
@@ -120,7 +117,7 @@ def finetune(settings):
     task = Task("captions", test_dataset, label_column=settings.caption_column, **columns)
     guard = IIMMCallback(
         task,  # its accuracy: how often the image's own caption is the nearest of all
-        off_target=[sample.load_task(name) for name in CANARIES],
+        off_target=[sample.load_task(name, probe_size=128) for name in CANARIES],
         max_forgetting=settings.max_forgetting,
         action=settings.action,
         max_overhead=None,  # this run is so short that every look would be dropped
@@ -136,8 +133,8 @@ def finetune(settings):
         warmup_steps=15,
         logging_steps=10,
         eval_strategy="steps",
-        eval_steps=0.25,
-        prediction_loss_only=True,  # the logits [B, B] of two batches have no common columns
+        eval_steps=0.5,
+        prediction_loss_only=True,  # logits [B, B] mean nothing beyond their batch
         save_strategy="no",
         report_to="none",
         remove_unused_columns=False,  # the collator needs the image and the caption

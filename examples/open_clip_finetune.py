@@ -2,11 +2,15 @@
 
     pip install open_clip_torch
     python examples/open_clip_finetune.py
-    python examples/open_clip_finetune.py --method lora
     python examples/open_clip_finetune.py --model ViT-B-32 --pretrained laion2b_s34b_b79k \
         --method lora --learning_rate 1e-4
 
-RUNTIME
+Offline and in 30 seconds on two cores without `--model`: the model is then small and has random
+weights, which shows the mechanics and no meaningful numbers. It knows nothing, so nothing can be
+forgotten: the off-target tasks stay at chance (forgetting 0.5 points), while the handwritten digits
+go from 10 to 52 %. With `--model` (not run here, it needs the internet) any model of open_clip
+takes its place. Prints the guard's tables; writes `run.json`, `trainer_state.json` (with the
+losses) and the tuned weights.
 """
 
 import json
@@ -38,12 +42,12 @@ class Settings:
     model: str = field(default="", metadata={"help": "As open_clip names it; default: a tiny one"})
     pretrained: str = field(default="", metadata={"help": "Tag or file of `model`'s weights"})
     method: str = field(default="full", metadata={"help": METHODS})
-    task: str = field(default="printed_digits", metadata={"help": "Shipped task to learn"})
+    task: str = field(default="handwritten_digits", metadata={"help": "Shipped task to learn"})
     max_forgetting: float = field(default=0.05, metadata={"help": "Limit, a fraction"})
     action: str = field(default="warn", metadata={"help": "warn or stop"})
-    steps: int = field(default=120, metadata={"help": "Optimizer steps"})
+    steps: int = field(default=200, metadata={"help": "Optimizer steps"})
     batch_size: int = field(default=32, metadata={"help": "Images per step"})
-    learning_rate: float = field(default=1e-3, metadata={"help": "Peak; of the tiny model"})
+    learning_rate: float = field(default=3e-4, metadata={"help": "Peak; of the tiny model"})
     seed: int = field(default=0, metadata={"help": "Of weights and training"})
     output_dir: str = field(
         default="output/open_clip_finetune", metadata={"help": "Where to write"}

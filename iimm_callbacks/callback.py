@@ -68,7 +68,8 @@ class IIMMCallback(TrainerCallback):  # type: ignore[misc]  # transformers is un
         outcomes: Finished runs to learn the forecast from: `Outcome` records or a JSON-lines file.
             ``None``: no forecast; the limit applies to what is observed.
         method: Fine-tuning method; ``None``: recognised by `tuning.detect`.
-        processor: ``None``: the Trainer's `processing_class`, else the one saved with the model.
+        processor: ``None``: the Trainer's `processing_class`, else that of the `PromptClassifier`,
+            else the one saved with the model. For open_clip the pair (transform, tokenizer).
         encode: ``(encode_images, encode_texts)`` for a model without feature functions.
         batch_size: Images in one forward pass of the probe.
         cache_limit: Bytes of preprocessed probe images kept in memory.

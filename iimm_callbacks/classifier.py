@@ -45,12 +45,12 @@ class PromptClassifier(nn.Module):
         super().__init__()
         if task.is_captions:
             raise ValueError(f"`task` {task.name!r} must have classes, got captions")
-        self._encoder = find_encoder(model, processor)
+        self.encoder = find_encoder(model, processor)
         self.dual_encoder = model
         self._frozen_texts = FrozenPart()
         self.n_templates = len(task.templates)
         self.n_classes = len(task.class_names)
-        tokens = self._encoder.tokenize(task.prompts([]))
+        tokens = self.encoder.tokenize(task.prompts([]))
         self._token_names = list(tokens)
         for name, value in tokens.items():
             self.register_buffer(f"prompt_{name}", value, persistent=False)
@@ -66,13 +66,13 @@ class PromptClassifier(nn.Module):
             ``{"loss": scalar, "logits": [B, C]}``, or the logits alone.
         """
         model = self.dual_encoder
-        embeds = self._encoder.embed_images(model, move(images, model))  # [B, D]
+        embeds = self.encoder.embed_images(model, move(images, model))  # [B, D]
         head = find_head(model)
         logits = None if head is None else head.classify(embeds)
         if logits is None:
             texts = self._class_embeddings(head is not None)  # [C, D]
             unit = nn.functional.normalize(embeds.to(texts.dtype), dim=1)
-            scale, bias = self._encoder.logit_scale(model)
+            scale, bias = self.encoder.logit_scale(model)
             logits = scale * unit @ texts.T  # [B, C]
             if bias is not None:
                 logits = logits + bias
@@ -85,7 +85,7 @@ class PromptClassifier(nn.Module):
 
         def embed(n: int | None = None) -> Tensor:
             chosen = {name: value[:n] for name, value in tokens.items()}
-            return self._encoder.embed_texts(self.dual_encoder, chosen)
+            return self.encoder.embed_texts(self.dual_encoder, chosen)
 
         if has_head:  # and so frozen, as a rule: no step need embed the prompts again
             self._frozen_texts.update(self, lambda: embed(1))

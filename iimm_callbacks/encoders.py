@@ -65,8 +65,8 @@ def find_encoder(
         model: A dual encoder of a family in `families`, bare, under PEFT, DDP or `torch.compile`,
             or inside a user's `nn.Module`.
         processor: Its processor (image processor and tokenizer in one), or for open_clip the pair
-            ``(transform, tokenizer)``. ``None``: loaded with `AutoProcessor` from where the model
-            came from.
+            ``(transform, tokenizer)``. ``None``: that of the `PromptClassifier` the model is in,
+            or loaded with `AutoProcessor` from where the model came from.
         encode: ``(encode_images, encode_texts)`` for any other model: each takes the model and a
             list (RGB PIL images; prompts) and returns embeddings [n, D].
 
@@ -87,6 +87,9 @@ def find_encoder(
         images, texts = encode
         names = ", ".join(getattr(f, "__qualname__", type(f).__name__) for f in encode)
         return Encoder(list, list, images, texts, lambda m: (1.0, None), f"user functions {names}")
+    own = next((e for m in _breadth_first(model) if (e := _encoder_of(m)) is not None), None)
+    if processor is None and own is not None:
+        return own
     core = find_dual_encoder(model)
     family = family_of(core)
     assert family is not None
@@ -97,7 +100,7 @@ def find_encoder(
         wrong = next((k for k in map(kind, images) if k != family.reads), None)
         if wrong is not None:
             raise ValueError(
-                f"`dataset` must hold {family.reads}s for {type(core).__name__}, got a {wrong}"
+                f"`dataset` must hold {family.reads}s for {type(core).__name__}, got {wrong}s"
             )
         return read(images)
 
@@ -267,6 +270,11 @@ def class_embeddings(prompt_embeds: Tensor, n_templates: int) -> Tensor:
     unit = nn.functional.normalize(wide, dim=1)
     per_class = unit.reshape(-1, n_templates, unit.shape[1])  # [C, T, D]
     return nn.functional.normalize(per_class.mean(1), dim=1)
+
+
+def _encoder_of(module: nn.Module) -> Encoder | None:
+    encoder = getattr(module, "encoder", None)
+    return encoder if isinstance(encoder, Encoder) else None
 
 
 def _breadth_first(model: nn.Module) -> Iterator[nn.Module]:

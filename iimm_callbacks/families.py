@@ -73,7 +73,8 @@ class Family:
 
     Attributes:
         name: For tables and errors.
-        embed_images: (model, what `preprocess` made) -> embeddings [n, D], normalised or not.
+        embed_images: (model, what `preprocess` made) -> embeddings [n, D], normalised or not. Both
+            must let gradients through: what no gradient reaches is taken for frozen.
         embed_texts: (model, what `tokenize` made) -> embeddings [n, D], normalised or not.
         preprocess: processor -> a function of a list of images that returns model inputs.
         tokenize: (model, processor) -> a function of a list of prompts that returns model inputs.
@@ -189,8 +190,8 @@ def _first_token(output: Any) -> Any:
 def _transformers(
     name: str,
     *,
-    images: str = "get_image_features",
-    texts: Callable[[Any, Inputs], Tensor] | None = None,
+    images: str | Callable[[Any, Inputs], Tensor] = "get_image_features",
+    texts: str | Callable[[Any, Inputs], Tensor] = "get_text_features",
     vector: Callable[[Any], Any] = _vector,
     padding: Callable[[Any], int] | None = None,
     **entry: Any,
@@ -198,10 +199,15 @@ def _transformers(
     def tokenize(model: Any, processor: Any) -> Read:
         return read_prompts(model, processor, padding(model) if padding else None)
 
+    def embed(function: str | Callable[[Any, Inputs], Tensor]) -> Callable[[Any, Inputs], Tensor]:
+        if callable(function):
+            return function
+        return lambda model, inputs: vector(getattr(model, function)(**inputs))
+
     return Family(
         name=name,
-        embed_images=lambda model, inputs: vector(getattr(model, images)(**inputs)),
-        embed_texts=texts or (lambda model, inputs: vector(model.get_text_features(**inputs))),
+        embed_images=embed(images),
+        embed_texts=embed(texts),
         tokenize=tokenize,
         **entry,
     )
@@ -222,6 +228,18 @@ def _clamped(model: Any) -> tuple[Any, Any]:
 def _chinese_clip_texts(model: Any, inputs: Inputs) -> Tensor:
     # transformers 4: its `get_text_features` fails, because the text tower has no pooler.
     embeds: Tensor = model.text_projection(model.text_model(**inputs)[0][:, 0])
+    return embeds
+
+
+def _x_clip_videos(model: Any, inputs: Inputs) -> Tensor:
+    import transformers
+
+    if int(transformers.__version__.split(".")[0]) < 5:
+        raise ValueError(
+            "`model` XCLIPModel needs transformers 5: its `get_video_features` fails in "
+            f"{transformers.__version__}"
+        )
+    embeds: Tensor = _vector(model.get_video_features(**inputs))
     return embeds
 
 
@@ -316,7 +334,7 @@ _TABLE: list[tuple[Callable[[nn.Module], bool], Family]] = [
         _is("xclip"),
         _transformers(
             "X-CLIP",
-            images="get_video_features",
+            images=_x_clip_videos,
             towers=("vision_model", "mit", "text_model"),
             reads="video",
         ),

@@ -22,6 +22,7 @@ from .guard import Limits, Verdict, judge
 from .measure import Measurement
 from .outcomes import Outcome, as_outcomes
 from .probe import Look, Probe
+from .sources import kind
 from .tasks import Task, check_tasks
 from .tuning import detect, trainable_share
 
@@ -56,7 +57,8 @@ class IIMMMonitor:
 
     Raises:
         TypeError: A task is not a `Task`.
-        ValueError: Two tasks of one name, or an off-target task that is the task itself.
+        ValueError: Two tasks of one name, an off-target task that is the task itself, or none given
+            for a task that the shipped ones do not suit.
     """
 
     def __init__(
@@ -78,6 +80,11 @@ class IIMMMonitor:
         if off_target is None:
             from .sample import canaries
 
+            if (found := kind(task.images([0])[0])) != "image":
+                raise ValueError(
+                    f"`off_target` must be given for a task of {found}s, got None: the shipped "
+                    "tasks are pictures; pass tasks of your own, or [] to measure the gain only"
+                )
             off_target = canaries(except_for=task.name)
         check_tasks(task, off_target)
         self.probe = Probe(

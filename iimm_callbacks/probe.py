@@ -185,6 +185,8 @@ class Probe:
     def _find_frozen(self, model: nn.Module, autocast_dtype: torch.dtype | None) -> None:
         encoder = self._encoder
         assert encoder is not None
+        if self.encode is not None:
+            return  # a user's functions may hide gradients, and all would look frozen
         image, prompt = (move(one, model) for one in self._prepared[0].witness)
         # Autocast's cache holds casts made without gradients, which would look frozen.
         with _autocast(model, autocast_dtype, cache_enabled=False):

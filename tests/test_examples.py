@@ -2,12 +2,13 @@
 
 import importlib
 import json
+import math
 import re
 from pathlib import Path
 
 import pytest
 
-from iimm_callbacks import read_outcomes
+from iimm_callbacks import keys, read_outcomes, sample
 
 ROOT = Path(__file__).parent.parent
 
@@ -56,6 +57,86 @@ def test_the_guarded_finetune_takes_a_model_and_a_data_set_of_ones_own(
     run = json.loads((tmp_path / "out" / "run.json").read_text())
     assert run["task"] == "data"
     assert run["basis"].startswith("no forecast")
+
+
+def read_run(folder):
+    """The record of a guarded run, all its numbers finite, and the training losses."""
+    run = json.loads((folder / "run.json").read_text())
+    for look in run["looks"]:
+        assert all(math.isfinite(v) for v in look.values() if isinstance(v, float))
+    log = json.loads((folder / "trainer_state.json").read_text())["log_history"]
+    return run, log
+
+
+def test_contrastive_training_on_captions_is_guarded(example, tmp_path, capsys):
+    example("contrastive_captions").main(["--steps", "12", "--output_dir", "out"])
+    run, log = read_run(tmp_path / "out")
+    first, last = run["looks"][0], run["looks"][-1]
+    assert (last["step"], run["method"]) == (12, "full")
+    assert run["n_classes"] == run["n_images"] == 200  # every image has a caption of its own
+    assert last[keys.ACCURACY] > 2 * first[keys.ACCURACY]
+    evaluated = [row["eval_loss"] for row in log if "eval_loss" in row]
+    assert len(evaluated) == 2
+    assert evaluated[-1] < evaluated[0]
+    assert set(run["off_target"]) >= {"printed_letters", "emoji_groups"}
+    assert "Predicted and observed: captions (full)" in capsys.readouterr().out
+
+
+def test_no_drawing_shares_its_caption(example):
+    train, test = example("contrastive_captions").make_drawings(200, 100, seed=0)
+    captions = [*train["caption"], *test["caption"]]
+    assert len(set(captions)) == 300
+
+
+def test_contrastive_training_takes_a_model_and_a_data_set_of_ones_own(example, tmp_path):
+    module = example("contrastive_captions")
+    sample.load_model().save_pretrained("model")
+    sample.load_processor().save_pretrained("model")
+    (tmp_path / "data").mkdir()
+    for split, rows in zip(("train", "test"), module.make_drawings(64, 40, seed=0), strict=True):
+        rows = rows.rename_columns({"image": "picture", "caption": "words"})
+        rows.to_parquet(f"data/{split}.parquet")
+    columns = ["--image_column", "picture", "--caption_column", "words"]
+    module.main(
+        ["--smoke", "--model", "model", "--dataset", "data", *columns, "--method", "bitfit"]
+    )
+    run, _ = read_run(tmp_path / "output" / "contrastive_captions")
+    assert (run["n_images"], run["method"]) == (40, "bitfit")
+
+
+def test_a_clap_learns_sounds_and_forgets_others(example, tmp_path, capsys):
+    example("audio_clap").main(["--steps", "60", "--output_dir", "out"])
+    run, log = read_run(tmp_path / "out")
+    first, last = run["looks"][0], run["looks"][-1]
+    assert (last["step"], run["method"], run["off_target"]) == (60, "full", ["machines"])
+    assert last[keys.observed_key("gain")] > 0.2
+    assert first[keys.accuracy_key("machines")] > 0.6  # it was taught these first
+    losses = [row["loss"] for row in log if "loss" in row]
+    assert losses[-1] < 0.8 * losses[0]
+    assert "Predicted and observed: signals (full)" in capsys.readouterr().out
+
+
+def test_the_clap_example_takes_a_model_of_ones_own(example, tmp_path):
+    module = example("audio_clap")
+    for part in module.tiny_clap():
+        part.save_pretrained("model")
+    module.main(["--smoke", "--model", "model", "--method", "lora", "--output_dir", "out"])
+    run, _ = read_run(tmp_path / "out")
+    assert run["method"] == "lora"
+
+
+@pytest.mark.parametrize("method", ["full", "lora", "linear_probe", "clip_adapter"])
+def test_an_open_clip_model_is_guarded(example, tmp_path, capsys, method):
+    pytest.importorskip("open_clip", reason="an environment of its own")
+    steps = ["--steps", "40"] if method == "full" else ["--smoke"]
+    example("open_clip_finetune").main([*steps, "--method", method, "--output_dir", "out"])
+    run, log = read_run(tmp_path / "out")
+    assert (run["method"], len(run["off_target"])) == (method, 9)
+    assert (tmp_path / "out" / "model.safetensors").exists()
+    if method == "full":
+        losses = [row["loss"] for row in log if "loss" in row]
+        assert losses[-1] < losses[0]
+    assert f"Predicted and observed: handwritten_digits ({method})" in capsys.readouterr().out
 
 
 def test_recorded_outcomes_are_not_recorded_twice(example, tmp_path):

@@ -186,3 +186,23 @@ def test_a_token_that_the_witness_has_not_is_noticed_too():
         model.weight[4] += 1
     assert part.is_frozen
     assert not torch.equal(look(), first)
+
+
+def test_functions_of_the_users_own_are_never_taken_for_frozen(tiny_clip, processor, colour_task):
+    model = tiny_clip()
+    calls = []
+
+    @torch.no_grad()
+    def images(given, batch):
+        calls.append(len(batch))
+        pixels = processor.image_processor(images=batch, return_tensors="pt")
+        output = given.get_image_features(**pixels)
+        return output if isinstance(output, torch.Tensor) else output.pooler_output
+
+    def texts(given, prompts):
+        return torch.eye(4, 24)
+
+    probe = Probe(colour_task, encode=(images, texts), progress=False)
+    for seed in range(2):
+        probe.look(model, seed)
+    assert calls == [32, 32]
