@@ -14,12 +14,13 @@ from tqdm.auto import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from . import host, keys, report
-from .encoders import EncodePair, zero_shot_twin
+from .encoders import EncodePair
 from .guard import Limits, Verdict
 from .monitor import IIMMMonitor
 from .outcomes import Outcome
 from .schedule import Budget, Every, check_every, is_due
 from .tasks import Task, check_tasks
+from .wrappers import zero_shot_twin
 
 logger = logging.getLogger(__name__)
 

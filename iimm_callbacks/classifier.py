@@ -8,11 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .encoders import class_embeddings, find_dual_encoder, find_encoder, find_head, move
-from .families import read_images
+from .encoders import class_embeddings, find_encoder, move
 from .frozen import FrozenPart
+from .processors import read_images
 from .sources import as_image
 from .tasks import Task
+from .wrappers import find_dual_encoder, find_head
 
 
 class PromptClassifier(nn.Module):

@@ -6,65 +6,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import torch
 from torch import Tensor, nn
 
-Inputs = dict[str, Any]
-Read = Callable[[list[Any]], Any]
+from .processors import Inputs, Read, read_images, read_prompts
 
 
 def exponential_scale(model: Any) -> tuple[Any, Any]:
     """``exp(logit_scale)`` and ``logit_bias``, None where there is none."""
     return model.logit_scale.exp(), getattr(model, "logit_bias", None)
-
-
-def read_images(processor: Any) -> Read:
-    """Images -> model inputs, through a processor's own preprocessing.
-
-    Args:
-        processor: With an ``image_processor`` (or ``feature_extractor``, for sound), or a pair
-            ``(transform, tokenizer)`` as open_clip has them; the transform takes one image.
-
-    Returns:
-        A function of a list of images.
-    """
-    part = image_part(processor)
-    if isinstance(processor, tuple):
-        return lambda images: {"pixel_values": torch.stack([part(image) for image in images])}
-    if hasattr(part, "sampling_rate"):
-        return _read_sounds(part)
-    return lambda images: dict(part(images, return_tensors="pt"))
-
-
-def image_part(processor: Any) -> Any:
-    """The part of a processor, or of a pair, that reads images (or sounds); None without one."""
-    if isinstance(processor, tuple):
-        return processor[0]
-    for name in ("image_processor", "feature_extractor"):
-        if hasattr(processor, name):
-            return getattr(processor, name)
-    return None
-
-
-def read_prompts(model: Any, processor: Any, pad_to: int | None = None) -> Read:
-    """Prompts -> model inputs, through a processor's own tokenizer.
-
-    Args:
-        model: Not needed here; entries of the table that pad read their length from it.
-        processor: As `read_images`.
-        pad_to: Pad every text to this many tokens; None: to the longest of its batch.
-
-    Returns:
-        A function of a list of prompts.
-    """
-    if isinstance(processor, tuple):
-        return lambda prompts: {"input_ids": processor[1](prompts)}
-    options: dict[str, Any] = {"padding": True}
-    if pad_to is not None:
-        options = {"padding": "max_length", "max_length": pad_to}
-    return lambda prompts: dict(
-        processor.tokenizer(prompts, truncation=True, return_tensors="pt", **options)
-    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -156,22 +105,6 @@ def why_not(module: nn.Module) -> str | None:
     if inputs == "input_ids" and kind is not None:
         return "it embeds texts only and has no image tower"
     return None
-
-
-def _read_sounds(extractor: Any) -> Read:
-    def read(sounds: list[Any]) -> Inputs:
-        for sound in sounds:
-            rate = sound["sampling_rate"]
-            if rate not in (None, extractor.sampling_rate):
-                raise ValueError(
-                    f"`dataset` must hold sounds of {extractor.sampling_rate} Hz for this model, "
-                    f"got {rate} Hz; resample them, e.g. dataset.cast_column('audio', "
-                    f"Audio(sampling_rate={extractor.sampling_rate}))"
-                )
-        arrays = [sound["array"] for sound in sounds]
-        return dict(extractor(arrays, sampling_rate=extractor.sampling_rate, return_tensors="pt"))
-
-    return read
 
 
 def _vector(output: Any) -> Any:
@@ -315,7 +248,8 @@ _TABLE: list[tuple[Callable[[nn.Module], bool], Family]] = [
     (_is("siglip", "siglip2"), _transformers("SigLIP", padding=_full_length)),
     (_is("tipsv2"), _transformers("TIPSv2", padding=_full_length, logit_scale=_temperature)),
     (_is("align"), _transformers("ALIGN", logit_scale=_temperature)),
-    (_is("aimv2"), _transformers("AIMv2", logit_scale=_clamped)),
+    # Its text tower attends to what comes later where no text of the batch is padded.
+    (_is("aimv2"), _transformers("AIMv2", padding=_full_length, logit_scale=_clamped)),
     (
         _is("flava"),
         _transformers("FLAVA", vector=_first_token, towers=("image_model", "text_model")),

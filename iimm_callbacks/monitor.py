@@ -16,7 +16,7 @@ from torch import nn
 
 from . import keys
 from .accuracy import Forgetting, forgetting, paired_drop
-from .encoders import EncodePair, find_dual_encoder, model_fingerprint
+from .encoders import EncodePair
 from .forecast import Forecast, Forecaster
 from .guard import Limits, Verdict, judge
 from .measure import Measurement
@@ -25,6 +25,7 @@ from .probe import Look, Probe
 from .sources import kind
 from .tasks import Task, check_tasks
 from .tuning import detect, trainable_share
+from .wrappers import find_dual_encoder, model_fingerprint
 
 logger = logging.getLogger(__name__)
 

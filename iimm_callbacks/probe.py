@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-import random
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,19 +14,13 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from .accuracy import zero_shot_correct
-from .encoders import (
-    EncodePair,
-    Encoder,
-    adapt,
-    class_embeddings,
-    find_encoder,
-    find_head,
-    move,
-)
+from .encoders import EncodePair, Encoder, class_embeddings, find_encoder, move
 from .frozen import FrozenPart
 from .measure import Measurement, iimm
 from .sources import content
 from .tasks import OFF_TARGET_PROBE_SIZE, TASK_PROBE_SIZE, Task
+from .undisturbed import autocast, seed_all, undisturbed
+from .wrappers import adapt, find_head
 
 _TEXT_BATCH = 256
 
@@ -165,7 +157,7 @@ class Probe:
         start = time.perf_counter()
         correct: dict[str, np.ndarray] = {}
         measurement = None
-        with undisturbed(model), _autocast(model, autocast_dtype):
+        with undisturbed(model), autocast(model, autocast_dtype):
             self._find_frozen(model, autocast_dtype)
             for prepared in self._prepared:
                 images, texts = self._embed(model, prepared)
@@ -189,7 +181,7 @@ class Probe:
             return  # a user's functions may hide gradients, and all would look frozen
         image, prompt = (move(one, model) for one in self._prepared[0].witness)
         # Autocast's cache holds casts made without gradients, which would look frozen.
-        with _autocast(model, autocast_dtype, cache_enabled=False):
+        with autocast(model, autocast_dtype, cache_enabled=False):
             self._frozen_images.update(model, lambda: encoder.embed_backbone(model, image))
             self._frozen_texts.update(model, lambda: encoder.embed_texts(model, prompt))
 
@@ -227,7 +219,7 @@ class Probe:
     def _preprocess(self, images: list[Any]) -> Any:
         assert self._encoder is not None
         # A processor may draw, e.g. which part of a long sound it takes: the same at every look.
-        _seed(0)
+        seed_all(0)
         return self._encoder.preprocess(images)
 
     def _prepare_task(self, task: Task, positions: list[int], room: int, bar: Any) -> _Prepared:
@@ -261,58 +253,6 @@ class Probe:
             (one, encoder.tokenize(prompts[:1])),
             digest.hexdigest()[:16],
         )
-
-
-@contextmanager
-def undisturbed(model: nn.Module) -> Iterator[None]:
-    """Evaluate inside, and leave no trace: no gradients, modes and random streams restored.
-
-    Train mode is restored module by module, because ``model.train()`` would wake submodules that
-    were frozen in eval mode. `no_grad`, not `inference_mode`: a tensor that a model caches under
-    the latter cannot be saved for backward. The 4-bit layers of bitsandbytes on some CPUs repack
-    their weights in place at the first evaluation, and cannot be trained after: not in here.
-
-    Args:
-        model: The model that is put in eval mode for the while.
-    """
-    modes = [(module, module.training) for module in model.modules()]
-    python_state, numpy_state = random.getstate(), np.random.get_state()
-    torch_state = torch.get_rng_state()
-    packing: list[Any] = [
-        m for m in model.modules() if getattr(m, "support_avx512bf16_for_cpu", False)
-    ]
-    cuda_states = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else None
-    model.eval()
-    for module in packing:
-        module.support_avx512bf16_for_cpu = False
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module in packing:
-            module.support_avx512bf16_for_cpu = True
-        for module, training in modes:
-            module.training = training
-        random.setstate(python_state)
-        np.random.set_state(numpy_state)
-        torch.set_rng_state(torch_state)
-        if cuda_states is not None:
-            torch.cuda.set_rng_state_all(cuda_states)
-
-
-def _seed(seed: int) -> None:
-    random.seed(seed)
-    np.random.seed(seed)
-    torch.manual_seed(seed)
-
-
-def _autocast(
-    model: nn.Module, dtype: torch.dtype | None, cache_enabled: bool = True
-) -> AbstractContextManager[Any]:
-    if dtype is None:
-        return nullcontext()
-    device = next(model.parameters()).device.type
-    return torch.autocast(device, dtype, cache_enabled=cache_enabled)
 
 
 def _n_bytes(batches: list[Any] | None) -> int:

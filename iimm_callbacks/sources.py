@@ -134,6 +134,7 @@ def as_image(item: Any) -> Any:
 
     Raises:
         TypeError: It is none of these.
+        ValueError: A sound has several channels.
     """
     if hasattr(item, "get_all_samples"):  # what `datasets.Audio` decodes to
         samples = item.get_all_samples()
@@ -143,10 +144,12 @@ def as_image(item: Any) -> Any:
     if isinstance(item, np.ndarray) and item.ndim == 1 and item.dtype.kind == "f":
         item = {"array": item, "sampling_rate": None}
     if isinstance(item, dict) and "array" in item:
-        return {
-            "array": np.asarray(item["array"], dtype=np.float32),
-            "sampling_rate": item.get("sampling_rate"),
-        }
+        array = np.asarray(item["array"], dtype=np.float32)
+        if array.ndim != 1:
+            raise ValueError(
+                f"expected a sound of one channel, [n], got shape {array.shape}; average them"
+            )
+        return {"array": array, "sampling_rate": item.get("sampling_rate")}
     if isinstance(item, list | tuple) or (isinstance(item, np.ndarray) and item.ndim == 4):
         return [_as_rgb(frame) for frame in item]
     return _as_rgb(item)
@@ -175,13 +178,16 @@ def _as_rgb(image: Any) -> Any:
         image = image["bytes"] if image.get("bytes") is not None else image["path"]
     if isinstance(image, bytes):
         image = Image.open(io.BytesIO(image))
-    elif isinstance(image, np.ndarray):
+    elif isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.ndim in (2, 3):
         image = Image.fromarray(image)
     elif isinstance(image, str | os.PathLike):
         image = Image.open(image)
     elif not isinstance(image, Image.Image):
+        got = type(image).__name__
+        if isinstance(image, np.ndarray):
+            got = f"{got} of {image.dtype} and shape {image.shape}"
         raise TypeError(
-            f"expected a PIL image, path, bytes or uint8 array, got {type(image).__name__}; pass "
-            "the data set without its transform"
+            f"expected a PIL image, path, bytes or uint8 array, got {got}; pass the data set "
+            "without its transform"
         )
     return image.convert("RGB")

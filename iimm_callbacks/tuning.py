@@ -9,37 +9,16 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .encoders import (
-    Encoder,
-    class_embeddings,
-    find_dual_encoder,
-    find_encoder,
-    find_head,
-    move,
-)
+from .blocks import block_names, in_attention, inside, is_bias, is_input_projection, towers
+from .encoders import Encoder, class_embeddings, find_encoder, move
 from .families import family_of
 from .heads import ClipAdapter, LinearProbe
-from .probe import undisturbed
 from .tasks import Task
+from .undisturbed import undisturbed
+from .wrappers import find_dual_encoder, find_head
 
 logger = logging.getLogger(__name__)
 
-_IN_ATTENTION = re.compile(r"(^|[._])(attn|attention)([._]|$)")
-# A text decoder inside the text tower reads images through these; a dual encoder never runs them.
-_UNUSED = re.compile(r"cross_?att")
-_INPUT_PROJECTIONS = {
-    "q_proj",
-    "k_proj",
-    "v_proj",
-    "query",
-    "key",
-    "value",
-    "q",
-    "k",
-    "v",
-    "kv",
-    "qkv",
-}
 _SCALES = re.compile(r"(^|\.)(logit_scale(_[at])?|logit_bias|temperature)$")
 
 
@@ -86,10 +65,12 @@ def prepare(model: nn.Module, method: str, **options: Any) -> nn.Module:
         known = ", ".join(map(repr, _METHODS))
         raise ValueError(f"`method` must be one of {known}, got {method!r}")
     core = find_dual_encoder(model)
-    if core is not model:
+    # PEFT and `torch.compile` pass on what is asked of the model inside.
+    inside = [m for m in core.modules() if m is not core and family_of(m) is not None]
+    if core is not model or inside:
         raise ValueError(
             f"`model` must be the dual encoder itself, got {type(model).__name__} around "
-            f"{type(core).__name__}; prepare that one first, then wrap it"
+            f"{type((inside or [core])[-1]).__name__}; prepare that one first, then wrap it"
         )
     prepared = _METHODS[method](model, **options)
     n_total = sum(p.numel() for p in prepared.parameters())
@@ -137,9 +118,9 @@ def detect(model: nn.Module) -> str:
         return "full"
     if not tuned:
         return "frozen"
-    if all(map(_is_bias, tuned)):
+    if all(map(is_bias, tuned)):
         return "bitfit"
-    return "attention" if all(map(_is_input_projection, tuned)) else "partial"
+    return "attention" if all(map(is_input_projection, tuned)) else "partial"
 
 
 def _full(model: nn.Module) -> nn.Module:
@@ -147,11 +128,11 @@ def _full(model: nn.Module) -> nn.Module:
 
 
 def _bitfit(model: nn.Module, *, n_blocks: int | None = None) -> nn.Module:
-    return _train_only(model, "bias", _is_bias, n_blocks)
+    return _train_only(model, "bias", is_bias, n_blocks)
 
 
 def _attention(model: nn.Module, *, n_blocks: int | None = None) -> nn.Module:
-    return _train_only(model, "attention input projection", _is_input_projection, n_blocks)
+    return _train_only(model, "attention input projection", is_input_projection, n_blocks)
 
 
 def _lora(
@@ -168,21 +149,7 @@ def _lora(
     except ImportError as error:
         raise ImportError("LoRA needs peft; pip install 'iimm_callbacks[peft]'") from error
     _check_at_least_1(rank=rank)
-    in_blocks = _inside(_blocks(model, n_blocks))
-    modules, parameters = [], []
-    for name, module in model.named_modules():
-        if not in_blocks(name) or not (mlp or _IN_ATTENTION.search(name)):
-            continue
-        parent = model.get_submodule(name.rpartition(".")[0])
-        # What reads a weight without calling its module never meets an adapter in that module.
-        # Torch's fused attention does so with both projections, timm's where it has `q_bias`.
-        if isinstance(module, nn.MultiheadAttention):
-            parameters.append(f"{name}.in_proj_weight")
-        elif isinstance(module, nn.Linear) and not isinstance(parent, nn.MultiheadAttention):
-            if name.endswith(".qkv") and getattr(parent, "q_bias", None) is not None:
-                parameters.append(f"{name}.weight")
-            else:
-                modules.append(name)
+    modules, parameters = _lora_targets(model, mlp, n_blocks)
     if not modules and not parameters:
         raise ValueError(f"`model` {type(model).__name__} has no attention that LoRA could adapt")
     if parameters and dropout:
@@ -190,15 +157,51 @@ def _lora(
             f"`dropout` must be 0 for {type(model).__name__}, got {dropout}: its attention is one "
             "fused projection, whose weight is adapted as a whole"
         )
+    _warn_of_untouched_towers(model, "attention", modules + parameters)
     _freeze(model)
     config = LoraConfig(
         r=rank,
         lora_alpha=2 * rank if alpha is None else alpha,
         lora_dropout=dropout,
-        target_modules=modules,
+        # An expression, since peft takes the names in a list for the ends of names.
+        target_modules="|".join(map(re.escape, modules)) or [],
         target_parameters=parameters or None,
     )
     return get_peft_model(model, config)
+
+
+def _lora_targets(model: nn.Module, mlp: bool, n_blocks: int | None) -> tuple[list[str], list[str]]:
+    """Names of the linear modules, and of the weights of fused attention, that LoRA adapts."""
+    in_blocks = inside(block_names(model, n_blocks))
+    modules, parameters, fused = [], [], []
+    for name, module in model.named_modules():
+        parent: Any = model.get_submodule(name.rpartition(".")[0])
+        if isinstance(module, nn.MultiheadAttention):
+            # It reads its projections without calling a module: only the weight can be adapted.
+            fused.append(f"{name}.in_proj_weight")
+            if in_blocks(name):
+                parameters.append(fused[-1])
+        elif (
+            isinstance(module, nn.Linear)
+            and not isinstance(parent, nn.MultiheadAttention)
+            and in_blocks(name)
+            and (mlp or in_attention(name))
+        ):
+            modules.append(name)
+            if name.endswith(".qkv") and getattr(parent, "q_bias", None) is not None:
+                # timm's attention too, unless told to add the bias by itself.
+                if not hasattr(parent, "qkv_bias_separate"):
+                    raise ValueError(f"LoRA on {name!r} needs a newer timm (1.0 or later)")
+                parent.qkv_bias_separate = True
+    ends = tuple(f".{name}" for name in parameters)
+    extra = [name for name in fused if name.endswith(ends) and name not in parameters]
+    if extra:
+        raise ValueError(
+            f"`n_blocks` must be None for LoRA on {type(model).__name__}, got {n_blocks}: peft "
+            f"would adapt {extra[0]} too, whose name ends like one of the chosen; use method "
+            "'attention' or 'bitfit', or all blocks"
+        )
+    return modules, parameters
 
 
 def _clip_adapter(
@@ -231,62 +234,21 @@ def _embed_texts(model: nn.Module, encoder: Encoder, prompts: list[str]) -> Tens
 def _train_only(
     model: nn.Module, what: str, wanted: Callable[[str], bool], n_blocks: int | None
 ) -> nn.Module:
-    in_blocks = _inside(_blocks(model, n_blocks))
+    in_blocks = inside(block_names(model, n_blocks))
     names = [name for name, _ in model.named_parameters() if in_blocks(name) and wanted(name)]
     if not names:
         raise ValueError(f"`model` {type(model).__name__} has no {what} inside its blocks to tune")
     _freeze(model)
     for name in names:
         model.get_parameter(name).requires_grad_(True)
-    for tower in _towers(model):
-        if not any(map(_inside([tower]), names)):
-            logger.warning("%r has no %s: it stays as it is", tower, what)
+    _warn_of_untouched_towers(model, what, names)
     return model
 
 
-def _towers(model: nn.Module) -> list[str]:
-    family = family_of(model)
-    assert family is not None
-    return [tower for tower in family.towers if isinstance(getattr(model, tower, None), nn.Module)]
-
-
-def _blocks(model: nn.Module, n_blocks: int | None) -> list[str]:
-    """Names of the (last) blocks of every tower: what lies in a numbered place of a list.
-
-    In a tower with attention they are the innermost such modules that hold some of it.
-    """
-    if n_blocks is not None:
-        _check_at_least_1(n_blocks=n_blocks)
-    chosen = []
-    for tower in _towers(model):
-        numbered = {
-            name: found[0]
-            for name, _ in model.get_submodule(tower).named_parameters(prefix=tower)
-            if (found := re.findall(r"^.*\.\d+(?=\.)", name))
-        }
-        attention = {block for name, block in numbered.items() if _is_input_projection(name)}
-        blocks = list(
-            dict.fromkeys(b for b in numbered.values() if not attention or b in attention)
-        )
-        innermost = [b for b in blocks if not any(o.startswith(f"{b}.") for o in blocks)]
-        chosen += innermost[-(n_blocks or 0) :]
-    return chosen
-
-
-def _inside(blocks: list[str]) -> Callable[[str], bool]:
-    starts = tuple(f"{block}." for block in blocks)
-    return lambda name: name.startswith(starts) and not _UNUSED.search(name)
-
-
-def _is_bias(name: str) -> bool:
-    return name.endswith("bias")
-
-
-def _is_input_projection(name: str) -> bool:
-    *path, module, kind = ("", *name.split("."))
-    fused = kind in ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
-    named = kind == "weight" and module in _INPUT_PROJECTIONS
-    return fused or (named and _IN_ATTENTION.search(".".join(path)) is not None)
+def _warn_of_untouched_towers(model: nn.Module, what: str, names: list[str]) -> None:
+    for tower in towers(model):
+        if not any(map(inside([tower]), names)):
+            logger.warning("%r has no %s: it stays as it is", tower, what)
 
 
 def _freeze(model: nn.Module) -> None:

@@ -12,9 +12,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from transformers import TrainerCallback
 
 from iimm_callbacks import IIMMCallback, Outcome, Task
-from iimm_callbacks.encoders import model_fingerprint
 from iimm_callbacks.probe import Probe
 from iimm_callbacks.tuning import prepare
+from iimm_callbacks.wrappers import model_fingerprint
 
 EVERY_LOOK = {
     "eval_iimm",

@@ -160,7 +160,7 @@ def test_the_benchmark_prints_every_figure(example, capsys):
 def test_the_readme_runs(monkeypatch, tmp_path, capsys):
     monkeypatch.chdir(tmp_path)
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    assert len(blocks) == 2
+    assert len(blocks) == 3
     names = {}
     for block in blocks:
         exec(compile(block.replace("max_steps=100", "max_steps=4"), "README.md", "exec"), names)
@@ -168,7 +168,9 @@ def test_the_readme_runs(monkeypatch, tmp_path, capsys):
     assert len(names["runs"]) == 1
 
 
-def test_ci_runs_the_readmes_test_command():
-    command = re.search(r"^.*pytest$", (ROOT / "README.md").read_text(), re.MULTILINE)
-    assert command is not None
-    assert "README.md" in (ROOT / ".ci" / "run").read_text()
+def test_ci_runs_the_readmes_test_commands():
+    pattern = re.search(r"grep '(.*)' README.md", (ROOT / ".ci" / "run").read_text())[1]
+    commands = re.findall(f"{pattern}.*$", (ROOT / "README.md").read_text(), re.MULTILINE)
+    assert ["ruff" in command for command in commands] == [True, False, False]
+    assert ["constraints-oldest" in command for command in commands] == [False, True, False]
+    assert ["test-open-clip" in command for command in commands] == [False, False, True]

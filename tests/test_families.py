@@ -26,11 +26,12 @@ from iimm_callbacks import (
     register_encoder,
 )
 from iimm_callbacks import families as families_module
-from iimm_callbacks.encoders import find_dual_encoder, find_encoder, move
+from iimm_callbacks.encoders import find_encoder, move
 from iimm_callbacks.families import family_of
 from iimm_callbacks.probe import Probe
 from iimm_callbacks.sources import as_image
 from iimm_callbacks.tuning import detect, prepare
+from iimm_callbacks.wrappers import find_dual_encoder
 
 OPEN_CLIP = {}
 with contextlib.suppress(ModuleNotFoundError):  # an environment of its own: see the README
@@ -42,7 +43,7 @@ needs_open_clip = pytest.mark.skipif(not OPEN_CLIP, reason="without open_clip")
 TEXTS = ["a photo of a red circle", "blue square", "the noise of a click"]
 RATE = 8000
 # Tokens of a padded text; the others are padded to the longest.
-FULL_LENGTH = {"SigLIP": 12, "SigLIP 2": 12, "SigLIP 2 naflex": 12, "TIPSv2": 64}
+FULL_LENGTH = {"SigLIP": 12, "SigLIP 2": 12, "SigLIP 2 naflex": 12, "AIMv2": 12, "TIPSv2": 64}
 # Values that show whatever is left out, or mistaken for another.
 SCALARS = {
     "logit_scale": 1.7,
@@ -319,6 +320,29 @@ def mine(**more):
 @pytest.fixture
 def own_table(monkeypatch):
     monkeypatch.setattr(families_module, "_TABLE", list(families_module._TABLE))
+
+
+def test_a_family_that_preprocesses_by_itself_needs_no_processor(own_table, colour_task):
+    def pixels(processor):
+        assert processor is None
+        return lambda images: torch.stack([torch.tensor(list(i.tobytes())) / 255 for i in images])
+
+    def words(model, processor):
+        return lambda prompts: torch.tensor([[len(p), p.count("e")] for p in prompts])
+
+    family = mine(
+        preprocess=pixels,
+        tokenize=words,
+        embed_images=lambda model, inputs: model.image(inputs),
+        embed_texts=lambda model, inputs: model.text(inputs),
+    )
+    register_encoder(family, Mine)
+    encoder = find_encoder(Mine())
+    assert encoder.embed_images(Mine(), encoder.preprocess(colour_task.images([0, 1]))).shape == (
+        2,
+        8,
+    )
+    assert encoder.embed_texts(Mine(), encoder.tokenize(["red", "green"])).shape == (2, 8)
 
 
 def test_a_model_of_ones_own_is_unknown_before_it_is_registered(own_table):

@@ -4,10 +4,10 @@ import pytest
 import torch
 from torch import nn
 
-from iimm_callbacks.encoders import find_dual_encoder
 from iimm_callbacks.frozen import FrozenPart
 from iimm_callbacks.probe import Probe
 from iimm_callbacks.tuning import prepare
+from iimm_callbacks.wrappers import find_dual_encoder
 
 
 @pytest.fixture

@@ -20,9 +20,10 @@ from safetensors.torch import load_file
 from transformers import Trainer, TrainingArguments
 
 from iimm_callbacks import IIMMCallback, ImageCollator, Outcome, PromptClassifier, Task, keys
-from iimm_callbacks.encoders import find_dual_encoder, find_encoder, model_fingerprint, move
+from iimm_callbacks.encoders import find_encoder, move
 from iimm_callbacks.families import family_of
 from iimm_callbacks.tuning import detect, prepare, trainable_share
+from iimm_callbacks.wrappers import find_dual_encoder, model_fingerprint
 
 FAMILIES = dict(tiny.FAMILIES)
 with contextlib.suppress(ModuleNotFoundError):  # an environment of its own: see the README

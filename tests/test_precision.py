@@ -7,9 +7,10 @@ import torch
 from transformers import BitsAndBytesConfig, CLIPModel
 
 from iimm_callbacks import IIMMCallback
-from iimm_callbacks.encoders import class_embeddings, find_encoder, move, zero_shot_twin
+from iimm_callbacks.encoders import class_embeddings, find_encoder, move
 from iimm_callbacks.probe import Probe
 from iimm_callbacks.tuning import detect, prepare
+from iimm_callbacks.wrappers import zero_shot_twin
 
 LOW = [torch.bfloat16, torch.float16]
 

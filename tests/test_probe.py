@@ -12,7 +12,8 @@ from torch import nn
 
 from iimm_callbacks import Task, iimm
 from iimm_callbacks.encoders import class_embeddings, find_encoder
-from iimm_callbacks.probe import Probe, undisturbed
+from iimm_callbacks.probe import Probe
+from iimm_callbacks.undisturbed import undisturbed
 
 
 @pytest.fixture

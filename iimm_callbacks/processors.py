@@ -1,0 +1,150 @@
+"""What a model's processor makes of images and prompts."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+Inputs = dict[str, Any]
+Read = Callable[[list[Any]], Any]
+
+# Settings of a processor that do nothing to the pixels of an RGB image, and differ between
+# versions of transformers.
+_NOT_PREPROCESSING = (
+    "image_processor_type",
+    "feature_extractor_type",
+    "processor_class",
+    "_processor_class",
+    "do_convert_rgb",
+)
+
+
+def read_images(processor: Any) -> Read:
+    """Images -> model inputs, through a processor's own preprocessing.
+
+    Args:
+        processor: With an ``image_processor`` (or ``feature_extractor``, for sound), or a pair
+            ``(transform, tokenizer)`` as open_clip has them; the transform takes one image.
+
+    Returns:
+        A function of a list of images.
+    """
+    part = image_part(processor)
+    if isinstance(processor, tuple):
+        return lambda images: {"pixel_values": torch.stack([part(image) for image in images])}
+    if hasattr(part, "sampling_rate"):
+        return _read_sounds(part)
+    return lambda images: dict(part(images, return_tensors="pt"))
+
+
+def image_part(processor: Any) -> Any:
+    """The part of a processor, or of a pair, that reads images (or sounds); None without one."""
+    if isinstance(processor, tuple):
+        return processor[0]
+    for name in ("image_processor", "feature_extractor"):
+        if hasattr(processor, name):
+            return getattr(processor, name)
+    return None
+
+
+def read_prompts(model: Any, processor: Any, pad_to: int | None = None) -> Read:
+    """Prompts -> model inputs, through a processor's own tokenizer.
+
+    Args:
+        model: Not needed here; entries of the table that pad read their length from it.
+        processor: As `read_images`.
+        pad_to: Pad every text to this many tokens; None: to the longest of its batch.
+
+    Returns:
+        A function of a list of prompts.
+    """
+    if isinstance(processor, tuple):
+        return lambda prompts: {"input_ids": processor[1](prompts)}
+    options: dict[str, Any] = {"padding": True}
+    if pad_to is not None:
+        options = {"padding": "max_length", "max_length": pad_to}
+    return lambda prompts: dict(
+        processor.tokenizer(prompts, truncation=True, return_tensors="pt", **options)
+    )
+
+
+def _read_sounds(extractor: Any) -> Read:
+    def read(sounds: list[Any]) -> Inputs:
+        for sound in sounds:
+            rate = sound["sampling_rate"]
+            if rate not in (None, extractor.sampling_rate):
+                raise ValueError(
+                    f"`dataset` must hold sounds of {extractor.sampling_rate} Hz for this model, "
+                    f"got {rate} Hz; resample them, e.g. dataset.cast_column('audio', "
+                    f"Audio(sampling_rate={extractor.sampling_rate}))"
+                )
+        arrays = [sound["array"] for sound in sounds]
+        return dict(extractor(arrays, sampling_rate=extractor.sampling_rate, return_tensors="pt"))
+
+    return read
+
+
+def describe(processor: Any) -> str:
+    """The preprocessing of images in words, for fingerprints: the same in every version."""
+    part = image_part(processor)
+    if not hasattr(part, "to_dict"):
+        return re.sub(r" at 0x[0-9a-f]+", "", repr(part))  # another one in every process
+    # As JSON: a processor made in code has tuples and enums where one read from a file has not.
+    settings = {
+        key: value
+        for key, value in part.to_dict().items()
+        if value is not None and key not in _NOT_PREPROCESSING
+    }
+    return json.dumps(settings, sort_keys=True, default=str)
+
+
+def find_processor(model: nn.Module, processor: Any, takes_pair: bool) -> Any:
+    """The processor as given, if it is complete, else the one saved with the model.
+
+    Args:
+        model: A dual encoder.
+        processor: With an ``image_processor`` or ``feature_extractor`` and a ``tokenizer``, or the
+            pair (transform, tokenizer); or None, or a part of one.
+        takes_pair: The model is of open_clip, which has pairs.
+
+    Raises:
+        ValueError: There is none.
+    """
+
+    def complete(candidate: Any) -> bool:
+        if isinstance(candidate, tuple):
+            return len(candidate) == 2 and all(map(callable, candidate))
+        return image_part(candidate) is not None and hasattr(candidate, "tokenizer")
+
+    if complete(processor):
+        return processor
+    source = getattr(getattr(model, "config", None), "_name_or_path", "")
+    problem = "the model does not say where it was loaded from"
+    if source:
+        from transformers import AutoProcessor
+
+        try:
+            loaded = AutoProcessor.from_pretrained(source)
+        except (OSError, ValueError, ImportError) as error:
+            problem = f"loading one from {source!r} failed ({error})"
+        else:
+            if complete(loaded):
+                return loaded
+            problem = f"{source!r} has {type(loaded).__name__} only"
+    got = "none" if processor is None else type(processor).__name__
+    if takes_pair:
+        raise ValueError(
+            "`processor` must be the pair (transform, tokenizer) for an open_clip model, got "
+            f"{got}; pass `processor=(preprocess, open_clip.get_tokenizer(model_name))`, with "
+            "`preprocess` the validation transform of `open_clip.create_model_and_transforms`"
+        )
+    raise ValueError(
+        "`processor` must have an `image_processor` (or `feature_extractor`) and a `tokenizer`, "
+        f"got {got}, and {problem}; pass `IIMMCallback(processor=...)` or "
+        "`Trainer(processing_class=...)`, e.g. `AutoProcessor.from_pretrained(model_name)`"
+    )

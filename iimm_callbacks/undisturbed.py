@@ -1,0 +1,66 @@
+"""Looking at a model in training without leaving a trace."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+
+@contextmanager
+def undisturbed(model: nn.Module) -> Iterator[None]:
+    """Evaluate inside, and leave no trace: no gradients, modes and random streams restored.
+
+    Train mode is restored module by module, because ``model.train()`` would wake submodules that
+    were frozen in eval mode. `no_grad`, not `inference_mode`: a tensor that a model caches under
+    the latter cannot be saved for backward. The 4-bit layers of bitsandbytes on some CPUs repack
+    their weights in place at the first evaluation, and cannot be trained after: not in here.
+
+    Args:
+        model: The model that is put in eval mode for the while.
+    """
+    modes = [(module, module.training) for module in model.modules()]
+    python_state, numpy_state = random.getstate(), np.random.get_state()
+    torch_state = torch.get_rng_state()
+    packing: list[Any] = [
+        m for m in model.modules() if getattr(m, "support_avx512bf16_for_cpu", False)
+    ]
+    cuda_states = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else None
+    model.eval()
+    for module in packing:
+        module.support_avx512bf16_for_cpu = False
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module in packing:
+            module.support_avx512bf16_for_cpu = True
+        for module, training in modes:
+            module.training = training
+        random.setstate(python_state)
+        np.random.set_state(numpy_state)
+        torch.set_rng_state(torch_state)
+        if cuda_states is not None:
+            torch.cuda.set_rng_state_all(cuda_states)
+
+
+def autocast(
+    model: nn.Module, dtype: torch.dtype | None, cache_enabled: bool = True
+) -> AbstractContextManager[Any]:
+    """`torch.autocast` on the model's device; with ``dtype=None`` nothing."""
+    if dtype is None:
+        return nullcontext()
+    device = next(model.parameters()).device.type
+    return torch.autocast(device, dtype, cache_enabled=cache_enabled)
+
+
+def seed_all(seed: int) -> None:
+    """Seed every random stream; inside `undisturbed` they are restored."""
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)

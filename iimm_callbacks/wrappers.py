@@ -1,0 +1,156 @@
+"""The dual encoder in whatever training puts around it; the untouched model under adapters."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+
+from .families import family_of, why_not
+from .heads import Head
+
+
+def find_dual_encoder(model: nn.Module) -> Any:
+    """The outermost module, in `model` or inside it, that is a dual encoder of a known family.
+
+    Args:
+        model: Any module; DDP, `torch.compile` and a user's wrappers are looked through.
+
+    Returns:
+        The module.
+
+    Raises:
+        ValueError: There is none; says why, where the model is of a kind that cannot be one.
+    """
+    for module in breadth_first(model):
+        if family_of(module) is not None:
+            return module
+    reasons = ((module, why_not(module)) for module in breadth_first(model))
+    module, reason = next((found for found in reasons if found[1]), (model, None))
+    raise ValueError(
+        f"`model` must be a dual encoder with a joint space, got {type(module).__name__}: "
+        + (
+            reason
+            or "neither it nor any module inside has `get_image_features` and "
+            "`get_text_features`, or `encode_image` and `encode_text`"
+        )
+        + "; pass `encode=(encode_images, encode_texts)`, two functions of (model, list) that "
+        "return embeddings [n, D], or teach its family with `register_encoder`"
+    )
+
+
+def find_head(model: nn.Module) -> Head | None:
+    """The `Head` on the dual encoder, in `model` or inside it, if there is one."""
+    return next((module for module in breadth_first(model) if isinstance(module, Head)), None)
+
+
+def adapt(model: nn.Module, backbone_embeds: Tensor) -> Tensor:
+    """Embeddings of the backbone -> those of the tuned model: through its `Head`, if it has one.
+
+    Args:
+        model: Any module.
+        backbone_embeds: [n, D].
+
+    Returns:
+        [n, D].
+    """
+    head = find_head(model)
+    return backbone_embeds if head is None else head.adapt(backbone_embeds)
+
+
+def zero_shot_twin(model: nn.Module) -> AbstractContextManager[None] | None:
+    """Inside it, a model with adapters is the untouched model again, at any step.
+
+    Args:
+        model: Any module.
+
+    Returns:
+        A context in which the adapters of peft are switched off; None where that is not exactly the
+        model before fine-tuning: no adapters, a merged one, tuned biases, weights unfrozen by hand,
+        or an initialisation that changed the base weights (PiSSA and the like).
+    """
+    for module in breadth_first(model):
+        configs = getattr(module, "peft_config", None)
+        if not isinstance(configs, dict) or not configs:
+            continue
+        adapters = _adapters(module)
+        exact = (
+            all(getattr(c, "bias", "none") == "none" for c in configs.values())
+            and all(
+                isinstance(getattr(c, "init_lora_weights", True), bool) for c in configs.values()
+            )
+            and not any(getattr(m, "merged", False) for m in module.modules())
+            and all(id(p) in adapters for p in module.parameters() if p.requires_grad)
+        )
+        return _without_adapters(module) if exact else None
+    return None
+
+
+def model_fingerprint(model: nn.Module) -> str:
+    """A short hash of a model's weights: a few values of every parameter.
+
+    PEFT adapters and wrapper prefixes do not count, so a model has one fingerprint bare, under
+    PEFT and wrapped. Not a checksum: it tells models apart, it does not prove that two files are
+    equal.
+
+    Args:
+        model: Any module.
+
+    Returns:
+        16 hexadecimal digits.
+    """
+    try:
+        model = find_dual_encoder(model)
+    except ValueError:
+        pass  # a model with functions of its own: all its parameters count
+    adapters = _adapters(model)
+    values = {}
+    for name, parameter in model.named_parameters():
+        if id(parameter) in adapters:
+            continue
+        for wrapper in ("module", "_orig_mod", "base_model.model", "base_layer", "original_module"):
+            name = f".{name}".replace(f".{wrapper}.", ".")[1:]
+        values[name] = parameter.detach().flatten()[:16].float().cpu().numpy().tobytes()
+    digest = hashlib.sha256()
+    for name in sorted(values):
+        digest.update(name.encode() + values[name])
+    return digest.hexdigest()[:16]
+
+
+@contextmanager
+def _without_adapters(module: Any) -> Iterator[None]:
+    trains = [(p, p.requires_grad) for p in module.parameters()]
+    try:
+        if hasattr(module, "disable_adapter"):  # a PeftModel
+            with module.disable_adapter():
+                yield
+        else:  # a transformers model after `add_adapter`
+            module.disable_adapters()
+            try:
+                yield
+            finally:
+                module.enable_adapters()
+    finally:
+        for parameter, flag in trains:  # peft wakes all adapters, frozen ones too
+            parameter.requires_grad_(flag)
+
+
+def breadth_first(model: nn.Module) -> Iterator[nn.Module]:
+    """All modules, the outermost first."""
+    queue: Sequence[nn.Module] = [model]
+    while queue:
+        yield from queue
+        queue = [child for module in queue for child in module.children()]
+
+
+def _adapters(model: nn.Module) -> set[int]:
+    return {
+        id(parameter)
+        for module in model.modules()
+        for layer in getattr(module, "adapter_layer_names", ())  # of every PEFT layer
+        if isinstance(getattr(module, layer, None), nn.Module)
+        for parameter in getattr(module, layer).parameters()
+    }
