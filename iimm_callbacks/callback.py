@@ -178,8 +178,7 @@ class IIMMCallback(TrainerCallback):  # type: ignore[misc]  # transformers is un
         )
         if saved and resumed:
             monitor.load_state_dict(saved["attributes"])
-        with untouched:
-            verdict = monitor.begin(kwargs["model"])
+        verdict = monitor.begin(kwargs["model"], untouched=untouched)
         self.monitor = monitor
         self._budget.took(monitor.row()[keys.RUNTIME], counts=False)
         if saved and resumed:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .encoders import class_embeddings, find_encoder, move
+from .encoders import TEXT_BATCH, Encoder, class_embeddings, find_encoder, move
 from .frozen import FrozenPart
 from .processors import read_images
 from .sources import as_image
@@ -46,8 +46,9 @@ class PromptClassifier(nn.Module):
         super().__init__()
         if task.is_captions:
             raise ValueError(f"`task` {task.name!r} must have classes, got captions")
-        self.encoder = find_encoder(model, processor)
         self.dual_encoder = model
+        self.processor = processor
+        self._encoder: Encoder | None = None
         self._frozen_texts = FrozenPart()
         self.n_templates = len(task.templates)
         self.n_classes = len(task.class_names)
@@ -55,6 +56,16 @@ class PromptClassifier(nn.Module):
         self._token_names = list(tokens)
         for name, value in tokens.items():
             self.register_buffer(f"prompt_{name}", value, persistent=False)
+
+    @property
+    def encoder(self) -> Encoder:
+        """How the dual encoder is read."""
+        if self._encoder is None:
+            self._encoder = find_encoder(self.dual_encoder, self.processor)
+        return self._encoder
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_encoder": None}  # functions that cannot be pickled; made again
 
     def forward(self, labels: Tensor | None = None, **images: Tensor) -> dict[str, Tensor]:
         """Logits and, with labels, the loss.
@@ -72,11 +83,13 @@ class PromptClassifier(nn.Module):
         logits = None if head is None else head.classify(embeds)
         if logits is None:
             texts = self._class_embeddings(head is not None)  # [C, D]
-            unit = nn.functional.normalize(embeds.to(texts.dtype), dim=1)
             scale, bias = self.encoder.logit_scale(model)
-            logits = scale * unit @ texts.T  # [B, C]
-            if bias is not None:
-                logits = logits + bias
+            # Autocast would round cosines to three digits, and a logit scale of 100 with them.
+            with torch.autocast(embeds.device.type, enabled=False):
+                unit = nn.functional.normalize(embeds.to(texts.dtype), dim=1)
+                logits = scale * unit @ texts.T  # [B, C]
+                if bias is not None:
+                    logits = logits + bias
         if labels is None:
             return {"logits": logits}
         return {"loss": nn.functional.cross_entropy(logits, labels), "logits": logits}
@@ -84,15 +97,21 @@ class PromptClassifier(nn.Module):
     def _class_embeddings(self, has_head: bool) -> Tensor:
         tokens = {name: getattr(self, f"prompt_{name}") for name in self._token_names}
 
-        def embed(n: int | None = None) -> Tensor:
-            chosen = {name: value[:n] for name, value in tokens.items()}
+        def embed(start: int, end: int) -> Tensor:
+            chosen = {name: value[start:end] for name, value in tokens.items()}
             return self.encoder.embed_texts(self.dual_encoder, chosen)
 
-        if has_head:  # and so frozen, as a rule: no step need embed the prompts again
-            self._frozen_texts.update(self, lambda: embed(1))
-            prompts = self._frozen_texts.get("prompts", embed)
+        def embed_all() -> Tensor:
+            n = self.n_classes * self.n_templates
+            return torch.cat([embed(i, i + TEXT_BATCH) for i in range(0, n, TEXT_BATCH)])
+
+        # Under a head the texts are frozen as a rule, and no step need embed them again. The
+        # replicas of `DataParallel` would share what is kept, on different devices.
+        if has_head and not getattr(self, "_is_replica", False):
+            self._frozen_texts.update(self, lambda: embed(0, 1))
+            prompts = self._frozen_texts.get("prompts", embed_all)
         else:
-            prompts = embed()
+            prompts = embed_all()
         return class_embeddings(prompts, self.n_templates)
 
     def activation_checkpointing_enable(self, **settings: Any) -> None:
@@ -105,6 +124,10 @@ class PromptClassifier(nn.Module):
 
     def _enable_checkpointing(self, function: str, settings: dict[str, Any]) -> None:
         core = find_dual_encoder(self.dual_encoder)
+        if settings.get("gradient_checkpointing_kwargs", 0) is None:
+            # The default of transformers 4 is the reentrant kind, in which nothing trains where the
+            # embeddings at the bottom are frozen.
+            settings["gradient_checkpointing_kwargs"] = {"use_reentrant": False}
         if hasattr(core, "set_grad_checkpointing"):  # open_clip
             core.set_grad_checkpointing()
         else:

@@ -10,9 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from .families import Family, family_of
-from .processors import describe, find_processor, read_images
+from .processors import describe, find_processor, is_complete, read_images, read_prompts
 from .sources import kind
 from .wrappers import adapt, breadth_first, find_dual_encoder
+
+TEXT_BATCH = 256  # prompts in one forward pass
 
 EncodePair = tuple[
     Callable[[nn.Module, list[Any]], Tensor], Callable[[nn.Module, list[str]], Tensor]
@@ -53,8 +55,9 @@ def find_encoder(
         model: A dual encoder of a family in `families`, bare, under PEFT, DDP or `torch.compile`,
             or inside a user's `nn.Module`.
         processor: Its processor (image processor and tokenizer in one), or for open_clip the pair
-            ``(transform, tokenizer)``. ``None``: that of the `PromptClassifier` the model is in,
-            or loaded with `AutoProcessor` from where the model came from.
+            ``(transform, tokenizer)``. Without, or with a part of one: that of the
+            `PromptClassifier` the model is in, or loaded with `AutoProcessor` from where the model
+            came from.
         encode: ``(encode_images, encode_texts)`` for any other model: each takes the model and a
             list (RGB PIL images; prompts) and returns embeddings [n, D].
 
@@ -76,12 +79,13 @@ def find_encoder(
         names = ", ".join(getattr(f, "__qualname__", type(f).__name__) for f in encode)
         return Encoder(list, list, images, texts, lambda m: (1.0, None), f"user functions {names}")
     own = next((e for m in breadth_first(model) if (e := _encoder_of(m)) is not None), None)
-    if processor is None and own is not None:
+    if own is not None and not is_complete(processor):
         return own
     core = find_dual_encoder(model)
     family = family_of(core)
     assert family is not None
-    if family.preprocess is read_images:  # else a family of the user's, which may need none
+    own_way = family.preprocess is not read_images and family.tokenize is not read_prompts
+    if not own_way:
         processor = find_processor(core, processor, takes_pair=family.name == "open_clip")
     read = family.preprocess(processor)
 
@@ -99,7 +103,7 @@ def find_encoder(
         lambda m, inputs: _vectors(m, family, "embed_images", inputs),
         lambda m, inputs: _vectors(m, family, "embed_texts", inputs),
         lambda m: family.logit_scale(find_dual_encoder(m)),
-        describe(processor) if family.preprocess is read_images else family.name,
+        family.name if own_way else describe(processor),
     )
 
 

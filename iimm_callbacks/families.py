@@ -79,16 +79,15 @@ def register_encoder(family: Family, matches: type | Callable[[nn.Module], bool]
         )
     if isinstance(matches, type):
         kind = matches
-        _TABLE.insert(0, (lambda module: isinstance(module, kind), family))
+        _REGISTERED.insert(0, (lambda module: isinstance(module, kind), family))
     else:
-        _TABLE.insert(0, (matches, family))
+        _REGISTERED.insert(0, (matches, family))
 
 
 def family_of(module: nn.Module) -> Family | None:
     """The family of a module that is itself a dual encoder, else None."""
-    if _model_type(module) in _NO_JOINT_SPACE:
-        return None
-    return next((family for matches, family in _TABLE if matches(module)), None)
+    table = _REGISTERED + ([] if _model_type(module) in _NO_JOINT_SPACE else _TABLE)
+    return next((family for matches, family in table if matches(module)), None)
 
 
 def why_not(module: nn.Module) -> str | None:
@@ -241,6 +240,7 @@ _NO_JOINT_SPACE = {
     "instructblip": "it generates text and has no space in which images and texts are compared",
 }
 
+_REGISTERED: list[tuple[Callable[[nn.Module], bool], Family]] = []  # by the user, the latest first
 # The first match counts. What follows the usual way needs no entry: the last ones read any model
 # with the usual functions.
 _TABLE: list[tuple[Callable[[nn.Module], bool], Family]] = [
@@ -283,9 +283,5 @@ _TABLE: list[tuple[Callable[[nn.Module], bool], Family]] = [
     ),
     (_is("chinese_clip"), _transformers("Chinese-CLIP", texts=_chinese_clip_texts)),
     (_has("get_image_features", "get_text_features"), _transformers("CLIP")),
-    (
-        _has("get_video_features", "get_text_features"),
-        _transformers("video", images="get_video_features", reads="video"),
-    ),
     (_has("encode_image", "encode_text"), _open_clip()),
 ]

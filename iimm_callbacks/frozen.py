@@ -15,9 +15,13 @@ class FrozenPart:
     At every look `update` embeds one item with gradients on. What is kept stays valid only if
 
     1. no gradient reaches that embedding: nothing that trains takes part in it;
-    2. it is bit for bit what it was: no weight was swapped, merged or written through ``.data``;
+    2. it is bit for bit what it was, on the device it was: what swaps or merges weights, or writes
+       to them through ``.data``, changes it;
     3. no frozen tensor of the model was written to in place: not thawed, trained and frozen again
        between two looks, no running statistics of a batch norm moved.
+
+    A write through ``.data`` to what that one item does not use (other rows of a token table) is
+    the one change that goes unseen.
 
     Attributes:
         is_frozen: Whether the part was frozen at the latest `update`.
@@ -41,7 +45,7 @@ class FrozenPart:
             embeds = embed()
         self.is_frozen = not embeds.requires_grad
         witness, versions = embeds.detach(), _versions(model)
-        same = self._witness is not None and torch.equal(witness, self._witness)
+        same = _equal(witness, self._witness)
         if not (self.is_frozen and same and versions == self._versions):
             self._kept.clear()
         self._witness, self._versions = witness, versions
@@ -54,6 +58,11 @@ class FrozenPart:
         if self.is_frozen:
             self._kept[key] = value
         return value
+
+
+def _equal(one: Tensor, other: Tensor | None) -> bool:
+    alike = other is not None and (one.device, one.dtype) == (other.device, other.dtype)
+    return alike and torch.equal(one, other)  # type: ignore[arg-type]
 
 
 def _versions(model: nn.Module) -> list[tuple[int, int]]:

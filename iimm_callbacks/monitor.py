@@ -6,6 +6,7 @@ import logging
 import math
 import time
 from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -112,11 +113,15 @@ class IIMMMonitor:
         self._model_name = self._model_fingerprint = ""
         self._trainable_share = 0.0
 
-    def begin(self, model: nn.Module) -> Verdict:
+    def begin(
+        self, model: nn.Module, *, untouched: AbstractContextManager[Any] | None = None
+    ) -> Verdict:
         """Measure the untouched model; after `load_state_dict`, only make ready to go on.
 
         Args:
             model: The model before its first training step.
+            untouched: Inside it the model is the untouched one, where it is not so anyway: see
+                `wrappers.zero_shot_twin`.
 
         Returns:
             The verdict on the forecast.
@@ -136,7 +141,8 @@ class IIMMMonitor:
             self.method = self.method or detect(model)
             self._model_name = _name(model)
             self._model_fingerprint = model_fingerprint(model)
-            self._baseline = self.probe.look(model, 0, self.autocast_dtype)
+            with untouched or nullcontext():
+                self._baseline = self.probe.look(model, 0, self.autocast_dtype)
             self._fingerprints = self.probe.fingerprints
         baseline = self._baseline
         prior = self._forecaster.predict(

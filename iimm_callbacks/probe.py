@@ -14,15 +14,13 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from .accuracy import zero_shot_correct
-from .encoders import EncodePair, Encoder, class_embeddings, find_encoder, move
+from .encoders import TEXT_BATCH, EncodePair, Encoder, class_embeddings, find_encoder, move
 from .frozen import FrozenPart
 from .measure import Measurement, iimm
 from .sources import content
 from .tasks import OFF_TARGET_PROBE_SIZE, TASK_PROBE_SIZE, Task
 from .undisturbed import autocast, seed_all, undisturbed
 from .wrappers import adapt, find_head
-
-_TEXT_BATCH = 256
 
 
 @dataclass(frozen=True)
@@ -157,10 +155,13 @@ class Probe:
         start = time.perf_counter()
         correct: dict[str, np.ndarray] = {}
         measurement = None
-        with undisturbed(model), autocast(model, autocast_dtype):
-            self._find_frozen(model, autocast_dtype)
+        with undisturbed(model):
+            with autocast(model, autocast_dtype):
+                self._find_frozen(model, autocast_dtype)
             for prepared in self._prepared:
-                images, texts = self._embed(model, prepared)
+                with autocast(model, autocast_dtype):
+                    images, texts = self._embed(model, prepared)
+                # Not in autocast, which would round cosines until classes tie.
                 name = prepared.task.name
                 logits = None
                 if measurement is None:  # the task being learnt
@@ -241,8 +242,8 @@ class Probe:
                     batches = None
             bar.update(len(images))
         tokenized = [
-            encoder.tokenize(prompts[i : i + _TEXT_BATCH])
-            for i in range(0, len(prompts), _TEXT_BATCH)
+            encoder.tokenize(prompts[i : i + TEXT_BATCH])
+            for i in range(0, len(prompts), TEXT_BATCH)
         ]
         return _Prepared(
             task,

@@ -28,13 +28,22 @@ def read_images(processor: Any) -> Read:
     """Images -> model inputs, through a processor's own preprocessing.
 
     Args:
-        processor: With an ``image_processor`` (or ``feature_extractor``, for sound), or a pair
-            ``(transform, tokenizer)`` as open_clip has them; the transform takes one image.
+        processor: With an ``image_processor`` (or ``feature_extractor``, for sound), or such a one
+            itself, or a pair ``(transform, tokenizer)`` as open_clip has them; the transform takes
+            one image.
 
     Returns:
         A function of a list of images.
+
+    Raises:
+        TypeError: It is none of these.
     """
     part = image_part(processor)
+    if part is None:
+        raise TypeError(
+            "`processor` must be a model's processor, an image processor, a feature extractor or a "
+            f"pair (transform, tokenizer), got {type(processor).__name__}"
+        )
     if isinstance(processor, tuple):
         return lambda images: {"pixel_values": torch.stack([part(image) for image in images])}
     if hasattr(part, "sampling_rate"):
@@ -49,7 +58,9 @@ def image_part(processor: Any) -> Any:
     for name in ("image_processor", "feature_extractor"):
         if hasattr(processor, name):
             return getattr(processor, name)
-    return None
+    # A tokenizer, too, is callable and knows the names of its model's inputs.
+    alone = callable(processor) and hasattr(processor, "model_input_names")
+    return processor if alone and not hasattr(processor, "convert_ids_to_tokens") else None
 
 
 def read_prompts(model: Any, processor: Any, pad_to: int | None = None) -> Read:
@@ -103,6 +114,13 @@ def describe(processor: Any) -> str:
     return json.dumps(settings, sort_keys=True, default=str)
 
 
+def is_complete(processor: Any) -> bool:
+    """Whether it reads images (or sounds) as well as prompts."""
+    if isinstance(processor, tuple):
+        return len(processor) == 2 and all(map(callable, processor))
+    return image_part(processor) is not None and hasattr(processor, "tokenizer")
+
+
 def find_processor(model: nn.Module, processor: Any, takes_pair: bool) -> Any:
     """The processor as given, if it is complete, else the one saved with the model.
 
@@ -115,13 +133,7 @@ def find_processor(model: nn.Module, processor: Any, takes_pair: bool) -> Any:
     Raises:
         ValueError: There is none.
     """
-
-    def complete(candidate: Any) -> bool:
-        if isinstance(candidate, tuple):
-            return len(candidate) == 2 and all(map(callable, candidate))
-        return image_part(candidate) is not None and hasattr(candidate, "tokenizer")
-
-    if complete(processor):
+    if is_complete(processor):
         return processor
     source = getattr(getattr(model, "config", None), "_name_or_path", "")
     problem = "the model does not say where it was loaded from"
@@ -133,7 +145,7 @@ def find_processor(model: nn.Module, processor: Any, takes_pair: bool) -> Any:
         except (OSError, ValueError, ImportError) as error:
             problem = f"loading one from {source!r} failed ({error})"
         else:
-            if complete(loaded):
+            if is_complete(loaded):
                 return loaded
             problem = f"{source!r} has {type(loaded).__name__} only"
     got = "none" if processor is None else type(processor).__name__

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-_IMAGES = ("Image", "Audio", "Video")  # features of `datasets`; the last is not in all versions
+_IMAGES = ("Image", "Audio")  # features of `datasets`
 
 
 class _HubSource:
@@ -134,7 +134,7 @@ def as_image(item: Any) -> Any:
 
     Raises:
         TypeError: It is none of these.
-        ValueError: A sound has several channels.
+        ValueError: A sound has several channels, or integers.
     """
     if hasattr(item, "get_all_samples"):  # what `datasets.Audio` decodes to
         samples = item.get_all_samples()
@@ -144,12 +144,13 @@ def as_image(item: Any) -> Any:
     if isinstance(item, np.ndarray) and item.ndim == 1 and item.dtype.kind == "f":
         item = {"array": item, "sampling_rate": None}
     if isinstance(item, dict) and "array" in item:
-        array = np.asarray(item["array"], dtype=np.float32)
-        if array.ndim != 1:
+        array = np.asarray(item["array"])
+        if array.ndim != 1 or array.dtype.kind != "f":
             raise ValueError(
-                f"expected a sound of one channel, [n], got shape {array.shape}; average them"
+                "expected a sound of one channel, [n] floats in [-1, 1], got shape "
+                f"{array.shape} of {array.dtype}; average its channels, scale its integers"
             )
-        return {"array": array, "sampling_rate": item.get("sampling_rate")}
+        return {"array": array.astype(np.float32), "sampling_rate": item.get("sampling_rate")}
     if isinstance(item, list | tuple) or (isinstance(item, np.ndarray) and item.ndim == 4):
         return [_as_rgb(frame) for frame in item]
     return _as_rgb(item)

@@ -15,7 +15,7 @@ from .families import family_of
 from .heads import ClipAdapter, LinearProbe
 from .tasks import Task
 from .undisturbed import undisturbed
-from .wrappers import find_dual_encoder, find_head
+from .wrappers import find_dual_encoder, find_head, freeze
 
 logger = logging.getLogger(__name__)
 
@@ -96,31 +96,43 @@ def detect(model: nn.Module) -> str:
         ``"ia3"``, ``"prompt_tuning"``, ...; ``"dora"`` for LoRA with DoRA); else by what trains:
         ``"full"``, ``"bitfit"`` (biases only), ``"attention"`` (attention input-projection weights
         only), ``"frozen"`` (nothing) or ``"partial"``. Whether the logit scale trains changes none
-        of this. A head on an encoder that trains too is ``"partial"``.
+        of this. A head or an adapter on an encoder that trains too is ``"partial"``.
     """
-    trains = {
-        name: p.requires_grad for name, p in model.named_parameters() if not _SCALES.search(name)
-    }
+    trains = _what_trains(model)
+    tuned = [name for name, is_trained in trains.items() if is_trained]
     head = find_head(model)
     if head is not None:
-        thawed = any(p.requires_grad for p in head.dual_encoder.parameters())
-        return "partial" if thawed else head.method
+        return "partial" if any(_what_trains(head.dual_encoder).values()) else head.method
+    everything = len(tuned) == len(trains)
     for module in model.modules():
-        configs = getattr(module, "peft_config", None)
-        if isinstance(configs, dict) and configs:
-            config = next(iter(configs.values()))
+        config = _active_config(module)
+        if config is not None:
+            if everything:
+                return "partial"
             if getattr(config, "use_dora", False):
                 return "dora"
             kind = config.peft_type
             return str(getattr(kind, "value", kind)).lower()
-    tuned = [name for name, is_trained in trains.items() if is_trained]
-    if len(tuned) == len(trains):
+    if everything:
         return "full"
     if not tuned:
         return "frozen"
     if all(map(is_bias, tuned)):
         return "bitfit"
     return "attention" if all(map(is_input_projection, tuned)) else "partial"
+
+
+def _what_trains(model: nn.Module) -> dict[str, bool]:
+    return {n: p.requires_grad for n, p in model.named_parameters() if not _SCALES.search(n)}
+
+
+def _active_config(module: nn.Module) -> Any:
+    """The peft config in use; None without adapters."""
+    configs = getattr(module, "peft_config", None)
+    if not isinstance(configs, dict) or not configs:
+        return None
+    active: Any = getattr(module, "active_adapter", None)  # a function in transformers
+    return configs[active] if isinstance(active, str) else next(iter(configs.values()))
 
 
 def _full(model: nn.Module) -> nn.Module:
@@ -158,7 +170,7 @@ def _lora(
             "fused projection, whose weight is adapted as a whole"
         )
     _warn_of_untouched_towers(model, "attention", modules + parameters)
-    _freeze(model)
+    freeze(model)
     config = LoraConfig(
         r=rank,
         lora_alpha=2 * rank if alpha is None else alpha,
@@ -238,7 +250,7 @@ def _train_only(
     names = [name for name, _ in model.named_parameters() if in_blocks(name) and wanted(name)]
     if not names:
         raise ValueError(f"`model` {type(model).__name__} has no {what} inside its blocks to tune")
-    _freeze(model)
+    freeze(model)
     for name in names:
         model.get_parameter(name).requires_grad_(True)
     _warn_of_untouched_towers(model, what, names)
@@ -249,20 +261,6 @@ def _warn_of_untouched_towers(model: nn.Module, what: str, names: list[str]) -> 
     for tower in towers(model):
         if not any(map(inside([tower]), names)):
             logger.warning("%r has no %s: it stays as it is", tower, what)
-
-
-def _freeze(model: nn.Module) -> None:
-    model.requires_grad_(False)
-    # A frozen batch norm moves all the same, by its running statistics, unless it is in eval mode,
-    # out of which every `model.train()` takes it.
-    for module in model.modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm):
-            module.register_forward_pre_hook(_stay_in_eval_mode)
-
-
-def _stay_in_eval_mode(module: nn.Module, inputs: Any) -> None:
-    if not getattr(module.weight, "requires_grad", False):
-        module.eval()
 
 
 def _check_at_least_1(**arguments: int) -> None:

@@ -69,8 +69,10 @@ def zero_shot_twin(model: nn.Module) -> AbstractContextManager[None] | None:
 
     Returns:
         A context in which the adapters of peft are switched off; None where that is not exactly the
-        model before fine-tuning: no adapters, a merged one, tuned biases, weights unfrozen by hand,
-        or an initialisation that changed the base weights (PiSSA and the like).
+        model before fine-tuning: no adapters, a merged one, tuned biases, weights that train beside
+        them, an initialisation that changed the base weights (PiSSA and the like), or batch norms
+        whose statistics move (those that `freeze` stopped do not). Weights that trained and were
+        frozen again are not noticed.
     """
     for module in breadth_first(model):
         configs = getattr(module, "peft_config", None)
@@ -83,6 +85,7 @@ def zero_shot_twin(model: nn.Module) -> AbstractContextManager[None] | None:
                 isinstance(getattr(c, "init_lora_weights", True), bool) for c in configs.values()
             )
             and not any(getattr(m, "merged", False) for m in module.modules())
+            and all(map(_is_still, module.modules()))
             and all(id(p) in adapters for p in module.parameters() if p.requires_grad)
         )
         return _without_adapters(module) if exact else None
@@ -118,6 +121,31 @@ def model_fingerprint(model: nn.Module) -> str:
     for name in sorted(values):
         digest.update(name.encode() + values[name])
     return digest.hexdigest()[:16]
+
+
+def freeze(model: nn.Module) -> None:
+    """No parameter trains, and no batch norm moves by its running statistics.
+
+    For that it must be in eval mode, out of which every ``model.train()`` takes it: each goes back
+    at its next forward pass, unless its weight is made to train later.
+
+    Args:
+        model: Changed in place.
+    """
+    model.requires_grad_(False)
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.register_forward_pre_hook(_stay_in_eval_mode)
+
+
+def _stay_in_eval_mode(module: nn.Module, inputs: Any) -> None:
+    if not getattr(module.weight, "requires_grad", False):
+        module.eval()
+
+
+def _is_still(module: nn.Module) -> bool:
+    moves = isinstance(module, nn.modules.batchnorm._BatchNorm) and module.track_running_stats
+    return not moves or _stay_in_eval_mode in module._forward_pre_hooks.values()
 
 
 @contextmanager

@@ -477,6 +477,8 @@ def test_under_adapters_the_untouched_model_is_measured_at_any_step(
         trainer.train(resume_from_checkpoint=checkpoint)
     assert [r["step"] for r in late.monitor.history] == [0, 3, 6]
     assert [r["step"] for r in rows(trainer)] == [3, 6]
+    shares = [c.outcome.recipe["trainable_share"] for c in (fresh, late)]
+    assert 0 < shares[0] == shares[1] < 0.5
     for one, other in zip(
         (r for r in fresh.monitor.history if r["step"] in (0, 3, 6)),
         late.monitor.history,

@@ -1,5 +1,8 @@
 """Class prompts under the plain Trainer: the model's own logits, and the right gradients."""
 
+import copy
+import pickle
+
 import numpy as np
 import pytest
 import torch
@@ -9,6 +12,9 @@ from torch import nn
 from transformers import Trainer, TrainingArguments
 
 from iimm_callbacks import ImageCollator, PromptClassifier, Task
+from iimm_callbacks import classifier as classifier_module
+from iimm_callbacks.encoders import find_encoder
+from iimm_callbacks.tuning import prepare
 
 LORA = {"r": 2, "target_modules": ["q_proj", "v_proj"]}
 
@@ -157,17 +163,15 @@ def test_accumulation_of_2_by_4_equals_a_batch_of_8(make_trainer):
     assert ends[0][1] == pytest.approx(ends[1][1], abs=2e-4)  # logged with four digits
 
 
-@pytest.mark.parametrize("method", ["full", "lora"])
+@pytest.mark.parametrize("method", ["full", "lora", "bitfit", "attention"])
 def test_checkpointed_activations_change_no_loss(make_trainer, tiny_clip, method):
     # The argument has another name in transformers 4.
     new = hasattr(TrainingArguments, "activation_checkpointing")
     name = "activation_checkpointing" if new else "gradient_checkpointing"
     ends = []
-    for arguments in ({}, {name: True, f"{name}_kwargs": {"use_reentrant": False}}):
-        model = tiny_clip()
-        if method == "lora":
-            torch.manual_seed(0)
-            model = get_peft_model(model, LoraConfig(**LORA))
+    for arguments in ({}, {name: True}):
+        torch.manual_seed(0)
+        model = prepare(tiny_clip(), method)
         trainer = make_trainer(model=model, max_steps=4, **arguments)
         trainer.train()
         assert any(getattr(m, "gradient_checkpointing", False) for m in model.modules()) == bool(
@@ -264,3 +268,44 @@ def test_a_missing_column_is_named_with_what_there_is_and_what_to_do(processor, 
 def test_the_trainer_dropping_columns_is_explained(make_trainer):
     with pytest.raises(ValueError, match="remove_unused_columns=False"):
         make_trainer(remove_unused_columns=True).train()
+
+
+def test_an_image_processor_alone_will_do_and_a_tokenizer_will_not(processor, colours, batch):
+    alone = ImageCollator(processor.image_processor)([colours[i] for i in range(4)])
+    whole = ImageCollator(processor)([colours[i] for i in range(4)])
+    assert torch.equal(alone["pixel_values"], whole["pixel_values"])
+    for wrong in (processor.tokenizer, None):
+        with pytest.raises(TypeError, match=f"got {type(wrong).__name__}"):
+            ImageCollator(wrong)([colours[0]])
+
+
+def test_pickled_or_copied_it_gives_the_same_logits(tiny_clip, processor, colour_task, batch):
+    classifier = PromptClassifier(tiny_clip(), colour_task, processor).eval()
+    expected = classifier(pixel_values=batch["pixel_values"])["logits"]
+    for other in (pickle.loads(pickle.dumps(classifier)), copy.deepcopy(classifier)):
+        assert torch.equal(other(pixel_values=batch["pixel_values"])["logits"], expected)
+
+
+def test_logits_are_not_rounded_by_autocast(tiny_clip, processor, colour_task, batch):
+    classifier = PromptClassifier(tiny_clip(), colour_task, processor).eval()
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        logits = classifier(pixel_values=batch["pixel_values"])["logits"]
+    assert logits.dtype == torch.float32
+    assert not torch.equal(logits, logits.bfloat16().float())
+
+
+def test_many_prompts_are_embedded_in_batches_to_the_same_vectors(
+    tiny_clip, processor, colour_task, batch, monkeypatch
+):
+    whole = PromptClassifier(tiny_clip(), colour_task, processor).eval()
+    expected = whole(pixel_values=batch["pixel_values"])["logits"]
+    monkeypatch.setattr(classifier_module, "TEXT_BATCH", 3)
+    parts = whole(pixel_values=batch["pixel_values"])["logits"]
+    torch.testing.assert_close(parts, expected, atol=1e-5, rtol=0)
+
+
+def test_the_guard_reads_the_model_as_the_classifier_does(tiny_clip, processor, colour_task):
+    classifier = PromptClassifier(tiny_clip(), colour_task, processor)
+    for given in (None, processor.tokenizer, processor.image_processor):
+        assert find_encoder(classifier, given) is classifier.encoder
+    assert find_encoder(classifier, processor) is not classifier.encoder

@@ -319,7 +319,18 @@ def mine(**more):
 
 @pytest.fixture
 def own_table(monkeypatch):
-    monkeypatch.setattr(families_module, "_TABLE", list(families_module._TABLE))
+    monkeypatch.setattr(families_module, "_REGISTERED", [])
+
+
+def test_a_family_of_ones_own_wins_over_a_refusal(own_table):
+    model = hf.BlipForConditionalGeneration(
+        hf.BlipConfig(text_config={"vocab_size": 50}, vision_config={"image_size": 32})
+    )
+    model.config.model_type = "blip-2"
+    with pytest.raises(ValueError, match="language model"):
+        find_dual_encoder(model)
+    register_encoder(mine(), type(model))
+    assert find_dual_encoder(model) is model
 
 
 def test_a_family_that_preprocesses_by_itself_needs_no_processor(own_table, colour_task):

@@ -7,6 +7,8 @@ import torch
 from transformers import BitsAndBytesConfig, CLIPModel
 
 from iimm_callbacks import IIMMCallback
+from iimm_callbacks import probe as probe_module
+from iimm_callbacks.accuracy import zero_shot_correct
 from iimm_callbacks.encoders import class_embeddings, find_encoder, move
 from iimm_callbacks.probe import Probe
 from iimm_callbacks.tuning import detect, prepare
@@ -131,3 +133,16 @@ def test_lora_on_a_quantised_base_is_measured_and_trains_on(
     with zero_shot_twin(model):
         base = guard.monitor.probe.look(model, 6)
     assert base.measurement.iimm == guard.monitor.history[0]["eval_iimm"]
+
+
+def test_classes_are_not_compared_in_autocast(tiny_clip, colour_task, processor, monkeypatch):
+    # There cosines are rounded to three digits, and classes tie.
+    seen = []
+
+    def watched(images, texts, labels):
+        seen.append(torch.is_autocast_enabled("cpu"))
+        return zero_shot_correct(images, texts, labels)
+
+    monkeypatch.setattr(probe_module, "zero_shot_correct", watched)
+    Probe(colour_task, processor=processor, progress=False).look(tiny_clip(), 0, torch.bfloat16)
+    assert seen == [False]

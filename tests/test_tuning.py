@@ -586,7 +586,7 @@ def thawed(head):
 
 def fake_config(model, **config):
     model.peft_config = {"default": SimpleNamespace(**config)}
-    return model
+    return model.requires_grad_(False)
 
 
 PROJECTIONS = r"self_attn\.[qkv]_proj\.weight$"
@@ -744,3 +744,31 @@ def test_the_twin_ends_when_what_runs_inside_fails(tiny_clip, processor, colour_
             raise RuntimeError("inside")
         assert same(embed_both(model, processor, colour_task), adapted)
         assert detect(model) == "lora"
+
+
+def test_a_thawed_logit_scale_changes_no_method(processor, tiny_clip):
+    model = prepare(tiny_clip(), "clip_adapter", processor=processor)
+    model.dual_encoder.logit_scale.requires_grad_(True)
+    assert detect(model) == "clip_adapter"
+
+
+def test_adapters_on_a_base_that_trains_too_are_partial(tiny_clip):
+    model = prepare(tiny_clip(), "lora").requires_grad_(True)
+    assert detect(model) == "partial"
+
+
+def test_the_active_adapter_counts(tiny_clip):
+    model = prepare(tiny_clip(), "lora")
+    targets = ["q_proj", "v_proj"]
+    model.add_adapter("second", LoraConfig(r=2, target_modules=targets, use_dora=True))
+    assert detect(model) == "lora"
+    model.set_adapter("second")
+    assert detect(model) == "dora"
+
+
+def test_there_is_no_twin_where_batch_norms_move():
+    moving = get_peft_model(
+        tiny.FAMILIES["ALIGN"]()[0], LoraConfig(r=2, target_modules=["query", "value"])
+    )
+    assert zero_shot_twin(moving) is None
+    assert zero_shot_twin(prepare(tiny.FAMILIES["ALIGN"]()[0], "lora")) is not None
