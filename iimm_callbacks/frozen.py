@@ -12,7 +12,8 @@ from torch import Tensor, nn
 class FrozenPart:
     """Keeps what a part of a model returned for as long as that part cannot have changed.
 
-    At every look `update` embeds one item with gradients on. What is kept stays valid only if
+    At every look `update` embeds one item with gradients on, unless everything trains. What is kept
+    stays valid only if
 
     1. no gradient reaches that embedding: nothing that trains takes part in it;
     2. it is bit for bit what it was, on the device it was: what swaps or merges weights, or writes
@@ -41,6 +42,10 @@ class FrozenPart:
             embed: Embeds one item, always the same. Run it outside of autocast's cache: a cast
                 weight from there has no gradient.
         """
+        if all(p.requires_grad for p in model.parameters()):
+            self.is_frozen = False
+            self._kept.clear()
+            return
         with torch.enable_grad():
             embeds = embed()
         self.is_frozen = not embeds.requires_grad
