@@ -82,7 +82,7 @@ class PromptClassifier(nn.Module):
         head = find_head(model)
         logits = None if head is None else head.classify(embeds)
         if logits is None:
-            texts = self._class_embeddings(head is not None)  # [C, D]
+            texts = self._class_embeddings()  # [C, D]
             scale, bias = self.encoder.logit_scale(model)
             # Autocast would round cosines to three digits, and a logit scale of 100 with them.
             with torch.autocast(embeds.device.type, enabled=False):
@@ -94,7 +94,7 @@ class PromptClassifier(nn.Module):
             return {"logits": logits}
         return {"loss": nn.functional.cross_entropy(logits, labels), "logits": logits}
 
-    def _class_embeddings(self, has_head: bool) -> Tensor:
+    def _class_embeddings(self) -> Tensor:
         tokens = {name: getattr(self, f"prompt_{name}") for name in self._token_names}
 
         def embed(start: int, end: int) -> Tensor:
@@ -105,13 +105,13 @@ class PromptClassifier(nn.Module):
             n = self.n_classes * self.n_templates
             return torch.cat([embed(i, i + TEXT_BATCH) for i in range(0, n, TEXT_BATCH)])
 
-        # Under a head the texts are frozen as a rule, and no step need embed them again. The
-        # replicas of `DataParallel` would share what is kept, on different devices.
-        if has_head and not getattr(self, "_is_replica", False):
-            self._frozen_texts.update(self, lambda: embed(0, 1))
-            prompts = self._frozen_texts.get("prompts", embed_all)
-        else:
-            prompts = embed_all()
+        if torch.compiler.is_compiling() or getattr(self, "_is_replica", False):
+            # Nothing to be traced; and the replicas of `DataParallel` would share what is kept, on
+            # different devices.
+            return class_embeddings(embed_all(), self.n_templates)
+        # Where the text tower is frozen no step need embed the prompts again.
+        self._frozen_texts.update(self, lambda: embed(0, 1))
+        prompts = self._frozen_texts.get("prompts", embed_all)
         return class_embeddings(prompts, self.n_templates)
 
     def activation_checkpointing_enable(self, **settings: Any) -> None:

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 class FrozenPart:
     """Keeps what a part of a model returned for as long as that part cannot have changed.
 
-    At every look `update` embeds one item with gradients on, unless everything trains. What is kept
-    stays valid only if
+    At every look `update` embeds one item with gradients on, unless everything trains or what
+    trains is what trained when gradients last reached that item. What is kept stays valid only if
 
     1. no gradient reaches that embedding: nothing that trains takes part in it;
     2. it is bit for bit what it was, on the device it was: what swaps or merges weights, or writes
@@ -30,6 +30,7 @@ class FrozenPart:
 
     def __init__(self) -> None:
         self.is_frozen = False
+        self._trains: list[bool] = []  # which parameters did at the latest embedding
         self._witness: Tensor | None = None
         self._versions: list[tuple[int, int]] = []
         self._kept: dict[Any, Tensor] = {}
@@ -42,10 +43,12 @@ class FrozenPart:
             embed: Embeds one item, always the same. Run it outside of autocast's cache: a cast
                 weight from there has no gradient.
         """
-        if all(p.requires_grad for p in model.parameters()):
-            self.is_frozen = False
+        trains = [p.requires_grad for p in model.parameters()]
+        if all(trains) or (trains == self._trains and not self.is_frozen):
+            self.is_frozen = False  # as before, and then nothing is kept
             self._kept.clear()
             return
+        self._trains = trains
         with torch.enable_grad():
             embeds = embed()
         self.is_frozen = not embeds.requires_grad
