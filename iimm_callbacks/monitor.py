@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -262,6 +263,7 @@ class IIMMMonitor:
             complete=complete,
             ended=ended,
             recipe={"trainable_share": self._trainable_share} | (recipe or {}),
+            versions=_versions(),
         )
 
     def row(self) -> dict[str, float]:
@@ -357,6 +359,16 @@ def _name(model: nn.Module) -> str:
     path = getattr(getattr(core, "config", None), "_name_or_path", "")
     # A folder of the user's machine is nobody's business; a Hub name is two words.
     return "/".join(Path(path).parts[-2:]) if path else type(core).__name__
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for library in ("iimm_callbacks", "torch", "transformers", "peft", "open_clip_torch"):
+        try:
+            found[library] = version(library)
+        except PackageNotFoundError:
+            continue
+    return found
 
 
 def _to_bits(correct: np.ndarray) -> str:

@@ -10,6 +10,8 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock
+
 logger = logging.getLogger(__name__)
 
 SCHEMA_VERSION = 1
@@ -35,6 +37,7 @@ class Outcome:
         complete: Whether training ran to its last planned step.
         ended: Why it ended, in words.
         recipe: Optimizer, learning rate, steps, batch size and so on, for people.
+        versions: Library -> its version.
         schema_version: Of this record.
     """
 
@@ -57,6 +60,7 @@ class Outcome:
     complete: bool = True
     ended: str = "finished"
     recipe: dict[str, Any] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=dict)
     schema_version: int = SCHEMA_VERSION
 
     @property
@@ -87,22 +91,27 @@ class Outcome:
 def append_outcome(path: str | Path, outcome: Outcome) -> None:
     """Add one outcome to a JSON-lines file, which is made if it does not exist.
 
+    Any number of processes may do so at once: a lock file beside it, ``<path>.lock``, lets one at a
+    time. The line is on disk when this returns.
+
     Args:
         path: The file.
         outcome: The record.
 
     Raises:
-        OSError: The file cannot be written.
+        OSError: The file cannot be written, or others have held the lock for a minute.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     line = json.dumps(asdict(outcome), allow_nan=False, sort_keys=True) + "\n"
-    with path.open("ab+") as file:
+    with FileLock(f"{path}.lock", timeout=60), path.open("ab+") as file:
         if file.seek(0, os.SEEK_END):
             file.seek(-1, os.SEEK_END)
             if file.read(1) != b"\n":  # a crash cut the last line short: do not lose this one too
                 line = "\n" + line
         file.write(line.encode())
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def read_outcomes(path: str | Path) -> list[Outcome]:

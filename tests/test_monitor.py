@@ -193,6 +193,8 @@ def test_a_finite_state_even_where_there_is_no_standard_error(tiny_clip, make_mo
 def test_the_outcome_is_read_back_from_file_as_it_was(tiny_clip, make_monitor, train, tmp_path):
     monitor = train(tiny_clip(), make_monitor())
     outcome = monitor.end(recipe={"optimizer": "sgd", "learning_rate": 0.05})
+    assert outcome.versions["torch"] == torch.__version__
+    assert 0 < outcome.recipe["trainable_share"] <= 1
     assert outcome.method == "full"
     assert outcome.model == "CLIPModel"
     assert outcome.model_fingerprint == model_fingerprint(tiny_clip())

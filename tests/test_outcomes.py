@@ -2,9 +2,12 @@
 
 import json
 import logging
+import threading
+import time
 from dataclasses import asdict, replace
 
 import pytest
+from filelock import FileLock
 
 from iimm_callbacks import Outcome, append_outcome, read_outcomes
 from iimm_callbacks.outcomes import as_outcomes
@@ -42,6 +45,19 @@ def test_outcomes_come_back_as_they_were_written(tmp_path):
     assert read_outcomes(path) == [RUN, stopped]
     assert as_outcomes(path) == as_outcomes(str(path)) == as_outcomes(iter([RUN, stopped]))
     assert as_outcomes(None) == []
+
+
+def test_who_appends_waits_for_whoever_is_at_it(tmp_path):
+    path = tmp_path / "outcomes.jsonl"
+    writers = [threading.Thread(target=append_outcome, args=(path, RUN)) for _ in range(8)]
+    with FileLock(f"{path}.lock"):
+        for writer in writers:
+            writer.start()
+        time.sleep(0.3)
+        assert not path.exists()
+    for writer in writers:
+        writer.join(timeout=60)
+    assert read_outcomes(path) == [RUN] * 8
 
 
 @pytest.mark.parametrize(
