@@ -8,7 +8,6 @@ import time
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +20,7 @@ from .accuracy import Forgetting, forgetting, paired_drop
 from .encoders import EncodePair
 from .forecast import Forecast, Forecaster
 from .guard import Limits, Verdict, judge
-from .measure import Measurement
-from .outcomes import Outcome, as_outcomes
+from .outcomes import Outcome, as_outcomes, library_versions
 from .probe import Look, Probe
 from .sources import kind
 from .tasks import Task, check_tasks
@@ -263,7 +261,7 @@ class IIMMMonitor:
             complete=complete,
             ended=ended,
             recipe={"trainable_share": self._trainable_share} | (recipe or {}),
-            versions=_versions(),
+            versions=library_versions(),
         )
 
     def row(self) -> dict[str, float]:
@@ -292,12 +290,7 @@ class IIMMMonitor:
         """Baseline and history as JSON-ready data, for a checkpoint."""
         if self._baseline is None:
             return {}
-        measurement = asdict(self._baseline.measurement)
-        if math.isnan(measurement["standard_error"]):  # JSON has no NaN
-            measurement["standard_error"] = None
-        return {
-            "measurement": measurement,
-            "correct": {k: _to_bits(v) for k, v in self._baseline.correct.items()},
+        return self._baseline.to_json() | {
             "fingerprints": self._fingerprints,
             "history": list(self.history),
             "verdict": asdict(self.verdict),
@@ -311,12 +304,7 @@ class IIMMMonitor:
 
         The baseline is the recorded one; a half-trained model is never taken for it.
         """
-        correct = {k: _from_bits(v) for k, v in state["correct"].items()}
-        error = state["measurement"]["standard_error"]
-        measurement = state["measurement"] | {
-            "standard_error": math.nan if error is None else error
-        }
-        self._baseline = Look(0, Measurement(**measurement), correct, 0.0)
+        self._baseline = Look.from_json(state)
         self._fingerprints = dict(state["fingerprints"])
         self.history = [dict(row) for row in state["history"]]
         self.verdict = Verdict(**state["verdict"])
@@ -359,21 +347,3 @@ def _name(model: nn.Module) -> str:
     path = getattr(getattr(core, "config", None), "_name_or_path", "")
     # A folder of the user's machine is nobody's business; a Hub name is two words.
     return "/".join(Path(path).parts[-2:]) if path else type(core).__name__
-
-
-def _versions() -> dict[str, str]:
-    found = {}
-    for library in ("iimm_callbacks", "torch", "transformers", "peft", "open_clip_torch"):
-        try:
-            found[library] = version(library)
-        except PackageNotFoundError:
-            continue
-    return found
-
-
-def _to_bits(correct: np.ndarray) -> str:
-    return "".join("1" if c else "0" for c in correct)
-
-
-def _from_bits(bits: str) -> np.ndarray:
-    return np.array([b == "1" for b in bits], dtype=bool)

@@ -7,6 +7,7 @@ import logging
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +87,17 @@ class Outcome:
     def worst(self) -> float | None:
         """Largest drop of any one off-target task; ``None`` where there were none."""
         return max(self.drops.values(), default=None)
+
+
+def library_versions() -> dict[str, str]:
+    """What `Outcome.versions` holds: of the libraries that a run's numbers depend on."""
+    found = {}
+    for library in ("iimm_callbacks", "torch", "transformers", "peft", "open_clip_torch"):
+        try:
+            found[library] = version(library)
+        except PackageNotFoundError:
+            continue
+    return found
 
 
 def append_outcome(path: str | Path, outcome: Outcome) -> None:

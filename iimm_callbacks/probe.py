@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -43,6 +44,23 @@ class Look:
     def accuracy(self, task: str) -> float:
         """Zero-shot accuracy on a task, a fraction."""
         return float(self.correct[task].mean())
+
+    def to_json(self) -> dict[str, Any]:
+        """As JSON-ready data, without step and runtime: the baseline of a run, for a checkpoint."""
+        measurement = asdict(self.measurement)
+        if math.isnan(measurement["standard_error"]):  # JSON has no NaN
+            measurement["standard_error"] = None
+        bits = {name: "".join("01"[int(c)] for c in row) for name, row in self.correct.items()}
+        return {"measurement": measurement, "correct": bits}
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> Look:
+        """The baseline that `to_json` gave."""
+        measurement = dict(data["measurement"])
+        if measurement["standard_error"] is None:
+            measurement["standard_error"] = math.nan
+        correct = {k: np.array([b == "1" for b in bits]) for k, bits in data["correct"].items()}
+        return cls(0, Measurement(**measurement), correct, 0.0)
 
 
 @dataclass
