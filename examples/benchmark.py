@@ -150,7 +150,7 @@ def run_row(settings):
 
     train([])  # warm up
     bare = train([])
-    guard = IIMMCallback(sample.load_task(name), sample.canaries(name), verbose=False)
+    guard = IIMMCallback(sample.load_task(name), sample.canaries(name), store=None, verbose=False)
     guarded = train([guard])
     looks = sum(row["eval_iimm_runtime"] for row in guard.monitor.history[1:])
     yield "training run with the guard", f"{guarded / bare:.2f} of the time without", "-"

@@ -8,8 +8,8 @@
 Offline and about a minute on two cores with the shipped sample. Prints the measure, the forecast
 and the verdict before training, a line per look, and predicted against observed at the end; writes
 `run.json`, `predicted_vs_observed.png` and the tuned model to the output folder. The forecast rests
-on the sample's recorded runs *on its other tasks*; for a model of your own, record some first
-(examples/record_outcomes.py shows how).
+on the sample's recorded runs *on its other tasks* (examples/study made them); for a model of your
+own, on your own runs, which are put on record as you go.
 """
 
 import sys
@@ -31,7 +31,6 @@ from iimm_callbacks import (
     ImageCollator,
     PromptClassifier,
     Task,
-    read_outcomes,
     sample,
 )
 from iimm_callbacks.report import plot_run, save_run
@@ -56,7 +55,7 @@ class Settings:
     train_split: str = field(default="train", metadata={"help": "Split to train on"})
     test_split: str = field(default="test", metadata={"help": "Split to probe"})
     template: str = field(default="a photo of a {}.", metadata={"help": "Prompt for `dataset`"})
-    outcomes: str = field(default="", metadata={"help": "JSON lines of finished runs"})
+    outcomes: str = field(default="", metadata={"help": "JSON lines; default: all on record"})
     max_forgetting: float = field(default=0.05, metadata={"help": "Limit, a fraction"})
     action: str = field(default="warn", metadata={"help": "warn or stop"})
     steps: int = field(default=120, metadata={"help": "Optimizer steps"})
@@ -103,6 +102,7 @@ def finetune(settings, outcomes):
         max_forgetting=settings.max_forgetting,
         action=settings.action,
         outcomes=outcomes,
+        store="default" if settings.model else None,  # the sample is a toy: not on your record
         max_overhead=None,  # this run is so short that every look would be dropped
     )
     arguments = TrainingArguments(
@@ -135,9 +135,9 @@ def finetune(settings, outcomes):
 
 def main(argv=None):
     (settings,) = HfArgumentParser(Settings).parse_args_into_dataclasses(argv)
-    if settings.outcomes:
-        outcomes = read_outcomes(settings.outcomes)
-    else:  # what was learnt from a task must not forecast that task
+    outcomes = settings.outcomes or None
+    if not settings.outcomes and not settings.model:
+        # What was learnt from a task must not forecast that task.
         outcomes = [o for o in sample.load_outcomes() if o.task != settings.task]
     guard, classifier = finetune(settings, outcomes)
     folder = Path(settings.output_dir)

@@ -87,6 +87,7 @@ def finetune(settings):
         action=settings.action,
         processor=processor,  # here, since the Trainer's `processing_class` takes no pair
         max_overhead=None,  # this run is so short that every look would be dropped
+        store=None,  # a toy: leave it out to have your runs on record, for the next forecast
     )
     arguments = TrainingArguments(
         output_dir=settings.output_dir,

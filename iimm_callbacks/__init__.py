@@ -7,7 +7,8 @@ from .families import Family, register_encoder
 from .forecast import Forecast, Forecaster
 from .guard import Limits, Verdict
 from .measure import IIMMAccumulator, Measurement, drift_bound, iimm
-from .outcomes import Outcome, append_outcome, read_outcomes
+from .outcomes import Outcome
+from .store import append_outcome, read_outcomes
 from .tasks import Task
 
 __version__ = "0.1.0"

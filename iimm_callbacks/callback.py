@@ -18,7 +18,8 @@ from .encoders import EncodePair
 from .guard import Limits, Verdict
 from .monitor import IIMMMonitor
 from .outcomes import Outcome
-from .schedule import Budget, Every, check_every, is_due
+from .schedule import Budget, Every, check_every, is_due, next_share
+from .store import as_outcomes
 from .tasks import Task, check_tasks
 from .wrappers import zero_shot_twin
 
@@ -66,8 +67,11 @@ class IIMMCallback(TrainerCallback):  # type: ignore[misc]  # transformers is un
             steps, a fraction, ``"epoch"`` or ``"evaluate"``. The last step is always looked at.
         max_overhead: Looks are dropped so that they take at most this share of the wall time;
             ``None``: never drop. The looks before training and at the end are always taken.
-        outcomes: Finished runs to learn the forecast from: `Outcome` records or a JSON-lines file.
-            ``None``: no forecast; the limit applies to what is observed.
+        outcomes: Finished runs to learn the forecast from: `Outcome` records, a JSON-lines file or
+            a `datasets.Dataset`. ``None``: those in `store`. Without any the limit applies to what
+            is observed, and to what that makes likely for the end.
+        store: JSON-lines file that this run is added to when it ends; ``"default"``: that of
+            `store.default_store`, in the user's cache folder; ``None``: none.
         method: Fine-tuning method; ``None``: recognised by `tuning.detect`.
         processor: ``None``: the Trainer's `processing_class`, else that of the `PromptClassifier`,
             else the one saved with the model. For open_clip the pair (transform, tokenizer).
@@ -99,6 +103,7 @@ class IIMMCallback(TrainerCallback):  # type: ignore[misc]  # transformers is un
         every: Every = None,
         max_overhead: float | None = 0.05,
         outcomes: str | Path | Iterable[Outcome] | None = None,
+        store: str | Path | None = "default",
         method: str | None = None,
         processor: Any = None,
         encode: EncodePair | None = None,
@@ -126,7 +131,9 @@ class IIMMCallback(TrainerCallback):  # type: ignore[misc]  # transformers is un
         self.action = action
         self.every = every
         self.max_overhead = max_overhead
-        self.outcomes = outcomes if isinstance(outcomes, str | Path) else list(outcomes or [])
+        reread = outcomes is None or isinstance(outcomes, str | Path)
+        self.outcomes = outcomes if reread else as_outcomes(outcomes)
+        self.store = store
         self.method = method
         self.processor = processor
         self.encode = encode
@@ -167,6 +174,7 @@ class IIMMCallback(TrainerCallback):  # type: ignore[misc]  # transformers is un
             self.off_target,
             limits=self.limits,
             outcomes=self.outcomes,
+            store=self.store,
             method=self.method,
             processor=self.processor or kwargs.get("processing_class"),
             encode=self.encode,
@@ -178,7 +186,12 @@ class IIMMCallback(TrainerCallback):  # type: ignore[misc]  # transformers is un
         )
         if saved and resumed:
             monitor.load_state_dict(saved["attributes"])
-        verdict = monitor.begin(kwargs["model"], untouched=untouched)
+        verdict = monitor.begin(
+            kwargs["model"],
+            recipe=host.recipe(args, state),
+            next_share=next_share(self.every, 0, state.max_steps, 0),
+            untouched=untouched,
+        )
         self.monitor = monitor
         self._budget.took(monitor.row()[keys.RUNTIME], counts=False)
         if saved and resumed:
@@ -265,7 +278,7 @@ class IIMMCallback(TrainerCallback):  # type: ignore[misc]  # transformers is un
         complete = state.global_step >= state.max_steps and seen and not self._stop_reason
         early = "stopped early" if seen else "the last look failed"
         ended = self._stop_reason or ("finished" if complete else early)
-        self.outcome = monitor.end(complete=complete, ended=ended, recipe=host.recipe(args, state))
+        self.outcome = monitor.end(complete=complete, ended=ended)
         self._show(state, report.summary_table(self.record()))
 
     def record(self) -> dict[str, Any]:
@@ -305,7 +318,8 @@ class IIMMCallback(TrainerCallback):  # type: ignore[misc]  # transformers is un
             return
         start = time.perf_counter()
         looks = len(monitor.history)
-        verdict = monitor.check(model, step, total)
+        coming = next_share(self.every, step, total, monitor.history[-1]["step"])
+        verdict = monitor.check(model, step, total, next_share=coming)
         self._budget.took(time.perf_counter() - start)
         failed = len(monitor.history) == looks
         if host.any_rank(failed, args):  # all ranks keep one history

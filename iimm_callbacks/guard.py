@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from numbers import Real
 from typing import Literal
@@ -15,6 +16,8 @@ LIMIT_ON = ("mean", "worst")
 LEVELS = ("continue", "warn", "stop")
 # A drop below this many standard errors is not told from no drop at all (one-sided 95 %).
 _NOISE = 1.645
+# The run will end over the limit: stop if the next look is over it with more than this probability.
+_NEXT_LOOK = 0.5
 
 
 @dataclass(frozen=True)
@@ -74,9 +77,12 @@ class Verdict:
 def judge(forecast: Forecast | None, observed: Forgetting | None, limits: Limits) -> Verdict:
     """The verdict on a run.
 
-    The probability of exceeding the limit is taken from the forecast (Student-t) and from what is
-    observed (normal, with the paired sampling error); the larger counts. An observed drop within
-    its own sampling error raises no alarm, whatever the limit.
+    The probability of exceeding the limit is taken from the forecast of the end (Student-t) and
+    from what is observed (normal, with the paired sampling error); the larger counts: above 0.5 it
+    warns. It stops from ``limits.confidence`` on, but for the forecast's sake not before the limit
+    is likely to be exceeded at the *next look*, where that is known: until then there is something
+    to be gained within the limit. An observed drop within its own sampling error raises no alarm,
+    whatever the limit, and published base rates judge nobody's run.
 
     Args:
         forecast: Of the end of the run; ``None`` or absent where there is none.
@@ -84,23 +90,23 @@ def judge(forecast: Forecast | None, observed: Forgetting | None, limits: Limits
         limits: The user's limits.
 
     Returns:
-        A `Verdict`: warn above probability 0.5, stop from ``limits.confidence`` on.
+        A `Verdict`.
     """
     limit = limits.max_forgetting
     if limit is None:
         return Verdict("continue", None, "no limit set")
-    candidates: list[tuple[float, str]] = []
-    predicted: Prediction | None = None
-    if forecast is not None:
-        predicted = forecast.forgetting if limits.limit_on == "mean" else forecast.worst
-    if predicted is not None:
-        candidates.append(
-            (
-                predicted.probability_above(limit),
+    quantity = "forgetting" if limits.limit_on == "mean" else "worst"
+    candidates: list[tuple[float, str, bool]] = []
+    if forecast is not None and not forecast.base_rate:
+        predicted: Prediction | None = getattr(forecast, quantity)
+        if predicted is not None:
+            text = (
                 f"forecast {limits.limit_on} forgetting {_points(predicted.point)} "
-                f"(90 % between {_points(predicted.low)} and {_points(predicted.high)})",
+                f"(90 % between {_points(predicted.low)} and {_points(predicted.high)})"
             )
-        )
+            coming = forecast.next_look.get(quantity)
+            now = coming is None or coming.probability_above(limit) > _NEXT_LOOK
+            candidates.append((predicted.probability_above(limit), text, now))
     if observed is not None:
         drop = observed.mean if limits.limit_on == "mean" else observed.worst
         above = float(stats.norm.sf((limit - drop.value) / max(drop.standard_error, 1e-12)))
@@ -110,18 +116,43 @@ def judge(forecast: Forecast | None, observed: Forgetting | None, limits: Limits
             f"observed {limits.limit_on} forgetting{where} {_points(drop.value)} "
             f"± {_points(drop.standard_error)}"
         )
-        candidates.append((above if real else min(above, 0.5), text))
+        candidates.append((above if real else min(above, 0.5), text, True))
     if not candidates:
         return Verdict("continue", None, "nothing to judge by yet")
-    probability, text = max(candidates)
-    level: Literal["continue", "warn", "stop"] = "continue"
-    if probability > 0.5:
-        level = "stop" if probability >= limits.confidence else "warn"
+    probability, text, _ = max(candidates)
+    level: Literal["continue", "warn", "stop"] = "warn" if probability > 0.5 else "continue"
+    if any(p >= limits.confidence and now for p, _, now in candidates):
+        level = "stop"
+    elif level == "warn" and probability >= limits.confidence:
+        text = f"{text}, not yet at the next look"
     return Verdict(
         level,
         probability,
         f"{text}; limit {_points(limit)}, exceeded with probability {probability:.2f}",
     )
+
+
+def recommend(forecasts: Mapping[str, Forecast], limits: Limits) -> str | None:
+    """The method with the most forecast gain among those likely to stay within the limit.
+
+    Args:
+        forecasts: Method -> its forecast before training.
+        limits: The user's limits; without one, every method stays within it.
+
+    Returns:
+        The method; None where no method has a forecast of gain, or none is more likely to stay
+        within the limit than not. Forecasts from base rates are not told apart here.
+    """
+    gains = {}
+    for method, forecast in forecasts.items():
+        predicted = forecast.forgetting if limits.limit_on == "mean" else forecast.worst
+        limit = limits.max_forgetting
+        inside = limit is None or (
+            predicted is not None and predicted.probability_above(limit) <= 0.5
+        )
+        if forecast.gain is not None and inside:
+            gains[method] = forecast.gain.point
+    return max(gains, key=lambda method: gains[method], default=None)
 
 
 def _points(fraction: float) -> str:

@@ -51,6 +51,9 @@ def recipe(args: TrainingArguments, state: TrainerState) -> dict[str, Any]:
         "optimizer": str(getattr(args.optim, "value", args.optim)),
         "learning_rate": args.learning_rate,
         "schedule": str(getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)),
+        "warmup_steps": args.get_warmup_steps(state.max_steps),
+        "weight_decay": args.weight_decay,
         "steps": state.max_steps,
         "batch_size": args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
+        "seed": args.seed,
     }

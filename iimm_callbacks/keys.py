@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from .accuracy import Forgetting
 from .forecast import Forecast, Prediction
 from .guard import Verdict
+from .outcomes import Outcome
 from .probe import Look
 
 PREFIX = "eval_iimm"
@@ -68,16 +71,40 @@ def look_row(
     if off_target:
         row[observed_key("forgetting")] = observed.mean.value if observed else 0.0
         row[WORST] = observed.worst.value if observed else 0.0
-    row |= _interval("gain", forecast.gain) | _interval("forgetting", forecast.forgetting)
+    if not forecast.base_rate:  # a tracker would show it without that label
+        row |= _interval("gain", forecast.gain) | _interval("forgetting", forecast.forgetting)
     if verdict.exceed_probability is not None:
         row[EXCEED] = verdict.exceed_probability
     return row | {accuracy_key(name): look.accuracy(name) for name in off_target}
 
 
-def trajectory_row(row: dict[str, Any]) -> dict[str, float]:
-    """What an `Outcome` keeps of a look: ``share``, ``gain``, ``forgetting`` and ``worst``."""
+def as_outcome(
+    start: Outcome, history: Sequence[dict[str, Any]], complete: bool, ended: str
+) -> Outcome:
+    """The outcome of a run from its looks.
+
+    Args:
+        start: The run before its first step.
+        history: One row per look.
+        complete: As `Outcome`.
+        ended: As `Outcome`.
+    """
+    last = history[-1]
+    return replace(
+        start,
+        final_accuracy=last[ACCURACY],
+        off_target_after={name: last[accuracy_key(name)] for name in start.off_target_after},
+        trajectory=[_trajectory_row(row) for row in history],
+        complete=complete,
+        ended=ended,
+    )
+
+
+def _trajectory_row(row: dict[str, Any]) -> dict[str, float]:
     kept = {n: observed_key(n) for n in ("gain", "forgetting")} | {"worst": WORST}
-    return {"share": row["share"]} | {k: row[key] for k, key in kept.items() if key in row}
+    values = {k: row[key] for k, key in kept.items() if key in row}
+    errors = {f"{k}_se": row["standard_errors"][k] for k in values if k in row["standard_errors"]}
+    return {"share": row["share"]} | values | errors
 
 
 def _interval(name: str, prediction: Prediction | None) -> dict[str, float]:

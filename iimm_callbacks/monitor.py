@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
@@ -20,12 +20,14 @@ from .accuracy import Forgetting, forgetting, paired_drop
 from .encoders import EncodePair
 from .forecast import Forecast, Forecaster
 from .guard import Limits, Verdict, judge
-from .outcomes import Outcome, as_outcomes, library_versions
+from .ledger import Ledger
+from .outcomes import Outcome, library_versions, parse_outcome
 from .probe import Look, Probe
 from .sources import kind
+from .store import as_outcomes
 from .tasks import Task, check_tasks
 from .tuning import detect, trainable_share
-from .wrappers import find_dual_encoder, model_fingerprint
+from .wrappers import model_fingerprint, model_name
 
 logger = logging.getLogger(__name__)
 
@@ -40,7 +42,10 @@ class IIMMMonitor:
         task: What is being learnt.
         off_target: What must not be forgotten. ``None``: the shipped sample tasks, as canaries.
         limits: How much forgetting is too much.
-        outcomes: Finished runs to learn the forecast from: `Outcome` records or a JSON-lines file.
+        outcomes: Finished runs to learn the forecast from: `Outcome` records, a JSON-lines file or
+            a `datasets.Dataset`. ``None``: those in `store`.
+        store: JSON-lines file that the run is added to when it ends; ``"default"``:
+            `store.default_store`; ``None``: none.
         method: Fine-tuning method; ``None``: recognised by `tuning.detect`.
         processor: See `encoders.find_encoder`.
         encode: See `encoders.find_encoder`.
@@ -69,6 +74,7 @@ class IIMMMonitor:
         *,
         limits: Limits | None = None,
         outcomes: str | Path | Iterable[Outcome] | None = None,
+        store: str | Path | None = "default",
         method: str | None = None,
         processor: Any = None,
         encode: EncodePair | None = None,
@@ -105,20 +111,28 @@ class IIMMMonitor:
         self.verdict = Verdict("continue", None, "nothing measured yet")
         self.forecast: Forecast | None = None
         self.failures = 0
-        self._forecaster = Forecaster().fit(as_outcomes(outcomes))
+        self._ledger = Ledger(store)
+        self._outcomes = self._ledger.read() if outcomes is None else as_outcomes(outcomes)
+        self._forecaster = Forecaster().fit(self._outcomes)
         self._baseline: Look | None = None
+        self._start: Outcome | None = None  # the run before its first step
         self._prior: Forecast | None = None  # set by `begin`
         self._fingerprints: dict[str, str] = {}  # of the probe that took the baseline
-        self._model_name = self._model_fingerprint = ""
-        self._trainable_share = 0.0
 
     def begin(
-        self, model: nn.Module, *, untouched: AbstractContextManager[Any] | None = None
+        self,
+        model: nn.Module,
+        *,
+        recipe: Mapping[str, Any] | None = None,
+        next_share: float | None = None,
+        untouched: AbstractContextManager[Any] | None = None,
     ) -> Verdict:
         """Measure the untouched model; after `load_state_dict`, only make ready to go on.
 
         Args:
             model: The model before its first training step.
+            recipe: Optimizer, learning rate, steps and so on: for the forecast and the record.
+            next_share: Share of the steps at which the next look is due, if known.
             untouched: Inside it the model is the untouched one, where it is not so anyway: see
                 `wrappers.zero_shot_twin`.
 
@@ -133,31 +147,36 @@ class IIMMMonitor:
         if self._prior is not None:
             raise RuntimeError("`begin` was called already; make a new IIMMMonitor for every run")
         self.probe.prepare(model)
-        self._trainable_share = trainable_share(model)
         if self._baseline is not None:
-            self._check_fingerprints()
+            self.probe.check_fingerprints(self._fingerprints)
         else:
-            self.method = self.method or detect(model)
-            self._model_name = _name(model)
-            self._model_fingerprint = model_fingerprint(model)
             with untouched or nullcontext():
                 self._baseline = self.probe.look(model, 0, self.autocast_dtype)
             self._fingerprints = self.probe.fingerprints
-        baseline = self._baseline
+            self._start = self._before_training(model, recipe or {})
+        assert self._start is not None
+        self.method = self._start.method
         prior = self._forecaster.predict(
-            baseline.measurement,
-            method=self.method or "",
-            zero_shot_accuracy=baseline.accuracy(self.probe.task.name),
-            model=self._model_fingerprint,
+            self._baseline.measurement,
+            method=self._start.method,
+            zero_shot_accuracy=self._start.zero_shot_accuracy,
+            model=self._start.model_fingerprint,
+            task=self._start.task,
+            task_fingerprint=self._start.task_fingerprint,
+            recipe=self._start.recipe,
+            off_target=list(self._start.off_target_before),
+            next_share=next_share,
         )
         self._prior = prior
         if not self.history:
             self.forecast = prior
             self.verdict = judge(prior, None, self.limits)
-            self.history.append(self._row(baseline, 0.0, None))
+            self.history.append(self._row(self._baseline, 0.0, None, {}))
         return self.verdict
 
-    def check(self, model: nn.Module, step: int, total_steps: int) -> Verdict:
+    def check(
+        self, model: nn.Module, step: int, total_steps: int, *, next_share: float | None = None
+    ) -> Verdict:
         """Look at the model in training and judge it.
 
         A failing look leaves verdict and history as they were, and warns the first time.
@@ -166,6 +185,7 @@ class IIMMMonitor:
             model: The model as it trains.
             step: Optimizer steps done.
             total_steps: Of the whole training.
+            next_share: Share of the steps at which the next look is due, if known.
 
         Returns:
             The verdict.
@@ -202,15 +222,13 @@ class IIMMMonitor:
             seen["forgetting"] = (observed.mean.value, observed.mean.standard_error)
             seen["worst"] = (observed.worst.value, observed.worst.standard_error)
         self.forecast = self._forecaster.update(
-            self._prior,
-            method=self.method or "",
-            model=self._model_fingerprint,
-            share=share,
-            seen=seen,
+            self._prior, share=share, seen=seen, next_share=next_share
         )
         # At the end there is nothing left to forecast.
         self.verdict = judge(self.forecast if share < 1 else None, observed, self.limits)
-        self.history.append(self._row(look, share, observed))
+        self.history.append(self._row(look, share, observed, seen))
+        assert self._start is not None
+        self._ledger.draft(keys.as_outcome(self._start, self.history, False, "interrupted"))
         return self.verdict
 
     def retract(self) -> None:
@@ -218,33 +236,80 @@ class IIMMMonitor:
         self.history.pop()
         self.verdict, self.forecast = self._before
 
-    def end(
-        self,
-        *,
-        complete: bool = True,
-        ended: str = "finished",
-        recipe: dict[str, Any] | None = None,
-    ) -> Outcome:
-        """The record of the run, from the last look.
+    def end(self, *, complete: bool = True, ended: str = "finished") -> Outcome:
+        """The record of the run, from the last look; it is added to the store.
+
+        A store that cannot be written is warned of. A run that never gets here is added as
+        interrupted when the monitor goes away, unless the process is killed.
 
         Args:
             complete: Whether training ran to its last planned step.
             ended: Why it ended.
-            recipe: Optimizer, learning rate and so on, for the record.
 
         Raises:
             RuntimeError: `begin` was not called.
         """
-        if self._baseline is None:
+        if self._start is None:
             raise RuntimeError("call `begin(model)` on the untouched model before `end`")
-        first, last = self.history[0], self.history[-1]
+        outcome = keys.as_outcome(self._start, self.history, complete, ended)
+        self._ledger.draft(outcome)
+        self._ledger.close()
+        return outcome
+
+    def row(self) -> dict[str, float]:
+        """The latest look's logged keys, Python floats only."""
+        return {k: v for k, v in self.history[-1].items() if k.startswith(keys.PREFIX)}
+
+    def record(self) -> dict[str, Any]:
+        """The run so far as JSON-ready data: what `report` shows and a file keeps."""
+        facts = asdict(self._start) if self._start else {}
+        names = ("model", "model_fingerprint", "method", "recipe", "n_images", "n_classes")
+        return {
+            "task": self.probe.task.name,
+            "off_target": [task.name for task in self.probe.off_target],
+            **{name: facts.get(name) for name in names},
+            "fingerprints": self._fingerprints,
+            "limits": asdict(self.limits),
+            "forecast": self._prior.to_json() if self._prior else None,
+            "failures": self.failures,
+            "looks": self.history,
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        """Baseline and history as JSON-ready data, for a checkpoint."""
+        if self._baseline is None or self._start is None:
+            return {}
+        return self._baseline.to_json() | {
+            "start": asdict(self._start),
+            "fingerprints": self._fingerprints,
+            "history": list(self.history),
+            "verdict": asdict(self.verdict),
+            "n_outcomes": len(self._outcomes),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a checkpoint's `state_dict`: call it before `begin`.
+
+        The baseline is the recorded one; a half-trained model is never taken for it. Runs that
+        ended since are not learnt from, so the verdicts are those of a run in one piece.
+        """
+        self._baseline = Look.from_json(state)
+        self._start = parse_outcome(state["start"])
+        self._fingerprints = dict(state["fingerprints"])
+        self.history = [dict(row) for row in state["history"]]
+        self.verdict = Verdict(**state["verdict"])
+        self._outcomes = self._outcomes[: state["n_outcomes"]]
+        self._forecaster.fit(self._outcomes)
+
+    def _before_training(self, model: nn.Module, recipe: Mapping[str, Any]) -> Outcome:
+        assert self._baseline is not None
         m = self._baseline.measurement
         name = self.probe.task.name
-        off_target = [task.name for task in self.probe.off_target]
+        accuracies = {t.name: self._baseline.accuracy(t.name) for t in self.probe.off_target}
         return Outcome(
-            model=self._model_name,
-            model_fingerprint=self._model_fingerprint,
-            method=self.method or "",
+            model=model_name(model),
+            model_fingerprint=model_fingerprint(model),
+            method=self.method or detect(model),
             task=name,
             task_fingerprint=self._fingerprints[name],
             iimm=m.iimm,
@@ -253,76 +318,21 @@ class IIMMMonitor:
             standard_error=None if math.isnan(m.standard_error) else m.standard_error,
             n_images=m.n_images,
             n_classes=m.n_classes,
-            zero_shot_accuracy=first[keys.ACCURACY],
-            final_accuracy=last[keys.ACCURACY],
-            off_target_before={n: first[keys.accuracy_key(n)] for n in off_target},
-            off_target_after={n: last[keys.accuracy_key(n)] for n in off_target},
-            trajectory=[keys.trajectory_row(row) for row in self.history],
-            complete=complete,
-            ended=ended,
-            recipe={"trainable_share": self._trainable_share} | (recipe or {}),
+            zero_shot_accuracy=self._baseline.accuracy(name),
+            final_accuracy=self._baseline.accuracy(name),
+            off_target_before=accuracies,
+            off_target_after=accuracies,
+            recipe={"trainable_share": trainable_share(model), **recipe},
             versions=library_versions(),
         )
 
-    def row(self) -> dict[str, float]:
-        """The latest look's logged keys, Python floats only."""
-        return {k: v for k, v in self.history[-1].items() if k.startswith(keys.PREFIX)}
-
-    def record(self) -> dict[str, Any]:
-        """The run so far as JSON-ready data: what `report` shows and a file keeps."""
-        return {
-            "task": self.probe.task.name,
-            "off_target": [task.name for task in self.probe.off_target],
-            "model": self._model_name,
-            "model_fingerprint": self._model_fingerprint,
-            "method": self.method,
-            "trainable_share": self._trainable_share,
-            "fingerprints": self._fingerprints,
-            "limits": asdict(self.limits),
-            "n_images": self._baseline.measurement.n_images if self._baseline else 0,
-            "n_classes": self._baseline.measurement.n_classes if self._baseline else 0,
-            "basis": self._prior.basis if self._prior else "",
-            "failures": self.failures,
-            "looks": self.history,
-        }
-
-    def state_dict(self) -> dict[str, Any]:
-        """Baseline and history as JSON-ready data, for a checkpoint."""
-        if self._baseline is None:
-            return {}
-        return self._baseline.to_json() | {
-            "fingerprints": self._fingerprints,
-            "history": list(self.history),
-            "verdict": asdict(self.verdict),
-            "method": self.method,
-            "model": self._model_name,
-            "model_fingerprint": self._model_fingerprint,
-        }
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a checkpoint's `state_dict`: call it before `begin`.
-
-        The baseline is the recorded one; a half-trained model is never taken for it.
-        """
-        self._baseline = Look.from_json(state)
-        self._fingerprints = dict(state["fingerprints"])
-        self.history = [dict(row) for row in state["history"]]
-        self.verdict = Verdict(**state["verdict"])
-        self.method = state["method"]
-        self._model_name = state["model"]
-        self._model_fingerprint = state["model_fingerprint"]
-
-    def _check_fingerprints(self) -> None:
-        then, now = self._fingerprints, self.probe.fingerprints
-        if then != now:
-            changed = sorted(k for k in then.keys() | now.keys() if then.get(k) != now.get(k))
-            raise ValueError(
-                f"`task` and `off_target` must be those the run began with, but {changed} have "
-                "other images, prompts or preprocessing now, so the recorded baseline does not "
-                "compare; restore them, or start a new run"
-            )
-
-    def _row(self, look: Look, share: float, observed: Forgetting | None) -> dict[str, Any]:
+    def _row(
+        self,
+        look: Look,
+        share: float,
+        observed: Forgetting | None,
+        seen: dict[str, tuple[float, float]],
+    ) -> dict[str, Any]:
         assert self._baseline is not None
         assert self.forecast is not None
         return keys.look_row(
@@ -332,18 +342,9 @@ class IIMMMonitor:
             "share": share,
             "level": self.verdict.level,
             "reason": self.verdict.reason,
+            "standard_errors": {name: error for name, (_, error) in seen.items()},
             "time": time.time(),
         }
 
     def _split(self, look: Look) -> dict[str, np.ndarray]:
         return {task.name: look.correct[task.name] for task in self.probe.off_target}
-
-
-def _name(model: nn.Module) -> str:
-    try:
-        core = find_dual_encoder(model)
-    except ValueError:
-        return type(model).__name__
-    path = getattr(getattr(core, "config", None), "_name_or_path", "")
-    # A folder of the user's machine is nobody's business; a Hub name is two words.
-    return "/".join(Path(path).parts[-2:]) if path else type(core).__name__

@@ -1,21 +1,19 @@
-"""Finished runs on record: what a forecast is learnt from. One JSON object per line."""
+"""Finished runs on record: what a forecast is learnt from. `store` keeps them in files."""
 
 from __future__ import annotations
 
-import json
-import logging
-import os
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field, fields
+import math
+import sys
+from collections.abc import Callable
+from dataclasses import MISSING, dataclass, field, fields
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import Any
 
-from filelock import FileLock
-
-logger = logging.getLogger(__name__)
-
 SCHEMA_VERSION = 1
+_DEEPEST = 16  # nesting of `recipe`; what is deeper could be read but not copied or written again
+_LARGEST = sys.float_info.max
+
+_Check = Callable[[Any, str], Any]  # value, name of its field -> the value, or ValueError
 
 
 @dataclass(frozen=True)
@@ -28,17 +26,19 @@ class Outcome:
         method: Fine-tuning method, e.g. ``"full"`` or ``"lora"``.
         task: Name of the task that was learnt.
         task_fingerprint: Of its probe images, prompts and preprocessing.
-        iimm, inter, intra, standard_error: The measurement before training.
-        n_images, n_classes: Of that measurement.
+        iimm, inter, intra, standard_error: The measurement before training; ``None`` where it was
+            not made, as for published figures.
+        n_images, n_classes: Of that measurement; ``None`` where unknown.
         zero_shot_accuracy: On the task, before training.
         final_accuracy: On the task, after training.
         off_target_before, off_target_after: Task name -> zero-shot accuracy.
         trajectory: One row per look: ``share`` of the steps done, ``gain``, ``forgetting`` (mean)
-            and ``worst`` so far.
+            and ``worst`` so far, and the standard error of each as ``gain_se`` and so on.
         complete: Whether training ran to its last planned step.
         ended: Why it ended, in words.
         recipe: Optimizer, learning rate, steps, batch size and so on, for people.
         versions: Library -> its version.
+        source: Where the numbers were published; empty for a run that this package guarded.
         schema_version: Of this record.
     """
 
@@ -47,12 +47,12 @@ class Outcome:
     method: str
     task: str
     task_fingerprint: str
-    iimm: float
-    inter: float
-    intra: float
+    iimm: float | None
+    inter: float | None
+    intra: float | None
     standard_error: float | None
-    n_images: int
-    n_classes: int
+    n_images: int | None
+    n_classes: int | None
     zero_shot_accuracy: float
     final_accuracy: float
     off_target_before: dict[str, float] = field(default_factory=dict)
@@ -62,6 +62,7 @@ class Outcome:
     ended: str = "finished"
     recipe: dict[str, Any] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
+    source: str = ""
     schema_version: int = SCHEMA_VERSION
 
     @property
@@ -100,90 +101,149 @@ def library_versions() -> dict[str, str]:
     return found
 
 
-def append_outcome(path: str | Path, outcome: Outcome) -> None:
-    """Add one outcome to a JSON-lines file, which is made if it does not exist.
-
-    Any number of processes may do so at once: a lock file beside it, ``<path>.lock``, lets one at a
-    time. The line is on disk when this returns.
+def parse_outcome(row: Any) -> Outcome:
+    """The outcome that a JSON value holds; fields it does not know are ignored.
 
     Args:
-        path: The file.
-        outcome: The record.
-
-    Raises:
-        OSError: The file cannot be written, or others have held the lock for a minute.
-    """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    line = json.dumps(asdict(outcome), allow_nan=False, sort_keys=True) + "\n"
-    with FileLock(f"{path}.lock", timeout=60), path.open("ab+") as file:
-        if file.seek(0, os.SEEK_END):
-            file.seek(-1, os.SEEK_END)
-            if file.read(1) != b"\n":  # a crash cut the last line short: do not lose this one too
-                line = "\n" + line
-        file.write(line.encode())
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def read_outcomes(path: str | Path) -> list[Outcome]:
-    """All outcomes of a JSON-lines file; a line that is none is reported and skipped.
-
-    Args:
-        path: The file.
+        row: What `json.loads` makes of ``json.dumps(dataclasses.asdict(outcome))``.
 
     Returns:
-        The outcomes, in the order of the file.
+        The record, equal to the one that was written.
 
     Raises:
-        OSError: The file cannot be read.
+        ValueError: It is none; the message names the field, what was expected and what came.
     """
-    outcomes = []
-    with Path(path).open(encoding="utf-8", errors="replace") as file:
-        for number, line in enumerate(file, start=1):
-            if not line.strip():
-                continue
-            try:
-                outcomes.append(_parse(json.loads(line)))
-            except (ValueError, TypeError, AttributeError, RecursionError) as error:
-                logger.warning(
-                    "%s line %d is not an outcome and is skipped: %s", path, number, error
-                )
-    return outcomes
-
-
-def as_outcomes(source: str | Path | Iterable[Outcome] | None) -> list[Outcome]:
-    """Outcomes given as a file or as records, as a list."""
-    if source is None:
-        return []
-    if isinstance(source, str | Path):
-        return read_outcomes(source)
-    outcomes = list(source)
-    for outcome in outcomes:
-        if not isinstance(outcome, Outcome):
-            raise TypeError(f"`outcomes` must hold Outcome records, got {type(outcome).__name__}")
-    return outcomes
-
-
-def _parse(row: Any) -> Outcome:
-    if not isinstance(row, Mapping):
+    if not isinstance(row, dict):
         raise ValueError(f"expected a JSON object, got {type(row).__name__}")
-    if row.get("schema_version") != SCHEMA_VERSION:
-        raise ValueError(
-            f"schema version {row.get('schema_version')!r}, this version reads {SCHEMA_VERSION}"
-        )
-    known = {f.name for f in fields(Outcome)}
-    outcome = Outcome(**{k: v for k, v in row.items() if k in known})
-    numbers = [
-        outcome.iimm, outcome.inter, outcome.intra, outcome.zero_shot_accuracy,
-        outcome.final_accuracy, *outcome.off_target_before.values(),
-        *outcome.off_target_after.values(),
-        *(value for look in outcome.trajectory for value in look.values()),
-    ]  # fmt: skip
-    if not all(isinstance(n, int | float) and -1 <= n <= 1 for n in numbers):
-        raise ValueError("a measurement, accuracy or drop is not a number in [-1, 1]")
-    if set(outcome.off_target_before) != set(outcome.off_target_after):
+    _check_schema(row)
+    values = {}
+    for f in fields(Outcome):
+        if f.name in row:
+            values[f.name] = _CHECKS[f.name](row[f.name], f.name)
+        elif f.default is MISSING and f.default_factory is MISSING:
+            raise ValueError(f"`{f.name}` is missing")
+    outcome = Outcome(**values)
+    if outcome.off_target_before.keys() != outcome.off_target_after.keys():
         raise ValueError("`off_target_before` and `off_target_after` hold different tasks")
-    if not all(set(look) >= {"share", "gain"} for look in outcome.trajectory):
-        raise ValueError("a row of `trajectory` lacks `share` or `gain`")
     return outcome
+
+
+def _check_schema(row: dict[str, Any]) -> None:
+    if "schema_version" not in row:
+        raise ValueError("not an outcome record: no `schema_version`")
+    found = row["schema_version"]
+    whole = isinstance(found, int) and not isinstance(found, bool)
+    if whole and found > SCHEMA_VERSION:
+        raise ValueError(
+            f"was written by a newer version of iimm_callbacks (schema {_short(found)}; "
+            f"this one reads {SCHEMA_VERSION}); upgrade to read it"
+        )
+    if not whole or found < SCHEMA_VERSION:
+        raise ValueError(f"not an outcome record: `schema_version` is {_short(found)}")
+
+
+def _refuse(name: str, expected: str, got: Any) -> ValueError:
+    return ValueError(f"`{name}` must be {expected}, got {_short(got)}")
+
+
+def _short(value: Any) -> str:
+    """`value` in an error message, which a long one would hide."""
+    if isinstance(value, dict | list):
+        return type(value).__name__
+    if isinstance(value, int) and abs(value) > 10**20:
+        return "a huge number"  # `repr` refuses the longest
+    return f"{value!r:.40}"
+
+
+def _text(value: Any, name: str) -> str:
+    if not isinstance(value, str):
+        raise _refuse(name, "a string", value)
+    try:
+        value.encode()
+    except UnicodeEncodeError:  # half a pair of surrogates, or a byte that is no text
+        raise _refuse(name, "a string in UTF-8", value) from None
+    return value
+
+
+def _flag(value: Any, name: str) -> bool:
+    if not isinstance(value, bool):
+        raise _refuse(name, "true or false", value)
+    return value
+
+
+def _count(value: Any, name: str) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < 2**63:
+        raise _refuse(name, "a whole number from 0", value)
+    return value
+
+
+def _number(low: float, high: float, expected: str) -> _Check:
+    def check(value: Any, name: str) -> float:
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if not number or not low <= value <= high:  # NaN is not
+            raise _refuse(name, expected, value)
+        return float(value)
+
+    return check
+
+
+def _or_none(check: _Check) -> _Check:
+    return lambda value, name: None if value is None else check(value, name)
+
+
+def _dict_of(check: _Check) -> _Check:
+    def check_all(value: Any, name: str) -> dict[str, Any]:
+        if not isinstance(value, dict):
+            raise _refuse(name, "an object", value)
+        return {_text(k, f"{name}, a key"): check(v, f"{name}[{k!r}]") for k, v in value.items()}
+
+    return check_all
+
+
+def _trajectory(value: Any, name: str) -> list[dict[str, float]]:
+    if not isinstance(value, list):
+        raise _refuse(name, "a list", value)
+    rows = []
+    for position, look in enumerate(value):
+        where = f"{name}[{position}]"
+        row = _dict_of(_number(-_LARGEST, _LARGEST, "a finite number"))(look, where)
+        for key in {"share", "gain"} - row.keys():
+            raise ValueError(f"`{where}` lacks `{key}`")
+        for key in row.keys() & _LOOK.keys():
+            _LOOK[key](row[key], f"{where}[{key!r}]")
+        rows.append(row)
+    return rows
+
+
+def _anything(value: Any, name: str, depth: int = 0) -> Any:
+    """Whatever JSON can hold and give back."""
+    if depth > _DEEPEST:
+        raise ValueError(f"`{name}` is nested deeper than {_DEEPEST}")
+    if isinstance(value, dict):
+        return {_text(k, f"{name}, a key"): _anything(v, name, depth + 1) for k, v in value.items()}
+    if isinstance(value, list):
+        return [_anything(v, name, depth + 1) for v in value]
+    if isinstance(value, str):
+        return _text(value, name)
+    if value is None or (isinstance(value, int | float) and -math.inf < value < math.inf):
+        return value
+    raise _refuse(name, "a JSON value, numbers finite", value)
+
+
+_FRACTION = _number(0, 1, "a fraction in [0, 1]")
+_DIFFERENCE = _number(-1, 1, "a number in [-1, 1]")
+_ERROR = _number(0, _LARGEST, "a finite number from 0")
+_LOOK = {
+    "share": _FRACTION, "gain": _DIFFERENCE, "forgetting": _DIFFERENCE, "worst": _DIFFERENCE,
+    "gain_se": _ERROR, "forgetting_se": _ERROR, "worst_se": _ERROR,
+}  # fmt: skip
+_CHECKS: dict[str, _Check] = (
+    dict.fromkeys(("model", "model_fingerprint", "method", "task", "task_fingerprint"), _text)
+    | dict.fromkeys(("ended", "source"), _text)
+    | dict.fromkeys(("iimm", "inter", "intra"), _or_none(_DIFFERENCE))
+    | dict.fromkeys(("n_images", "n_classes"), _or_none(_count))
+    | dict.fromkeys(("zero_shot_accuracy", "final_accuracy"), _FRACTION)
+    | dict.fromkeys(("off_target_before", "off_target_after"), _dict_of(_FRACTION))
+    | {"standard_error": _or_none(_ERROR), "trajectory": _trajectory, "complete": _flag}
+    | {"recipe": _dict_of(_anything), "versions": _dict_of(_text), "schema_version": _count}
+)

@@ -155,6 +155,24 @@ class Probe:
                 )
         self._prepared = prepared
 
+    def check_fingerprints(self, then: dict[str, str]) -> None:
+        """Raise unless images, prompts and preprocessing are those of an earlier probe.
+
+        Args:
+            then: Its `fingerprints`.
+
+        Raises:
+            ValueError: They are not.
+        """
+        now = self.fingerprints
+        if then != now:
+            changed = sorted(k for k in then.keys() | now.keys() if then.get(k) != now.get(k))
+            raise ValueError(
+                f"`task` and `off_target` must be those the run began with, but {changed} have "
+                "other images, prompts or preprocessing now, so the recorded baseline does not "
+                "compare; restore them, or start a new run"
+            )
+
     def look(self, model: nn.Module, step: int, autocast_dtype: torch.dtype | None = None) -> Look:
         """Show the model every probe image and class prompt once.
 

@@ -6,6 +6,7 @@ import io
 import json
 import os
 from pathlib import Path
+from textwrap import wrap
 from typing import Any
 
 from rich.console import Console
@@ -41,15 +42,44 @@ def preflight_table(record: dict[str, Any]) -> str:
     for name in record["off_target"]:
         accuracy = _percent(row[keys.accuracy_key(name)])
         table.add_row("", accuracy, f"{name} (off-target)")
-    trainable = f"{100 * record['trainable_share']:.3g} %"
+    trainable = f"{100 * record['recipe']['trainable_share']:.3g} %"
     table.add_row("trainable", trainable, f"of the parameters, method {record['method']!r}")
+    forecast = record["forecast"]
+    label = "base rate" if forecast["base_rate"] else "forecast"
     for name in ("gain", "forgetting"):
-        meaning = "points at the end, 90 % interval" if _has(row, name) else record["basis"]
-        table.add_row(f"{name} forecast", _forecast(row, name), meaning)
+        meaning = "points at the end, 90 % interval" if name in forecast else ""
+        table.add_row(f"{name} {label}", interval(forecast.get(name)), meaning)
     table.add_row("limit", *_limit(record))
     table.add_row("verdict", row["level"], row["reason"])
-    text = _render(table)
-    return text + (f"\nForecast: {record['basis']}." if _has(row, "gain") else "")
+    return "\n".join([_render(table), *forecast_lines(forecast)])
+
+
+def forecast_lines(forecast: dict[str, Any]) -> list[str]:
+    """What a forecast rests on and how good it was, in words.
+
+    Args:
+        forecast: `Forecast.to_json`.
+
+    Returns:
+        Lines of at most 96 columns: the basis, then each quantity.
+    """
+    sentences = [words[:1].upper() + words[1:] for words in (forecast["basis"], *forecast["notes"])]
+    lines = wrap(". ".join(sentences) + ".", _WIDTH)
+    for name, found in forecast["evidence"].items():
+        predictors = [f"{k} {v:.0%}" for k, v in found["predictors"].items() if v >= 0.1]
+        beside = [
+            f"{_points(found[key]).removeprefix('+')} by {words}"
+            for key, words in (("error_of_mean", "the plain mean"),
+                               ("error_of_zero_shot", "zero-shot error"))
+            if found[key] is not None
+        ]  # fmt: skip
+        text = (
+            f"{name}: by {', '.join(predictors) or 'many predictors'}; off by "
+            f"{_points(found['error']).removeprefix('+')} points on {found['n_tasks']} tasks left "
+            f"out in turn ({', '.join(beside)}); 90 % intervals held {found['coverage']:.0%}"
+        )
+        lines += wrap(text, _WIDTH, initial_indent="  ", subsequent_indent="    ")
+    return lines
 
 
 def look_line(row: dict[str, Any]) -> str:
@@ -82,12 +112,15 @@ def summary_table(record: dict[str, Any]) -> str:
     )
     for column in ("in points", "predicted before training", "observed"):
         table.add_column(column, justify="left" if column == "in points" else "right")
-    table.add_row("gain", _forecast(first, "gain"), _points(last[keys.observed_key("gain")]))
+    forecast = record["forecast"]
+    predicted = {} if forecast["base_rate"] else forecast
+    gain = _points(last[keys.observed_key("gain")])
+    table.add_row("gain", interval(predicted.get("gain")), gain)
     if record["off_target"]:
         mean = _points(last[keys.observed_key("forgetting")])
         worst = _points(last[keys.WORST])
-        table.add_row("forgetting, mean", _forecast(first, "forgetting"), mean)
-        table.add_row("forgetting, worst", "", worst)
+        table.add_row("forgetting, mean", interval(predicted.get("forgetting")), mean)
+        table.add_row("forgetting, worst", interval(predicted.get("worst")), worst)
     for name in record["off_target"]:
         key = keys.accuracy_key(name)
         change = f"{_percent(first[key])} -> {_percent(last[key])}"
@@ -202,12 +235,17 @@ def _has(row: dict[str, Any], name: str) -> bool:
     return keys.forecast_key(name) in row
 
 
-def _forecast(row: dict[str, Any], name: str) -> str:
-    if not _has(row, name):
+def interval(prediction: dict[str, float] | None) -> str:
+    """A prediction of `Forecast.to_json` in points, with its 90 % interval."""
+    if prediction is None:
         return "none"
+    point, low, high = (_points(prediction[k]) for k in ("point", "low", "high"))
+    return f"{point} [{low}, {high}]"
+
+
+def _forecast(row: dict[str, Any], name: str) -> str:
     key = keys.forecast_key(name)
-    low, high = _points(row[f"{key}_low"]), _points(row[f"{key}_high"])
-    return f"{_points(row[key])} [{low}, {high}]"
+    return interval({"point": row[key], "low": row[f"{key}_low"], "high": row[f"{key}_high"]})
 
 
 def _limit(record: dict[str, Any]) -> tuple[str, str]:

@@ -56,6 +56,32 @@ def is_due(every: Every, step: int, total_steps: int) -> bool:
     return math.floor((step + 1e-9) / gap) > math.floor((step - 1 + 1e-9) / gap)
 
 
+def next_share(every: Every, step: int, total_steps: int, last_step: int) -> float:
+    """Share of the steps at which the look after this one is due.
+
+    Args:
+        every: As `check_every`.
+        step: Optimizer steps done.
+        total_steps: Of the whole training.
+        last_step: Steps done at the look before this one: with "epoch" and "evaluate" the next is
+            expected as many steps on; before training, at the end.
+
+    Example:
+        >>> next_share(None, 10, 100, 5)
+        0.2
+    """
+    if isinstance(every, str):
+        due = step + (step - last_step) if step > last_step else total_steps
+    elif isinstance(every, int):
+        due = (step // every + 1) * every
+    else:
+        gap = 1 / every if every else 0
+        shares = DEFAULT_SHARES if every is None else [k * every for k in range(1, int(gap) + 2)]
+        steps = (math.ceil(share * total_steps - 1e-9) for share in shares)
+        due = next((s for s in steps if s > step), total_steps)
+    return min(due, total_steps) / max(total_steps, 1)
+
+
 @dataclass
 class Budget:
     """Keeps the looks within a share of the wall time of the whole training.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
@@ -182,3 +183,16 @@ def _adapters(model: nn.Module) -> set[int]:
         if isinstance(getattr(module, layer, None), nn.Module)
         for parameter in getattr(module, layer).parameters()
     }
+
+
+def model_name(model: nn.Module) -> str:
+    """What to call a model: its Hub name, else its class.
+
+    Of a folder of the user's machine only the last two parts are told.
+    """
+    try:
+        core = find_dual_encoder(model)
+    except ValueError:
+        return type(model).__name__
+    path = getattr(getattr(core, "config", None), "_name_or_path", "")
+    return "/".join(Path(path).parts[-2:]) if path else type(core).__name__

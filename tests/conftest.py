@@ -40,6 +40,14 @@ def pytest_addoption(parser):
 
 
 @pytest.fixture(autouse=True)
+def own_store(tmp_path, monkeypatch):
+    """Guarded runs are put on record in the user's cache folder otherwise."""
+    path = tmp_path / "store" / "outcomes.jsonl"
+    monkeypatch.setenv("IIMM_CALLBACKS_STORE", str(path))
+    return path
+
+
+@pytest.fixture(autouse=True)
 def no_setting_outlives_its_test():
     """`TrainingArguments(bf16=True)` and `(torch_compile=True)` set it for the whole process."""
     yield

@@ -40,11 +40,13 @@ def test_the_guarded_finetune_writes_its_record_picture_and_model(
     assert f"IIMM before training: printed_digits ({method})" in printed
     assert f"Predicted and observed: printed_digits ({method})" in printed
     # The forecast rests on the other tasks' runs.
-    assert f"runs of this model under method '{method}'" in run["basis"]
+    others = [o for o in sample.load_outcomes() if o.task != "printed_digits"]
+    assert run["forecast"]["basis"].startswith(f"{len(others)} complete runs of this model, ")
+    assert set(run["forecast"]) >= {"gain", "forgetting", "worst"}
 
 
 def test_the_guarded_finetune_takes_a_model_and_a_data_set_of_ones_own(
-    example, tmp_path, tiny_clip, processor, colours
+    example, tmp_path, tiny_clip, processor, colours, own_store
 ):
     tiny_clip().save_pretrained(tmp_path / "model")
     processor.save_pretrained(tmp_path / "model")
@@ -56,7 +58,9 @@ def test_the_guarded_finetune_takes_a_model_and_a_data_set_of_ones_own(
     )
     run = json.loads((tmp_path / "out" / "run.json").read_text())
     assert run["task"] == "data"
-    assert run["basis"].startswith("no forecast")
+    assert run["forecast"]["basis"].startswith("base rates: ")
+    (outcome,) = read_outcomes(own_store)
+    assert (outcome.task, outcome.complete) == ("data", True)
 
 
 def read_run(folder):
@@ -139,13 +143,21 @@ def test_an_open_clip_model_is_guarded(example, tmp_path, capsys, method):
     assert f"Predicted and observed: handwritten_digits ({method})" in capsys.readouterr().out
 
 
-def test_recorded_outcomes_are_not_recorded_twice(example, tmp_path):
-    for _ in range(2):
-        example("record_outcomes").main(
-            ["--smoke", "--tasks", "printed_digits", "--methods", "full", "--output", "o.jsonl"]
-        )
-    (outcome,) = read_outcomes(tmp_path / "o.jsonl")
-    assert (outcome.task, outcome.method, outcome.complete) == ("printed_digits", "full", True)
+def test_the_study_does_no_run_twice(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(str(ROOT / "examples" / "study"))
+    study = importlib.import_module("run")
+    arguments = ["--tasks", "printed_digits", "--methods", "clip_adapter", "--steps", "4",
+                 "--workers", "1", "--output", str(tmp_path / "o.jsonl")]  # fmt: skip
+    study.main([*arguments, "--runs", "2"])
+    first = read_outcomes(tmp_path / "o.jsonl")
+    assert [study.key(o) for o in first] == [
+        ("printed_digits", "clip_adapter", rate, 0) for rate in (1e-3, 3e-3)
+    ]
+    assert all(o.complete and len(o.off_target_before) == 9 for o in first)
+    study.main([*arguments, "--runs", "3"])
+    again = read_outcomes(tmp_path / "o.jsonl")
+    assert again[:2] == first
+    assert [study.key(o)[2:] for o in again] == [(1e-3, 0), (3e-3, 0), (1e-3, 1)]
 
 
 @no_pin_memory

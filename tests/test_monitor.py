@@ -26,11 +26,11 @@ def make_monitor(colour_task, shape_task, processor):
 def train(processor, colour_task, colours):
     """(model, monitor, steps, start) -> trained by hand, looked at every second step."""
 
-    def run(model, monitor, steps=6, start=0):
+    def run(model, monitor, steps=6, start=0, recipe=None):
         classifier = PromptClassifier(model, colour_task, processor).train()
         optimizer = torch.optim.SGD(classifier.parameters(), lr=0.05)
         collate = ImageCollator(processor)
-        monitor.begin(model)
+        monitor.begin(model, **({"recipe": recipe} if recipe else {}))
         for step in range(start + 1, steps + 1):
             rows = [colours[(8 * step + i) % 96] for i in range(8)]
             classifier(**collate(rows))["loss"].backward()
@@ -191,8 +191,9 @@ def test_a_finite_state_even_where_there_is_no_standard_error(tiny_clip, make_mo
 
 
 def test_the_outcome_is_read_back_from_file_as_it_was(tiny_clip, make_monitor, train, tmp_path):
-    monitor = train(tiny_clip(), make_monitor())
-    outcome = monitor.end(recipe={"optimizer": "sgd", "learning_rate": 0.05})
+    monitor = train(tiny_clip(), make_monitor(), recipe={"learning_rate": 0.05})
+    outcome = monitor.end()
+    assert outcome.recipe["learning_rate"] == 0.05
     assert outcome.versions["torch"] == torch.__version__
     assert 0 < outcome.recipe["trainable_share"] <= 1
     assert outcome.method == "full"

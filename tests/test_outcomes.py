@@ -1,16 +1,15 @@
-"""The record of finished runs: what goes in comes out, and a damaged line harms no other."""
+"""The record of one run: its signs, and that JSON is one or is refused by the field's name."""
 
 import json
-import logging
-import threading
-import time
-from dataclasses import asdict, replace
+import math
+from dataclasses import asdict, fields, replace
 
 import pytest
-from filelock import FileLock
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from iimm_callbacks import Outcome, append_outcome, read_outcomes
-from iimm_callbacks.outcomes import as_outcomes
+from iimm_callbacks import Outcome
+from iimm_callbacks.outcomes import parse_outcome
 
 RUN = Outcome(
     model="tiny/clip",
@@ -28,83 +27,70 @@ RUN = Outcome(
     final_accuracy=0.9,
     off_target_before={"emoji": 0.5, "clipart": 0.6, "flags": 0.4},
     off_target_after={"emoji": 0.3, "clipart": 0.7, "flags": 0.39},
-    trajectory=[{"share": 0.5, "gain": 0.4, "forgetting": 0.02, "worst": 0.1}],
-    recipe={"learning_rate": 1e-5, "note": "größer"},
+    trajectory=[{"share": 0.5, "gain": 0.4, "forgetting": 0.02, "worst": 0.1, "worst_se": 0.01}],
+    recipe={"learning_rate": 1e-5, "note": "größer", "betas": [0.9, 0.99], "warmup": None},
+    versions={"torch": "2.13"},
+)
+PUBLISHED = replace(
+    RUN, iimm=None, inter=None, intra=None, n_images=None, n_classes=None, source="a paper"
 )
 
-
-def line_with(**changes):
-    return json.dumps(asdict(RUN) | changes)
-
-
-def test_outcomes_come_back_as_they_were_written(tmp_path):
-    path = tmp_path / "new folder" / "outcomes.jsonl"
-    stopped = replace(RUN, complete=False, ended="stopped", standard_error=0.01)
-    append_outcome(path, RUN)
-    append_outcome(str(path), stopped)
-    assert read_outcomes(path) == [RUN, stopped]
-    assert as_outcomes(path) == as_outcomes(str(path)) == as_outcomes(iter([RUN, stopped]))
-    assert as_outcomes(None) == []
-
-
-def test_who_appends_waits_for_whoever_is_at_it(tmp_path):
-    path = tmp_path / "outcomes.jsonl"
-    writers = [threading.Thread(target=append_outcome, args=(path, RUN)) for _ in range(8)]
-    with FileLock(f"{path}.lock"):
-        for writer in writers:
-            writer.start()
-        time.sleep(0.3)
-        assert not path.exists()
-    for writer in writers:
-        writer.join(timeout=60)
-    assert read_outcomes(path) == [RUN] * 8
-
-
-@pytest.mark.parametrize(
-    ("line", "says"),
-    [
-        (line_with()[:40], "line 1 column 41"),  # cut short by a crash
-        ("not JSON", "Expecting value"),
-        ("[1, 2]", "expected a JSON object, got list"),
-        ('{"schema_version": 1, "model": "only"}', "missing"),
-        ('{"loss": 0.1}', "schema version None"),
-        (line_with(schema_version=2), "schema version 2, this version reads 1"),
-        (line_with(iimm="high"), "not a number in"),
-        (line_with(final_accuracy=90.0), "not a number in"),
-        (line_with(inter=float("nan")), "not a number in"),
-        (line_with(off_target_after={}), "different tasks"),
-        (line_with(trajectory=[{"gain": 0.1}]), "lacks `share`"),
-        (line_with(off_target_before=[0.5]), "values"),
-    ],
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(st.characters()),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
+    max_leaves=8,
 )
-def test_a_line_that_is_no_outcome_is_skipped_and_named(tmp_path, caplog, line, says):
-    path = tmp_path / "outcomes.jsonl"
-    path.write_text("\n".join([line_with(), "", line, line_with()]) + "\n")
-    with caplog.at_level(logging.WARNING):
-        assert read_outcomes(path) == [RUN, RUN]
-    (message,) = caplog.messages
-    assert "line 3 is not an outcome" in message
-    assert says in message
+fractions, texts = st.floats(0, 1), st.text(max_size=8)
 
 
-def test_binary_rubbish_is_skipped(tmp_path, caplog):
-    path = tmp_path / "outcomes.jsonl"
-    path.write_bytes(b"\x00\xff\xfe\x80\n" + line_with().encode() + b"\n")
-    assert read_outcomes(path) == [RUN]
-    assert "line 1" in caplog.text
+@st.composite
+def outcomes(draw):
+    """Any valid record, extremes included."""
+    tasks = draw(st.lists(texts, unique=True, max_size=3))
+    signed, count = st.none() | st.floats(-1, 1), st.none() | st.integers(0, 2**63 - 1)
+    look = st.fixed_dictionaries(
+        {"share": fractions, "gain": st.floats(-1, 1)},
+        optional={"forgetting": st.floats(-1, 1), "gain_se": st.floats(0, 9)},
+    )
+    value = st.none() | st.booleans() | st.integers() | st.floats(-9, 9) | texts | st.lists(texts)
+    return replace(
+        RUN,
+        model=draw(texts),
+        ended=draw(texts),
+        source=draw(texts),
+        iimm=draw(signed),
+        n_images=draw(count),
+        zero_shot_accuracy=draw(fractions),
+        final_accuracy=draw(fractions),
+        off_target_before={task: draw(fractions) for task in tasks},
+        off_target_after={task: draw(fractions) for task in tasks},
+        trajectory=draw(st.lists(look, max_size=2)),
+        complete=draw(st.booleans()),
+        recipe=draw(st.dictionaries(texts, value, max_size=3)),
+    )
 
 
-def test_a_torn_last_line_does_not_take_the_next_outcome_with_it(tmp_path, caplog):
-    path = tmp_path / "outcomes.jsonl"
-    path.write_text(line_with() + "\n" + line_with()[:40])
-    append_outcome(path, RUN)
-    assert read_outcomes(path) == [RUN, RUN]
-    assert "line 2" in caplog.text
+def through_json(value):
+    return json.loads(json.dumps(value))
 
 
-def test_an_unknown_field_of_a_later_version_is_ignored(tmp_path):
-    (tmp_path / "o.jsonl").write_text(line_with(colour="blue"))
-    assert read_outcomes(tmp_path / "o.jsonl") == [RUN]
+def row_with(**changes):
+    return asdict(RUN) | changes
+
+
+def parsed_or_refused(value):
+    """The refusal, or None once the record has proved sound."""
+    try:
+        outcome = parse_outcome(through_json(value))
+    except ValueError as error:
+        return str(error)
+    worst = [] if outcome.worst is None else [outcome.worst, outcome.forgetting]
+    assert all(-1 <= v <= 1 for v in [outcome.gain, *worst, *outcome.drops.values()])
+    assert all(math.isfinite(v) for look in outcome.trajectory for v in look.values())
+    assert isinstance(outcome.complete, bool)
+    written = json.dumps(asdict(outcome), allow_nan=False)
+    assert parse_outcome(json.loads(written)) == outcome
+    return None
 
 
 def test_gain_and_forgetting_have_their_signs():
@@ -116,8 +102,139 @@ def test_gain_and_forgetting_have_their_signs():
     assert (alone.forgetting, alone.worst) == (None, None)
 
 
-def test_what_is_no_outcome_is_refused_by_type():
-    with pytest.raises(TypeError, match="must hold Outcome records, got dict"):
-        as_outcomes([asdict(RUN)])
-    with pytest.raises(FileNotFoundError, match=r"nowhere\.jsonl"):
-        read_outcomes("nowhere.jsonl")
+@settings(deadline=None)
+@given(outcomes())
+def test_any_record_comes_back_from_json_as_it_was(outcome):
+    assert parse_outcome(through_json(asdict(outcome))) == outcome
+
+
+def test_what_was_not_measured_is_none():
+    assert parse_outcome(through_json(asdict(PUBLISHED))) == PUBLISHED
+    assert PUBLISHED.gain == RUN.gain
+
+
+def test_what_a_record_without_the_newer_fields_lacks_has_its_default():
+    row = asdict(RUN)
+    del row["source"], row["versions"]
+    assert parse_outcome(row) == replace(RUN, source="", versions={})
+
+
+def test_an_unknown_field_of_a_later_version_is_ignored():
+    assert parse_outcome(row_with(colour="blue")) == RUN
+
+
+@settings(deadline=None)
+@given(json_values)
+def test_any_json_is_an_outcome_or_a_value_error(value):
+    assert parsed_or_refused(value)
+
+
+@settings(max_examples=400, deadline=None)
+@given(st.sampled_from([f.name for f in fields(Outcome)]), json_values)
+def test_any_value_of_a_field_is_sound_or_refused_by_its_name(name, value):
+    refusal = parsed_or_refused(row_with(**{name: value}))
+    newer = name == "schema_version" and value != 1
+    assert refusal is None or f"`{name}" in refusal or (newer and "a newer version" in refusal)
+
+
+@settings(max_examples=400, deadline=None)
+@given(
+    st.sampled_from(["off_target_before", "off_target_after", "recipe", "versions", "trajectory"]),
+    st.sampled_from(["emoji", "share", "gain", "worst", "gain_se", "new"]),
+    json_values,
+)
+def test_any_value_inside_a_field_is_sound_or_refused_by_its_name(name, key, value):
+    row = through_json(asdict(RUN))
+    inside = row[name][0] if name == "trajectory" else row[name]
+    inside[key] = value
+    refusal = parsed_or_refused(row)
+    assert refusal is None or f"`{name}" in refusal
+
+
+@pytest.mark.parametrize("name", [f.name for f in fields(Outcome)][:13])
+def test_a_missing_field_is_named(name):
+    row = asdict(RUN)
+    del row[name]
+    with pytest.raises(ValueError, match=f"^`{name}` is missing$"):
+        parse_outcome(row)
+
+
+NESTED = []
+for _ in range(50):
+    NESTED = [NESTED]
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"model": 5}, r"`model` must be a string, got 5"),
+        ({"source": None}, r"`source` must be a string, got None"),
+        ({"task": "\udcff"}, r"`task` must be a string in UTF-8, got '\\udcff'"),
+        ({"ended": ["x"]}, r"`ended` must be a string, got list"),
+        ({"iimm": "high"}, r"`iimm` must be a number in \[-1, 1\], got 'high'"),
+        ({"iimm": True}, r"`iimm` must be a number in \[-1, 1\], got True"),
+        ({"inter": math.nan}, r"`inter` must be a number in \[-1, 1\], got nan"),
+        ({"intra": 1.5}, r"`intra` must be a number in \[-1, 1\], got 1.5"),
+        ({"intra": -(10**400)}, r"`intra` must be .* got a huge number"),
+        ({"standard_error": math.inf}, r"`standard_error` must be a finite number from 0, got inf"),
+        ({"standard_error": -0.1}, r"`standard_error` must be .* got -0.1"),
+        ({"n_images": 512.0}, r"`n_images` must be a whole number from 0, got 512.0"),
+        ({"n_images": -1}, r"`n_images` must be a whole number from 0, got -1"),
+        ({"n_images": 2**63}, r"`n_images` must be a whole number from 0, got 9223372036854775808"),
+        ({"n_classes": True}, r"`n_classes` must be a whole number from 0, got True"),
+        ({"final_accuracy": 90.0}, r"`final_accuracy` must be a fraction in \[0, 1\], got 90.0"),
+        ({"final_accuracy": None}, r"`final_accuracy` must be a fraction in \[0, 1\], got None"),
+        ({"zero_shot_accuracy": -0.1}, r"`zero_shot_accuracy` must be .* got -0.1"),
+        ({"off_target_after": {}}, "`off_target_after` hold different tasks"),
+        ({"off_target_before": [0.5]}, r"`off_target_before` must be an object, got list"),
+        ({"off_target_before": {"emoji": "x"}}, r"`off_target_before\['emoji'\]` must be a frac"),
+        ({"trajectory": {}}, r"`trajectory` must be a list, got dict"),
+        ({"trajectory": [7]}, r"`trajectory\[0\]` must be an object, got 7"),
+        ({"trajectory": [{"gain": 0.1}]}, r"`trajectory\[0\]` lacks `share`"),
+        ({"trajectory": [{"share": 0.1}]}, r"`trajectory\[0\]` lacks `gain`"),
+        ({"trajectory": [{"share": 2, "gain": 0}]}, r"`trajectory\[0\]\['share'\]` must be a frac"),
+        (
+            {"trajectory": [{"share": 0.1, "gain": 0, "gain_se": -1}]},
+            r"`trajectory\[0\]\['gain_se'\]` must be a finite number from 0, got -1",
+        ),
+        ({"complete": 1}, r"`complete` must be true or false, got 1"),
+        ({"recipe": "fast"}, r"`recipe` must be an object, got 'fast'"),
+        ({"recipe": {"rate": math.inf}}, r"`recipe\['rate'\]` must be a JSON value, numbers fin"),
+        ({"recipe": {1: "x"}}, r"`recipe, a key` must be a string, got 1"),
+        ({"recipe": {"deep": NESTED}}, r"`recipe\['deep'\]` is nested deeper than 16"),
+        ({"versions": {"torch": 2}}, r"`versions\['torch'\]` must be a string, got 2"),
+    ],
+)
+def test_a_bad_field_is_refused_with_name_and_value(changes, says):
+    with pytest.raises(ValueError, match=says):
+        parse_outcome(row_with(**changes))
+
+
+@pytest.mark.parametrize("value", [None, 3, "text", [1, 2]])
+def test_what_is_no_object_is_refused(value):
+    with pytest.raises(ValueError, match=f"expected a JSON object, got {type(value).__name__}"):
+        parse_outcome(value)
+
+
+def test_a_newer_schema_asks_for_an_upgrade():
+    says = (
+        r"^was written by a newer version of iimm_callbacks \(schema 2; this one reads 1\); "
+        "upgrade to read it$"
+    )
+    with pytest.raises(ValueError, match=says):
+        parse_outcome({"schema_version": 2, "all": "else may differ"})
+
+
+@pytest.mark.parametrize(
+    ("row", "says"),
+    [
+        ({"loss": 0.1}, "^not an outcome record: no `schema_version`$"),
+        (row_with(schema_version=0), "^not an outcome record: `schema_version` is 0$"),
+        (row_with(schema_version="1"), "^not an outcome record: `schema_version` is '1'$"),
+        (row_with(schema_version=True), "^not an outcome record: `schema_version` is True$"),
+        (row_with(schema_version=2.0), r"^not an outcome record: `schema_version` is 2\.0$"),
+    ],
+)
+def test_another_kind_of_record_is_told_from_a_newer_one(row, says):
+    with pytest.raises(ValueError, match=says):
+        parse_outcome(row)

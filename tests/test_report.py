@@ -33,6 +33,30 @@ FORECAST = {
     "eval_iimm_exceed_probability": 0.623,
     "level": "warn",
 }
+ABSENT = {
+    "basis": "no forecast: nothing on record",
+    "notes": [],
+    "evidence": {},
+    "base_rate": False,
+}
+PREDICTED = {
+    "gain": {"point": 0.3, "low": 0.1, "high": 0.5},
+    "forgetting": {"point": 0.06, "low": -0.01, "high": 0.13},
+    "basis": "8 complete runs of this model",
+    "notes": ["learning rate lies outside the range on record"],
+    "evidence": {
+        "gain": {
+            "predictors": {"mean": 0.625, "IIMM": 0.3, "zero-shot error": 0.075},
+            "n_runs": 8,
+            "n_tasks": 4,
+            "error": 0.046,
+            "error_of_mean": 0.05,
+            "error_of_zero_shot": None,
+            "coverage": 0.875,
+        }
+    },
+    "base_rate": False,
+}
 LAST = FIRST | {
     "eval_iimm_gain_observed": 0.415,
     "eval_iimm_forgetting_observed": 0.0312,
@@ -56,11 +80,11 @@ def make_record():
             "task": "digits",
             "off_target": ["emoji", "[v2]"] if off_target else [],
             "method": "full",
-            "trainable_share": 0.0291,
+            "recipe": {"trainable_share": 0.0291},
             "limits": {"max_forgetting": limit, "limit_on": "mean", "confidence": 0.8},
             "n_images": 512,
             "n_classes": 10,
-            "basis": "line on 8 runs" if forecast else "no forecast: nothing on record",
+            "forecast": PREDICTED if forecast else ABSENT,
             "failures": 0,
             "looks": looks,
             "ended": "finished",
@@ -91,16 +115,32 @@ def test_the_table_before_training_shows_measure_forecast_limit_and_verdict(make
         "forgetting forecast +6.0 [-1.0, +13.0] points at the end, 90 % interval",
         "limit 5.0 points of mean forgetting; stop from 80% sure",
         "verdict warn nothing to judge by yet",
-        "Forecast: line on 8 runs.",
     ):
         assert lines_with(text, line), (line, text)
+    for words in (
+        "8 complete runs of this model. Learning rate lies outside the range on record.",
+        "gain: by mean 62%, IIMM 30%; off by 4.6 points on 4 tasks left out in turn "
+        "(5.0 by the plain mean); 90 % intervals held 88%",
+    ):
+        assert words in " ".join(text.split())
     assert max(map(len, text.splitlines())) <= 96
 
 
 def test_an_absent_forecast_is_shown_with_its_reason(make_record):
     text = preflight_table(make_record(forecast=False))
     for name in ("gain", "forgetting"):
-        assert lines_with(text, f"{name} forecast none no forecast: nothing on record")
+        assert lines_with(text, f"{name} forecast none")
+    assert lines_with(text, "No forecast: nothing on record.")
+
+
+def test_base_rates_are_labelled_and_are_no_prediction(make_record):
+    record = make_record()
+    record["forecast"] = PREDICTED | {"base_rate": True}
+    record["looks"] = [FIRST, LAST]
+    text = preflight_table(record)
+    assert lines_with(text, "gain base rate +30.0 [+10.0, +50.0]")
+    assert "forecast" not in text
+    assert lines_with(summary_table(record), "gain none +41.5")
 
 
 def test_without_a_limit_the_table_says_so(make_record):
@@ -131,7 +171,7 @@ def test_the_summary_sets_predicted_beside_observed(make_record):
     for line in (
         "gain +30.0 [+10.0, +50.0] +41.5",
         "forgetting, mean +6.0 [-1.0, +13.0] +3.1",
-        "forgetting, worst +12.5",
+        "forgetting, worst none +12.5",
         "emoji 50.0 % -> 37.5 %",
         "[v2] 75.0 % -> 75.0 %",
         "Run: finished. Last verdict: warn",

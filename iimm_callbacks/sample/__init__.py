@@ -144,7 +144,7 @@ def canaries(except_for: str, probe_size: int = 128) -> list[Task]:
 
 def load_outcomes() -> list[Outcome]:
     """The runs on record of the shipped model: what `examples/record_outcomes.py` wrote."""
-    from ..outcomes import read_outcomes
+    from ..store import read_outcomes
 
     return read_outcomes(_FOLDER / "outcomes.jsonl")
 

@@ -1,0 +1,212 @@
+"""Grade forecast and guard on recorded runs, each forecast without its own task, against the aims.
+
+    python examples/study/grade.py                       # the shipped outcomes, some two minutes
+    python examples/study/grade.py --outcomes my.jsonl
+
+Prints what `iimm grade` prints in short, beside the aims that this project has set itself, and
+whether each was met. Ends with exit code 0 either way: a missed aim is a result.
+"""
+
+import math
+import sys
+from dataclasses import dataclass, field
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+from transformers import HfArgumentParser
+
+from iimm_callbacks import Forecaster, Measurement, Outcome, read_outcomes, sample
+from iimm_callbacks.grading import SHARES
+
+DURING = {0.1: 0.75, 0.2: 0.6, 0.3: 0.5}  # share of the steps -> of the plain mean's error
+
+
+@dataclass
+class Settings:
+    outcomes: str = field(default="", metadata={"help": "JSON lines; default: the shipped ones"})
+    draws: int = field(default=200, metadata={"help": "Simulated records"})
+
+
+@dataclass
+class Row:
+    aim: str
+    found: str
+    met: bool
+
+
+def simulated(rng, n, related):
+    """A record of n tasks on whose IIMM gain over zero-shot error depends, with R² 0.9, or not."""
+    iimm = rng.uniform(0.1, 0.6, n)
+    zero_shot = rng.uniform(0.2, 0.8, n)
+    line = 0.2 + 1.2 * (iimm - 0.35)
+    spread = 1.2 * 0.5 / math.sqrt(12)  # standard deviation of the line's values
+    noise = spread * math.sqrt(0.1 / 0.9) if related else spread
+    over_error = (line if related else np.full(n, 0.2)) + rng.normal(0, noise, n)
+    drop = (0.2 * (iimm - 0.2) if related else 0.05) + rng.normal(0, 0.01 if related else 0.03, n)
+    after = np.clip(zero_shot + over_error * (1 - zero_shot), 0, 1)
+    return [
+        Outcome(
+            model="simulated",
+            model_fingerprint="1f",
+            method="full",
+            task=f"task {i}",
+            task_fingerprint="",
+            iimm=float(iimm[i]),
+            inter=float(iimm[i]),
+            intra=float(iimm[i]),
+            standard_error=0.01,
+            n_images=512,
+            n_classes=10,
+            zero_shot_accuracy=float(zero_shot[i]),
+            final_accuracy=float(after[i]),
+            off_target_before={"other": 0.5},
+            off_target_after={"other": float(0.5 - drop[i])},
+        )
+        for i in range(n)
+    ]
+
+
+def simulate(draws):
+    """Mean absolute errors of forecast, least-squares line on IIMM, and mean; gain, then drop."""
+    rng = np.random.default_rng(0)
+    rows = []
+    for related in (True, False):
+        errors = {"gain": [], "forgetting": []}
+        for _ in range(draws):
+            known, new = simulated(rng, 9, related), simulated(rng, 5, related)
+            forecaster = Forecaster().fit(known)
+            x = [o.iimm for o in known]
+            over_error = np.polyfit(x, [o.gain / (1 - o.zero_shot_accuracy) for o in known], 1)
+            drop = np.polyfit(x, [o.forgetting for o in known], 1)
+            for o in new:
+                measure = Measurement(o.iimm, o.inter, o.intra, 0.01, 512, 10)
+                forecast = forecaster.predict(
+                    measure, method="full", zero_shot_accuracy=o.zero_shot_accuracy, model="1f"
+                )
+                for name, line in (
+                    ("gain", np.polyval(over_error, o.iimm) * (1 - o.zero_shot_accuracy)),
+                    ("forgetting", np.polyval(drop, o.iimm)),
+                ):
+                    end, mean = getattr(o, name), np.mean([getattr(k, name) for k in known])
+                    point = getattr(forecast, name).point
+                    errors[name].append([abs(point - end), abs(line - end), abs(mean - end)])
+        for name, found in errors.items():
+            ours, line, mean = np.mean(found, axis=0)
+            if related:
+                aim, ratio, bound = "1.20 of the least-squares line's", ours / line, 1.2
+            else:
+                aim, ratio, bound = "1.05 of the plain mean's", ours / mean, 1.05
+            kind = "R² 0.9 of IIMM, nine tasks" if related else "no relation, nine tasks"
+            what = f"simulated, {kind}: {name} error ≤ {aim}"
+            rows.append(Row(what, f"{ratio:.2f}", ratio <= bound))
+    return rows
+
+
+def forecast_rows(grade):
+    rows = []
+    found = {(r.quantity, r.method, r.share): r for r in grade.forecasts}
+    methods = sorted({r.method for r in grade.forecasts} - {"all"})
+    for quantity in ("gain", "forgetting"):
+        for method in ["all", *methods]:
+            r = found[quantity, method, 0.0]
+            ratio = r.error / min(r.error_of_mean, r.error_of_zero_shot)
+            rows.append(
+                Row(
+                    f"before training, {quantity}, {method}: error ≤ 1.05 of the better of plain "
+                    f"mean ({100 * r.error_of_mean:.2f}) and zero-shot error "
+                    f"({100 * r.error_of_zero_shot:.2f})",
+                    f"{ratio:.2f} ({100 * r.error:.2f} points)",
+                    ratio <= 1.05,
+                )
+            )
+    for quantity in ("gain", "forgetting", "worst"):
+        for share in SHARES:
+            r = found[quantity, "all", share]
+            rows.append(
+                Row(
+                    f"{quantity} at {share:.0%}: 90 % intervals cover 85 to 95 %",
+                    f"{r.coverage:.1%} of {r.n_runs}",
+                    0.85 <= r.coverage <= 0.95,
+                )
+            )
+    for share, bound in DURING.items():
+        r = found["forgetting", "all", share]
+        ratio = r.error / r.error_of_mean
+        rows.append(
+            Row(
+                f"forgetting at {share:.0%}: error ≤ {bound} of the plain mean's",
+                f"{ratio:.2f} ({100 * r.error:.2f} of {100 * r.error_of_mean:.2f} points)",
+                ratio <= bound,
+            )
+        )
+    return rows
+
+
+def guard_rows(grade):
+    rows = []
+    for r in grade.guard:
+        if r.policy != "guard":
+            continue
+        limit = f"limit {100 * r.limit:.0f} points"
+        under = r.n_runs - r.n_over
+        needless = r.stopped_of_under / max(under, 1)
+        gain = r.gain / r.gain_of_oracle
+        rows += [
+            Row(
+                f"{limit}: ≥ 95 % of stopped runs end at most half a point and noise over it",
+                f"{r.kept_to_limit:.1%} of {r.stopped_of_over + r.stopped_of_under}",
+                r.kept_to_limit >= 0.95,
+            ),
+            Row(
+                f"{limit}: ≤ 5 % of the runs that would have stayed under it are stopped",
+                f"{needless:.1%} of {under}",
+                needless <= 0.05,
+            ),
+            Row(
+                f"{limit}: ≥ 90 % of the oracle's gain is kept",
+                f"{gain:.0%} ({100 * r.gain:.2f} of {100 * r.gain_of_oracle:.2f} points)",
+                gain >= 0.9,
+            ),
+        ]
+    return rows
+
+
+def guard_table(grade):
+    table = Table(title="Guard and other policies")
+    for column in ("limit", "policy", "end over", "of them stopped", "stopped needlessly",
+                   "kept to limit", "over by", "gain kept"):  # fmt: skip
+        table.add_column(column, justify="left" if column == "policy" else "right")
+    for r in grade.guard:
+        kept = "-" if math.isnan(r.kept_to_limit) else f"{r.kept_to_limit:.0%}"
+        table.add_row(
+            f"{100 * r.limit:.0f}",
+            r.policy,
+            f"{r.n_over} of {r.n_runs}",
+            str(r.stopped_of_over),
+            str(r.stopped_of_under),
+            kept,
+            f"{100 * r.over_by:.2f}",
+            f"{100 * r.gain:+.2f}",
+        )
+    return table
+
+
+def main(argv=None):
+    (settings,) = HfArgumentParser(Settings).parse_args_into_dataclasses(argv)
+    outcomes = read_outcomes(settings.outcomes) if settings.outcomes else sample.load_outcomes()
+    grade = Forecaster().grade(outcomes)
+    rows = forecast_rows(grade) + simulate(settings.draws) + guard_rows(grade)
+    console = Console(width=120)
+    table = Table(title=f"Aims, on {grade.n_runs} runs, each forecast without its task")
+    for column in ("aim", "found", ""):
+        table.add_column(column)
+    for row in rows:
+        table.add_row(row.aim, row.found, "met" if row.met else "MISSED")
+    console.print(table)
+    console.print(guard_table(grade))
+    console.print(f"{sum(row.met for row in rows)} of {len(rows)} aims met.")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

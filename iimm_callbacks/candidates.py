@@ -1,0 +1,332 @@
+"""Candidate predictors of a run's outcome, averaged by what each has earned on tasks left out.
+
+Which predictor of gain or forgetting is best differs between models, methods and moments of a run,
+and a record holds few tasks. So none is picked for good: each candidate is a small least-squares
+fit, its error is measured on every task in turn with that task left out, and their predictions are
+averaged with weights ``w_k ∝ 4^(-slopes_k) · MAE_k^(-T/2)`` for T tasks: the root of the
+leave-one-task-out likelihood under Laplace-distributed errors, times a prior that asks each slope
+to earn its place. With ten tasks, a candidate twice as wrong as another weighs 1/32 of it.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import stats
+
+Floats = NDArray[np.float64]
+
+MIN_TASKS = 3  # with fewer, leaving one out leaves no error to speak of
+# Prior strength of a method's (or model's) own offset, in tasks: that of a method seen on n tasks
+# is shrunk to n/(n + 1) of itself. Partial pooling.
+_POOLING = 1.0
+# Set on simulated records of nine tasks, see tests/test_candidates.py: less is slow to use what
+# explains, more runs after noise.
+_SHARPNESS, _PENALTY = 0.5, float(np.log(4))
+
+
+@dataclass(frozen=True)
+class Table:
+    """Runs on record, as columns of length n.
+
+    Attributes:
+        tasks, methods, models: [n] names.
+        target: [n] float64, what is to be predicted.
+        features: Name -> [n] float64, what it is predicted from.
+    """
+
+    tasks: NDArray[np.str_]
+    methods: NDArray[np.str_]
+    models: NDArray[np.str_]
+    target: Floats
+    features: Mapping[str, Floats]
+
+    def content(self) -> tuple[object, ...]:
+        """Hashable: two tables with the same one are the same."""
+        columns = (self.tasks, self.methods, self.models, self.target)
+        named = sorted(self.features.items())
+        return (*(c.tobytes() for c in columns), *((k, v.tobytes()) for k, v in named))
+
+    @cached_property
+    def task_names(self) -> list[str]:
+        """Sorted, each once."""
+        return sorted(set(self.tasks.tolist()))
+
+    @cached_property
+    def task_index(self) -> NDArray[np.int64]:
+        """[n] positions in `task_names`."""
+        return np.searchsorted(self.task_names, self.tasks)
+
+    @cached_property
+    def method_names(self) -> tuple[str, ...]:
+        """Sorted, each once."""
+        return tuple(sorted(set(self.methods.tolist())))
+
+    @cached_property
+    def model_names(self) -> tuple[str, ...]:
+        """Sorted, each once."""
+        return tuple(sorted(set(self.models.tolist())))
+
+    @cached_property
+    def weights(self) -> Floats:
+        """[n] so that the runs of one task under one method of one model weigh 1 together."""
+        cells = list(zip(self.tasks, self.methods, self.models, strict=True))
+        counts = Counter(cells)
+        return np.array([1 / counts[cell] for cell in cells])
+
+
+@dataclass(frozen=True)
+class Question:
+    """The run that is asked about: its method, model and features."""
+
+    method: str
+    model: str
+    features: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One way to predict: ``offset + times · (intercept + Σ slope · feature)``.
+
+    Attributes:
+        name: For people.
+        features: Each gets a slope.
+        offset: A feature that is taken as it is.
+        times: A feature that multiplies the fit, e.g. the zero-shot error for a fit of gain over
+            zero-shot error; ``None``: 1.
+        intercept: Whether there is one.
+        pooled: Fitted to the runs of all methods, each with an offset of its own that is pulled
+            to zero, instead of to those of the method alone.
+    """
+
+    name: str
+    features: tuple[str, ...] = ()
+    offset: str | None = None
+    times: str | None = None
+    intercept: bool = True
+    pooled: bool = False
+
+    def needs(self) -> tuple[str, ...]:
+        """All features it reads."""
+        return (*self.features, *(f for f in (self.offset, self.times) if f))
+
+
+@dataclass(frozen=True)
+class _Fit:
+    candidate: Candidate
+    methods: tuple[str, ...]  # with an offset each
+    models: tuple[str, ...]
+    coefficients: Floats  # [p]
+    inverse: Floats  # [p, p], of the normal equations
+    left_out: Floats  # [n] prediction of each scored row with its task left out
+    leverage: float  # mean over the scored rows, their task left out
+
+    def predict(self, question: Question) -> tuple[float, float]:
+        """Prediction, and how much less sure it is than those the errors were measured on."""
+        features = {k: np.array([v]) for k, v in question.features.items()}
+        row = _columns(
+            self.candidate,
+            features,
+            np.array([question.method]),
+            np.array([question.model]),
+            self.methods,
+            self.models,
+        )[0]
+        offset = question.features[self.candidate.offset] if self.candidate.offset else 0.0
+        leverage = float(row @ self.inverse @ row)
+        widening = float(np.sqrt((1 + leverage) / (1 + self.leverage)))
+        return float(offset + row @ self.coefficients), widening
+
+
+@dataclass(frozen=True)
+class Blend:
+    """Candidates averaged by leave-one-task-out error.
+
+    Attributes:
+        weights: Candidate -> share of it in the prediction; they sum to 1.
+        errors: Candidate -> mean absolute error with the task left out.
+        error: That of the average.
+        scale: Standard error of a prediction, from the same errors.
+        dof: Degrees of freedom of `scale`.
+        coverage: Share of the scored runs inside their 90 % interval, each interval from the
+            errors on the other tasks.
+        left_out: [n] the average's prediction of each run with its task left out; NaN for rows
+            that were not scored.
+        n_runs, n_tasks: That were scored.
+    """
+
+    weights: dict[Candidate, float]
+    errors: dict[Candidate, float]
+    error: float
+    scale: float
+    dof: float
+    coverage: float
+    left_out: Floats
+    n_runs: int
+    n_tasks: int
+    _fits: list[_Fit] = field(repr=False)
+
+    def predict(self, question: Question) -> tuple[float, float]:
+        """The average's prediction, and the standard error of a new observation."""
+        point = widening = 0.0
+        for fit in self._fits:
+            value, factor = fit.predict(question)
+            point += self.weights[fit.candidate] * value
+            widening += self.weights[fit.candidate] * factor
+        return point, self.scale * widening
+
+    def slope(self, name: str) -> float:
+        """How much the prediction moves with a feature that no candidate multiplies."""
+        total = 0.0
+        for fit in self._fits:
+            c = fit.candidate
+            own = 1.0 if c.offset == name else 0.0
+            if name in c.features:
+                own += fit.coefficients[int(c.intercept) + c.features.index(name)]
+            total += self.weights[c] * own
+        return total
+
+
+def blend(
+    table: Table, candidates: Sequence[Candidate], method: str, coverage: float
+) -> Blend | None:
+    """Fit all candidates for a method and average them.
+
+    The errors are those on the method's own runs, where there are at least `MIN_TASKS` tasks of
+    them; otherwise those on all runs, and only pooled candidates are fitted.
+
+    Args:
+        table: Runs on record.
+        candidates: To choose from; those that cannot be fitted to the table are left out.
+        method: That is asked about.
+        coverage: Of the intervals whose past coverage is counted.
+
+    Returns:
+        The `Blend`; None where no candidate can be fitted.
+    """
+    scored = table.methods == method
+    alone = len(np.unique(table.task_index[scored])) >= MIN_TASKS
+    if not alone:
+        scored = np.ones(len(table.tasks), dtype=bool)
+    tasks = np.unique(table.task_index[scored])
+    if len(tasks) < MIN_TASKS:
+        return None
+    fits = [
+        fit
+        for c in candidates
+        if (alone or c.pooled or not (c.intercept or c.features))
+        and (fit := _fit(table, c, method, scored)) is not None
+    ]
+    if not fits:
+        return None
+    inside = [np.flatnonzero(scored & (table.task_index == task)) for task in tasks]
+    misses = np.array(  # [K, T] mean absolute error of each candidate on each task
+        [[np.abs(table.target - f.left_out)[rows].mean() for rows in inside] for f in fits]
+    )
+    slopes = np.array([len(f.candidate.features) for f in fits])
+    weights = _weights(misses, slopes)  # [K]
+    # How well averaging does is judged with weights that have not seen the task either.
+    residuals, left_out = [], np.full(len(table.tasks), np.nan)
+    for t, rows in enumerate(inside):
+        blind = _weights(np.delete(misses, t, axis=1), slopes)
+        left_out[rows] = np.sum([w * f.left_out[rows] for w, f in zip(blind, fits, strict=True)], 0)
+        residuals.append(table.target[rows] - left_out[rows])
+    squares = np.array([np.mean(r**2) for r in residuals])  # [T]
+    dof = max(len(tasks) - 1 - float(weights @ slopes), 1.0)
+    reach = float(stats.t.ppf((1 + coverage) / 2, dof))
+    held = []
+    for t, residual in enumerate(residuals):
+        others = float(np.sqrt(np.delete(squares, t).mean()))
+        held += list(np.abs(residual) <= reach * others)
+    return Blend(
+        weights={f.candidate: float(w) for f, w in zip(fits, weights, strict=True)},
+        errors={f.candidate: float(e) for f, e in zip(fits, misses.mean(1), strict=True)},
+        error=float(np.mean([np.abs(r).mean() for r in residuals])),
+        scale=float(np.sqrt(squares.mean())),
+        dof=dof,
+        coverage=float(np.mean(held)),
+        left_out=left_out,
+        n_runs=int(scored.sum()),
+        n_tasks=len(tasks),
+        _fits=fits,
+    )
+
+
+def _weights(misses: Floats, slopes: NDArray[np.int64]) -> Floats:
+    """[K, T] errors -> [K] weights."""
+    errors = misses.mean(1)
+    floor = max(1e-3 * float(errors.max()), 1e-12)  # a perfect candidate is not infinitely good
+    score = -_SHARPNESS * misses.shape[1] * np.log(np.maximum(errors, floor)) - _PENALTY * slopes
+    shares = np.exp(score - score.max())
+    return np.asarray(shares / shares.sum())
+
+
+def _fit(table: Table, candidate: Candidate, method: str, scored: NDArray[np.bool_]) -> _Fit | None:
+    """Least squares with a ridge on the offsets, once in all and once without each task.
+
+    With ``A_t``, ``b_t`` the normal equations of task t alone, leaving it out solves
+    ``(Σ A - A_t + Λ) β = Σ b - b_t``: no row is read twice.
+    """
+    if any(name not in table.features for name in candidate.needs()):
+        return None
+    own = table.methods == method
+    rows = np.ones(len(own), bool) if candidate.pooled else own
+    if candidate.pooled and len(table.method_names) < 2 and len(table.model_names) < 2:
+        return None  # the same as without
+    free = candidate.intercept or bool(candidate.features)
+    n_tasks = len(np.unique(table.task_index[rows]))
+    if free and n_tasks < MIN_TASKS + len(candidate.features):
+        return None
+    if any(np.ptp(table.features[name][rows]) < 1e-9 for name in candidate.features):
+        return None
+    methods = table.method_names if candidate.pooled else ()
+    models = table.model_names if candidate.pooled and len(table.model_names) > 1 else ()
+    x = _columns(candidate, table.features, table.methods, table.models, methods, models)  # [n, p]
+    offset = table.features[candidate.offset] if candidate.offset else np.zeros(len(x))
+    n, p = x.shape
+    task = table.task_index
+    t = len(table.task_names)
+    share = np.zeros((t, n))  # a row's weight in its task
+    share[task, np.arange(n)] = np.where(rows, table.weights, 0.0)
+    gram = (share @ (x[:, :, None] * x[:, None, :]).reshape(n, p * p)).reshape(t, p, p)
+    moment = share @ (x * (table.target - offset)[:, None])  # [T, p]
+    offsets = len(methods) + len(models)
+    size = float(np.mean(x[rows, 0] ** 2)) if p else 1.0
+    ridge = np.diag([1e-9 * size] * (p - offsets) + [_POOLING * size] * offsets)
+    whole = gram.sum(0) + ridge
+    inverse = np.linalg.inv(whole)
+    without = np.linalg.inv(whole - gram)  # [T, p, p]
+    betas = (without @ (moment.sum(0) - moment)[:, :, None])[:, :, 0]  # [T, p]
+    left_out = offset + (x * betas[task]).sum(1)
+    leverage = (x * (without[task] @ x[:, :, None])[:, :, 0]).sum(1)
+    return _Fit(
+        candidate,
+        methods,
+        models,
+        inverse @ moment.sum(0),
+        inverse,
+        np.where(scored, left_out, np.nan),
+        float(leverage[scored].mean()),
+    )
+
+
+def _columns(
+    candidate: Candidate,
+    features: Mapping[str, Floats],
+    methods: NDArray[np.str_],
+    models: NDArray[np.str_],
+    known_methods: Sequence[str],
+    known_models: Sequence[str],
+) -> Floats:
+    """[n, p]: intercept, features, then one column per method and per model."""
+    times = features[candidate.times] if candidate.times else np.ones(len(methods))
+    columns = [times] if candidate.intercept else []
+    columns += [times * features[name] for name in candidate.features]
+    columns += [times * (methods == name) for name in known_methods]
+    columns += [times * (models == name) for name in known_models]
+    return np.stack(columns, axis=1) if columns else np.zeros((len(methods), 0))

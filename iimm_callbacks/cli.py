@@ -1,0 +1,277 @@
+"""The `iimm` command: measure, forecast and check a fine-tune beforehand; keep and grade runs."""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from . import cli_outcomes, tables
+from .cli_outcomes import Store, read_record
+from .command import Answer, Commands, command
+from .forecast import Forecast, Forecaster
+from .guard import Limits, judge, recommend
+from .loading import SAMPLE, load_model, load_task
+from .outcomes import Outcome
+from .probe import Probe
+from .wrappers import model_fingerprint
+
+METHODS = ("full", "bitfit", "attention", "lora", "clip_adapter")
+
+app = typer.Typer(
+    cls=Commands,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # the boxes of its help do not fit a screen
+    help="Know before you fine-tune a CLIP-like model what it gains and what it forgets.",
+)
+app.add_typer(cli_outcomes.app, name="outcomes")
+
+LimitOn = Annotated[str, typer.Option(help="'mean' of the off-target tasks, or the 'worst'")]
+Confidence = Annotated[float, typer.Option(help="Probability of exceeding to stop from")]
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is measured: the options of `measure`, `forecast` and `preflight`."""
+
+    model: Annotated[
+        str,
+        typer.Argument(help="Hub name, folder, sample, open_clip:NAME:TAG", metavar="MODEL"),
+    ]
+    dataset: Annotated[str, typer.Argument(help="Hub name, folder, sample:NAME", metavar="DATASET")]
+    split: Annotated[str | None, typer.Option(help="Default: test, or the only one")] = None
+    template: Annotated[
+        list[str] | None, typer.Option(help="Prompt; repeatable [default: a photo of a {}.]")
+    ] = None
+    image_column: Annotated[str | None, typer.Option(help="Where there is a choice")] = None
+    label_column: Annotated[str | None, typer.Option(help="Where there is a choice")] = None
+    task_name: Annotated[str | None, typer.Option(help="Name of the task, as in past runs")] = None
+    probe_size: Annotated[int | None, typer.Option(help="Images, at most [default: 512]")] = None
+    batch_size: Annotated[int, typer.Option(help="Images in a forward pass", min=1)] = 64
+    device: Annotated[str | None, typer.Option(help="Default: cuda if there is one")] = None
+    processor: Annotated[
+        str | None, typer.Option(help="Hub name or folder, where MODEL has none")
+    ] = None
+    seed: Annotated[int, typer.Option(help="Of the choice of images", min=0)] = 0
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The run that is planned, and its limit: further options of `forecast` and `preflight`."""
+
+    learning_rate: Annotated[float | None, typer.Option(help="Of the planned run")] = None
+    steps: Annotated[int | None, typer.Option(help="Of the planned run", min=1)] = None
+    off_target: Annotated[
+        list[str] | None, typer.Option(help="Name of a task not to forget; repeatable")
+    ] = None
+    max_forgetting: Annotated[float, typer.Option(help="Limit, a fraction")] = 0.05
+    limit_on: LimitOn = "mean"
+    confidence: Confidence = 0.8
+
+    def __post_init__(self) -> None:
+        rate = self.learning_rate
+        if rate is not None and not 0 < rate < math.inf:
+            raise ValueError(f"`--learning-rate` must be a positive number, got {rate}")
+        self.limits()
+
+    def limits(self) -> Limits:
+        """The limits, checked."""
+        return _limits(self.max_forgetting, self.limit_on, self.confidence)
+
+    def recipe(self) -> dict[str, float]:
+        """What is known of the recipe."""
+        given = {"learning_rate": self.learning_rate, "steps": self.steps}
+        return {name: value for name, value in given.items() if value is not None}
+
+
+@dataclass(frozen=True)
+class _Measured:
+    data: dict[str, Any]
+    forecasts: dict[str, Forecast]
+
+
+def main() -> None:
+    """Entry point of the `iimm` command."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")  # a terminal that lacks a character of a table
+    if not sys.stderr.isatty():  # progress bars would fill a job's log
+        import datasets
+        import transformers
+
+        datasets.disable_progress_bars()
+        transformers.utils.logging.disable_progress_bar()
+    app(prog_name="iimm")
+
+
+@command(app, "measure")
+def measure(subject: Subject) -> Answer:
+    """Measure IIMM; no training."""
+    data = _measure(subject).data
+    return Answer(data, tables.measured(data))
+
+
+@command(app, "forecast")
+def forecast(
+    subject: Subject,
+    plan: Plan,
+    method: Annotated[
+        list[str] | None, typer.Option(help="Repeatable [default: all five]", show_default=False)
+    ] = None,
+    store: Store = None,
+) -> Answer:
+    """Measure IIMM, forecast gain and forgetting."""
+    measured = _measure(subject, plan, method or METHODS, store)
+    # Published figures of other models choose only where there is nothing else.
+    forecasts = {m: f for m, f in measured.forecasts.items() if f.gain is not None}
+    own = {m: f for m, f in forecasts.items() if not f.base_rate}
+    data = measured.data | {"recommended": recommend(own or forecasts, plan.limits())}
+    return Answer(data, f"{tables.measured(data)}\n{tables.forecasts(data)}")
+
+
+@command(app, "preflight")
+def preflight(
+    subject: Subject,
+    plan: Plan,
+    method: Annotated[str, typer.Option(help="Fine-tuning method, such as full")],
+    require_forecast: Annotated[
+        bool, typer.Option("--require-forecast", help="Nothing to judge by is an error")
+    ] = False,
+    store: Store = None,
+) -> Answer:
+    """Exit with 0 go, 2 limit exceeded, 1 error.
+
+    For a job queue or CI. A mere warning is a go, and so is having nothing to judge by.
+    """
+    measured = _measure(subject, plan, [method], store)
+    expected = measured.forecasts[method]
+    verdict = judge(expected, None, plan.limits())
+    if require_forecast and verdict.exceed_probability is None:
+        why = f"only base rates: {expected.basis}" if expected.base_rate else expected.basis
+        raise ValueError(
+            f"`--require-forecast` needs runs on record to judge by, got none ({why}); add some, "
+            "or leave it out"
+        )
+    go = verdict.level != "stop"
+    data = measured.data | {"verdict": asdict(verdict), "go": go}
+    text = "\n".join([tables.measured(data), tables.forecasts(data), tables.verdict(data)])
+    return Answer(data, text, 0 if go else 2)
+
+
+@command(app, "grade")
+def grade(
+    limit: Annotated[
+        list[float] | None, typer.Option(help="A fraction; repeatable [default: 0.02 0.03 0.05]")
+    ] = None,
+    limit_on: LimitOn = "mean",
+    confidence: Confidence = 0.8,
+    method: Annotated[
+        list[str] | None, typer.Option(help="Show its forecasts; repeatable [default: all]")
+    ] = None,
+    store: Store = None,
+) -> Answer:
+    """Grade forecast and guard on the runs on record.
+
+    Each run is replayed as if live, and forecast from the runs on other tasks.
+    """
+    from .grading import grade as replay
+
+    chosen = limit or [0.02, 0.03, 0.05]
+    checked = [_limits(x, limit_on, confidence) for x in chosen]
+    path, found = read_record(store)
+    if not found:
+        raise ValueError(f"`--store` must hold outcomes to grade, got {path} without any")
+    typer.echo(f"replaying {len(found)} runs", err=True)
+    graded = replay(
+        found, limits=chosen, limit_on=checked[0].limit_on, confidence=confidence
+    ).to_json()
+    known = sorted({row["method"] for row in graded["forecasts"]})
+    for name in method or ():
+        if name not in known:
+            raise ValueError(f"`--method` must be one of {', '.join(known)}, got {name!r}")
+    shown = [row for row in graded["forecasts"] if row["method"] in (method or known)]
+    data = {"store": str(path), "limit_on": limit_on} | graded | {"forecasts": shown}
+    return Answer(data, tables.grades(data, method or ["all"]))
+
+
+def _measure(
+    subject: Subject,
+    plan: Plan | None = None,
+    methods: Sequence[str] = (),
+    store: Path | None = None,
+) -> _Measured:
+    """The measure; with a plan, and the forecast of each method from the record."""
+    record = [] if plan is None else _record(subject, store)
+    _check_methods(methods, record)
+    task, split = load_task(
+        subject.dataset,
+        split=subject.split,
+        task_name=subject.task_name,
+        templates=subject.template,
+        image_column=subject.image_column,
+        label_column=subject.label_column,
+        probe_size=subject.probe_size,
+        seed=subject.seed,
+    )
+    model, processor = load_model(subject.model, processor=subject.processor, device=subject.device)
+    probe = Probe(task, processor=processor, batch_size=subject.batch_size)
+    look = probe.look(model, 0)
+    about: dict[str, Any] = {
+        "zero_shot_accuracy": look.accuracy(task.name),
+        "model": model_fingerprint(model),
+        "task": task.name,
+        "task_fingerprint": probe.fingerprints[task.name],
+    }
+    data = {
+        "model": subject.model,
+        "model_fingerprint": about["model"],
+        "dataset": subject.dataset,
+        "split": split,
+        "templates": list(task.templates),
+        **{name: about[name] for name in ("task", "task_fingerprint", "zero_shot_accuracy")},
+        **asdict(look.measurement),
+    }
+    if plan is None:
+        return _Measured(data, {})
+    about |= {"recipe": plan.recipe(), "off_target": plan.off_target or ()}
+    forecaster = Forecaster().fit(record)
+    forecasts = {
+        method: forecaster.predict(look.measurement, method=method, **about) for method in methods
+    }
+    rows = {method: _row(expected, plan) for method, expected in forecasts.items()}
+    return _Measured(data | {"limits": asdict(plan.limits()), "forecasts": rows}, forecasts)
+
+
+def _row(expected: Forecast, plan: Plan) -> dict[str, Any]:
+    predicted = expected.forgetting if plan.limit_on == "mean" else expected.worst
+    above = None if predicted is None else predicted.probability_above(plan.max_forgetting)
+    return expected.to_json() | {"exceed_probability": above}
+
+
+def _limits(max_forgetting: float, limit_on: str, confidence: float) -> Limits:
+    return Limits(max_forgetting, limit_on, confidence)  # type: ignore[arg-type]  # it checks
+
+
+def _check_methods(methods: Sequence[str], record: Sequence[Outcome]) -> None:
+    known = dict.fromkeys([*METHODS, "linear_probe", *sorted({o.method for o in record})])
+    for method in methods:
+        if method not in known:
+            raise ValueError(f"`--method` must be one of {', '.join(known)}, got {method!r}")
+
+
+def _record(subject: Subject, store: Path | None) -> list[Outcome]:
+    """The runs to learn from: those on record, and of the shipped model what ships with it."""
+    path, found = read_record(store)
+    if subject.model == SAMPLE:
+        from .sample import load_outcomes
+
+        found = found + load_outcomes()
+    if not found:
+        typer.echo(f"no runs on record in {path}: base rates stand in, if there are any", err=True)
+    return found

@@ -1,0 +1,185 @@
+"""`iimm outcomes`: list, add, import, export and check the runs on record."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from . import tables
+from .command import Answer, command
+from .loading import load_recorded
+from .outcomes import Outcome
+from .store import (
+    append_outcome,
+    check_store,
+    default_store,
+    read_csv,
+    read_outcomes,
+    to_dataset,
+)
+
+Store = Annotated[
+    Path | None, typer.Option(help="Runs on record [default: the user's]", show_default=False)
+]
+
+app = typer.Typer(
+    rich_markup_mode=None, help="Runs on record: list, add, import, export and check them."
+)
+
+
+@command(app, "list")
+def list_outcomes(
+    model: Annotated[str, typer.Option(help="Name or fingerprint; * matches anything")] = "*",
+    method: Annotated[str, typer.Option(help="* matches anything")] = "*",
+    task: Annotated[str, typer.Option(help="* matches anything")] = "*",
+    store: Store = None,
+) -> Answer:
+    """List the runs on record."""
+    path, found = read_record(store)
+    chosen = [
+        o
+        for o in found
+        if (fnmatchcase(o.model, model) or fnmatchcase(o.model_fingerprint, model))
+        and fnmatchcase(o.method, method)
+        and fnmatchcase(o.task, task)
+    ]
+    derived = ("gain", "forgetting", "worst")
+    rows = [asdict(o) | {name: getattr(o, name) for name in derived} for o in chosen]
+    data = {"store": str(path), "n_outcomes": len(found), "outcomes": rows}
+    return Answer(data, tables.outcomes(data))
+
+
+@command(app, "add")
+def add(
+    file: Annotated[Path, typer.Argument(help="Runs written down by hand", metavar="FILE.csv")],
+    store: Store = None,
+) -> Answer:
+    """Add runs written down in a CSV file.
+
+    One run a line, accuracies as fractions. Columns: model, method, task, zero_shot_accuracy,
+    final_accuracy; where known also iimm, inter, intra, n_images, n_classes, learning_rate, steps,
+    batch_size, model_fingerprint, task_fingerprint, and before:TASK and after:TASK for each
+    off-target task. Runs that are there already are skipped.
+    """
+    return _append(read_csv(file.expanduser()), store)
+
+
+@command(app, "import")
+def import_outcomes(
+    source: Annotated[
+        str,
+        typer.Argument(help="JSON-lines file, save_to_disk folder or Hub name", metavar="SOURCE"),
+    ],
+    store: Store = None,
+) -> Answer:
+    """Add the runs of another record.
+
+    Those that are there already are skipped.
+    """
+    return _append(load_recorded(source), store)
+
+
+@command(app, "export")
+def export(
+    target: Annotated[
+        Path | None, typer.Argument(help="A new .jsonl file or folder", metavar="TARGET")
+    ] = None,
+    push_to_hub: Annotated[
+        str | None, typer.Option(help="Name of a data set on the Hub, instead of TARGET")
+    ] = None,
+    private: Annotated[
+        bool, typer.Option("--private", help="Make it private, if it is new there")
+    ] = False,
+    store: Store = None,
+) -> Answer:
+    """Write the record to a file, a folder or the Hub.
+
+    What it writes, `iimm outcomes import` reads; a folder is one of `datasets`.
+    """
+    if (target is None) == (push_to_hub is None):
+        got = "neither" if target is None else "both"
+        raise ValueError(f"`TARGET` or `--push-to-hub` must be given, got {got}; give one of them")
+    path, found = read_record(store)
+    if not found:
+        raise ValueError(f"`--store` must hold outcomes to export, got {path} without any")
+    if target is None:
+        to_dataset(found).push_to_hub(push_to_hub, private=private or None)
+    else:
+        _write(found, target.expanduser())
+    where = str(push_to_hub or target)
+    data = {"store": str(path), "target": where, "n_outcomes": len(found)}
+    return Answer(data, f"{len(found)} outcomes of {path} written to {where}")
+
+
+@command(app, "check")
+def check(store: Store = None) -> Answer:
+    """Name the damaged lines; exit code 1 if there are any."""
+    path = _existing(store)
+    problems = check_store(path) if path.exists() else []
+    text = "\n".join(f"{path} {problem}" for problem in problems) or f"{path}: no damaged lines"
+    return Answer({"store": str(path), "problems": problems}, text, 1 if problems else 0)
+
+
+def read_record(store: Path | None) -> tuple[Path, list[Outcome]]:
+    """Where the record is, and the runs on it; that of the user need not be there yet.
+
+    Args:
+        store: As ``--store``; ``None`` for the user's own.
+
+    Raises:
+        ValueError: There is no such store.
+        OSError: It cannot be read.
+    """
+    path = _existing(store)
+    return path, read_outcomes(path) if path.exists() else []
+
+
+def _existing(store: Path | None) -> Path:
+    path = default_store() if store is None else store.expanduser()
+    if store is not None and not path.exists():
+        raise ValueError(
+            f"`--store` must be a file or folder of outcomes, got {path}, which does not exist; "
+            "leave it out for your own record"
+        )
+    return path
+
+
+def _append(new: Sequence[Outcome], store: Path | None) -> Answer:
+    """Add what is not there yet; two equal runs of one source are two runs."""
+    path = default_store() if store is None else store.expanduser()
+    there = Counter(map(_line, read_outcomes(path) if path.exists() else []))
+    added = 0
+    for outcome in new:
+        line = _line(outcome)
+        if there[line] > 0:
+            there[line] -= 1
+            continue
+        append_outcome(path, outcome)
+        added += 1
+    data = {"store": str(path), "added": added, "skipped": len(new) - added}
+    text = f"{added} outcomes added to {path}, {data['skipped']} were there already"
+    return Answer(data, text)
+
+
+def _write(found: Sequence[Outcome], target: Path) -> None:
+    if target.exists():
+        raise ValueError(f"`TARGET` must not exist yet, got {target}; remove it or name another")
+    if target.suffix == ".jsonl":
+        target.write_text("".join(f"{_line(o)}\n" for o in found), encoding="utf-8")
+    elif target.suffix:
+        raise ValueError(
+            f"`TARGET` must end in .jsonl, or be a folder without a suffix, got {target}"
+        )
+    else:
+        to_dataset(found).save_to_disk(target)
+
+
+def _line(outcome: Outcome) -> Any:
+    return json.dumps(asdict(outcome), allow_nan=False, sort_keys=True)

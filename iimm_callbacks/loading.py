@@ -1,0 +1,252 @@
+"""Names on the command line -> models, processors, tasks and outcomes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .processors import is_complete
+from .store import from_dataset, read_outcomes
+from .tasks import Task
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from .outcomes import Outcome
+
+SAMPLE = "sample"
+_OPEN_CLIP = "open_clip:"
+_IN_ONE_PIECE = ("hf-hub:", "local-dir:")  # open_clip's own prefixes, which hold a colon
+
+
+def load_model(
+    name: str, *, processor: str | None = None, device: str | None = None
+) -> tuple[nn.Module, Any]:
+    """The model of this name and its processor, in float32 and eval mode.
+
+    Args:
+        name: A Hub name or local folder that transformers reads, ``"sample"`` for the shipped
+            model, or ``"open_clip:NAME:PRETRAINED"`` (``"open_clip:hf-hub:..."`` as well).
+        processor: Hub name or folder of the processor; ``None``: where the model is.
+        device: Of the model; ``None``: cuda where there is one, else cpu.
+
+    Returns:
+        ``(model, processor)``; for open_clip the processor is the pair (transform, tokenizer).
+
+    Raises:
+        ValueError: There is no such model, processor or device, or the checkpoint lacks weights,
+            which would stay random.
+        ImportError: open_clip is asked for and not installed.
+    """
+    at = _device(device)
+    if name == SAMPLE:
+        from . import sample
+
+        model: Any = sample.load_model()
+        found = sample.load_processor() if processor is None else _load_processor(processor)
+    elif name.startswith(_OPEN_CLIP):
+        if processor is not None:
+            raise ValueError(
+                f"`--processor` must be left out for {name!r}, got {processor!r}: open_clip models "
+                "bring their own"
+            )
+        model, found = _load_open_clip(name.removeprefix(_OPEN_CLIP))
+    else:
+        model = _load_transformers(_local(name, "MODEL"))
+        found = _load_processor(_local(processor or name, "--processor"))
+    return model.float().eval().to(at), found
+
+
+def load_task(
+    name: str,
+    *,
+    split: str | None = None,
+    task_name: str | None = None,
+    templates: Sequence[str] | None = None,
+    **settings: Any,
+) -> tuple[Task, str]:
+    """The task in the data set of this name.
+
+    Args:
+        name: A Hub name (``"NAME:CONFIG"`` for one of its configurations), a local folder written
+            by `Dataset.save_to_disk`, a folder that `datasets.load_dataset` reads, such as one with
+            a folder of images per class, or ``"sample:NAME"`` for a shipped task.
+        split: Of the data set; ``None``: "test", or the only one.
+        task_name: Name of the task; ``None``: the last part of `name`.
+        templates: Prompt templates; ``None``: those of a shipped task, else as `Task`.
+        settings: Further settings of `Task`.
+
+    Returns:
+        The task, and the split it is of (empty where the data set has none).
+
+    Raises:
+        ValueError: There is no such data set or split, or no task can be made of it.
+        TypeError: As `Task`.
+    """
+    prefix = f"{SAMPLE}:"
+    if name.startswith(prefix):
+        from . import sample
+
+        own = name.removeprefix(prefix)
+        if own not in sample.task_names():
+            choices = ", ".join(sample.task_names())
+            raise ValueError(f"`DATASET` must be {prefix} and one of {choices}, got {name!r}")
+        split = split or "test"
+        dataset: Any = sample.load_dataset(own, split)
+        templates = templates or sample.templates(own)
+    else:
+        own = Path(name).expanduser().resolve().name.partition(":")[0]
+        dataset, split = _pick(_load_dataset(_local(name, "DATASET")), split, name)
+    return Task(task_name or own, dataset, templates=templates or None, **settings), split
+
+
+def load_recorded(source: str) -> list[Outcome]:
+    """The outcomes in a JSON-lines file, a folder of `save_to_disk` or a data set on the Hub.
+
+    Args:
+        source: Path or Hub name.
+
+    Raises:
+        ValueError: There is no such thing, or it holds no outcomes.
+    """
+    path = Path(source).expanduser()
+    if path.is_file():
+        return read_outcomes(path)
+    if path.is_dir() and not (path / "dataset_dict.json").exists():
+        return read_outcomes(path)
+    splits = _load_dataset(_local(source, "SOURCE"), argument="SOURCE")
+    for split in splits.values():
+        if "schema_version" not in split.column_names:
+            raise ValueError(
+                f"`SOURCE` must hold outcomes, got {source!r} with columns {split.column_names}; "
+                "share a record with `iimm outcomes export`"
+            )
+    return [outcome for split in splits.values() for outcome in from_dataset(split)]
+
+
+def _device(device: str | None) -> torch.device:
+    import torch
+
+    if device is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ValueError(
+            f"`--device` must be one that torch has here, such as 'cpu', got {device!r} "
+            f"({_first_line(error)})"
+        ) from error
+    return torch.device(device)
+
+
+def _local(name: str, argument: str) -> str:
+    """`name` with a folder's `~` expanded; what looks like a folder must be one."""
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return str(path)
+    if path.exists() or path.is_absolute() or name.startswith((".", "~")):
+        got = "a file" if path.exists() else "which does not exist"
+        raise ValueError(f"`{argument}` must be a folder or a name on the Hub, got {name!r}, {got}")
+    return name
+
+
+def _load_transformers(name: str) -> Any:
+    import transformers
+
+    try:
+        config = transformers.AutoConfig.from_pretrained(name)
+        # `AutoModel` would read e.g. BLIP's retrieval model as another class, with random parts.
+        kind = getattr(transformers, (config.architectures or [""])[0], transformers.AutoModel)
+        model, report = kind.from_pretrained(name, output_loading_info=True)
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(
+            f"`MODEL` must be a Hub name or folder that transformers reads, 'sample' or "
+            f"'open_clip:NAME:PRETRAINED', got {name!r}: {_first_line(error)}"
+        ) from error
+    missing = sorted(report["missing_keys"])
+    if missing:
+        raise ValueError(
+            f"`MODEL` {name!r} lacks {len(missing)} weights of {type(model).__name__}, which would "
+            f"be random: {', '.join(map(str, missing[:3]))}...; name a complete dual encoder"
+        )
+    return model
+
+
+def _load_processor(name: str) -> Any:
+    from transformers import AutoProcessor
+
+    try:
+        processor = AutoProcessor.from_pretrained(name)
+        problem = f"{type(processor).__name__} only"
+    except Exception as error:  # of whatever kind: it is told
+        processor, problem = None, _first_line(error)
+    if not is_complete(processor):
+        raise ValueError(
+            "`--processor` must be a Hub name or folder with an image processor and a tokenizer, "
+            f"got {name!r}: {problem}"
+        )
+    return processor
+
+
+def _load_open_clip(name: str) -> tuple[Any, Any]:
+    try:
+        import open_clip
+    except ImportError as error:
+        raise ImportError(
+            f"`MODEL` {_OPEN_CLIP + name!r} needs open_clip: pip install "
+            "'iimm_callbacks[open-clip]'"
+        ) from error
+    whole = name.startswith(_IN_ONE_PIECE)
+    architecture, _, pretrained = (name, "", "") if whole else name.partition(":")
+    if not whole and not pretrained:
+        tags = ", ".join(open_clip.list_pretrained_tags_by_model(architecture)) or "none known"
+        raise ValueError(
+            f"`MODEL` {_OPEN_CLIP + name!r} must name its weights, {_OPEN_CLIP}{architecture}:TAG; "
+            f"without them it is random. Tags of {architecture!r}: {tags}"
+        )
+    try:
+        model, _, transform = open_clip.create_model_and_transforms(
+            architecture, pretrained=pretrained or None
+        )
+        return model, (transform, open_clip.get_tokenizer(architecture))
+    except (RuntimeError, OSError, ValueError) as error:
+        raise ValueError(
+            f"`MODEL` must be 'open_clip:NAME:PRETRAINED' as open_clip knows them, got "
+            f"{_OPEN_CLIP + name!r}: {_first_line(error)}"
+        ) from error
+
+
+def _load_dataset(name: str, argument: str = "DATASET") -> dict[str, Any]:
+    """Split -> data set."""
+    import datasets
+
+    path = Path(name)
+    try:
+        if (path / "dataset_dict.json").exists() or (path / "state.json").exists():
+            loaded = datasets.load_from_disk(name)
+        elif path.is_dir():
+            loaded = datasets.load_dataset(name)
+        else:
+            repository, _, config = name.partition(":")
+            loaded = datasets.load_dataset(repository, config or None)
+    except Exception as error:  # of whatever kind: it is told
+        raise ValueError(
+            f"`{argument}` must be a data set on the Hub or a folder that `datasets` reads, got "
+            f"{name!r}: {_first_line(error)}"
+        ) from error
+    return dict(loaded) if isinstance(loaded, dict) else {"": loaded}
+
+
+def _pick(splits: dict[str, Any], split: str | None, name: str) -> tuple[Any, str]:
+    only = next(iter(splits)) if len(splits) == 1 else None
+    chosen = split if split is not None else "test" if "test" in splits else only
+    if chosen is None or chosen not in splits:
+        choices = f"one of {', '.join(splits)}" if any(splits) else "left out, as there are none,"
+        raise ValueError(f"`--split` must be {choices} for {name!r}, got {split or 'none'}")
+    return splits[chosen], chosen
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -1,0 +1,313 @@
+"""Which runs on record a forecast may rest on, and what can be read from them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from .candidates import MIN_TASKS, Floats, Question, Table
+from .outcomes import Outcome
+
+_TOY = "sample/model"  # the shipped one: its runs say nothing of others
+QUANTITIES = ("gain", "forgetting", "worst")
+# Beyond the recorded range by this many half-ranges (at the least: the unit), nothing is said.
+_TOO_FAR = 5.0
+_UNITS = {"iimm": 0.05, "log_learning_rate": math.log(2), "log_steps": math.log(2)}
+_WORDS = {"iimm": "IIMM", "log_learning_rate": "learning rate", "log_steps": "number of steps"}
+
+
+@dataclass(frozen=True)
+class Ask:
+    """What is known of the run that is asked about, before it begins.
+
+    Attributes:
+        method: Fine-tuning method.
+        model: `model_fingerprint`.
+        zero_shot_accuracy: On the task, a fraction.
+        iimm, inter, intra: The measure of the untouched model.
+        n_images: Of the measure.
+        task, task_fingerprint: Where known, past runs on the same task are used.
+        recipe: Where known, ``learning_rate`` and ``steps`` are compared with those on record.
+        off_target: Names of the off-target tasks, where known.
+    """
+
+    method: str
+    model: str
+    zero_shot_accuracy: float
+    iimm: float
+    inter: float
+    intra: float
+    n_images: int
+    task: str = ""
+    task_fingerprint: str = ""
+    recipe: Mapping[str, Any] = field(default_factory=dict)
+    off_target: tuple[str, ...] = ()
+
+
+class Run:
+    """An outcome, read for forecasting.
+
+    Attributes:
+        outcome: The outcome.
+        guarded: Its off-target tasks and the task itself: the same set where every task is guarded
+            by all others.
+    """
+
+    def __init__(self, outcome: Outcome) -> None:
+        self.outcome = outcome
+        self.guarded = frozenset({*outcome.off_target_before, outcome.task})
+        self._known: dict[tuple[str, float], float | None] = {}
+
+    def at(self, quantity: str, share: float) -> float | None:
+        """What the run had gained or lost at this share of its steps, interpolated between looks.
+
+        None where it has no looks, none so late, or no off-target tasks; 1 is the end.
+        """
+        key = quantity, share
+        if key not in self._known:
+            self._known[key] = self._read(quantity, share)
+        return self._known[key]
+
+    def noise_at(self, quantity: str, share: float) -> float | None:
+        """Standard error of the look next to this share, where it is on record."""
+        looks = [look for look in self.outcome.trajectory if f"{quantity}_se" in look]
+        if not looks:
+            return None
+        return min(looks, key=lambda look: abs(look["share"] - share))[f"{quantity}_se"]
+
+    def _read(self, quantity: str, share: float) -> float | None:
+        if share >= 1:
+            end: float | None = getattr(self.outcome, quantity)
+            return end
+        looks = [look for look in self.outcome.trajectory if quantity in look]
+        if not looks or looks[-1]["share"] < share:
+            return None
+        shares = [0.0, *(look["share"] for look in looks)]
+        return float(np.interp(share, shares, [0.0, *(look[quantity] for look in looks)]))
+
+
+@dataclass(frozen=True)
+class Runs:
+    """The runs a forecast rests on.
+
+    Attributes:
+        rows: Complete runs.
+        label: In words.
+        own: Whether they are all of the model that is asked about.
+        base_rate: Whether they are published figures of other people's models.
+        notes: What the reader should know about them.
+    """
+
+    rows: list[Run]
+    label: str
+    own: bool
+    base_rate: bool
+    notes: tuple[str, ...]
+
+
+def choose(record: Sequence[Run], base_rates: Sequence[Run], ask: Ask) -> Runs:
+    """The model's own runs; failing these, all runs on record; failing these, base rates.
+
+    Args:
+        record: Complete runs on record.
+        base_rates: Published figures.
+        ask: The run that is asked about.
+
+    Returns:
+        `Runs`; without rows, where nothing suits, and the label then says why.
+    """
+    own = [run for run in record if run.outcome.model_fingerprint == ask.model]
+    notes = _contradictions(record, own, ask)
+    if _n_tasks(own) >= MIN_TASKS:
+        n = len([run for run in own if run.outcome.method == ask.method])
+        label = f"{_count(own)} of this model, {n} of them under method {ask.method!r}"
+        if n == 0:
+            notes.append(f"no run under method {ask.method!r} is on record: its spread is a guess")
+        return Runs(own, label, True, False, tuple(notes))
+    notes.append(_too_few(own))
+    if _n_tasks(record) >= MIN_TASKS:
+        models = len({run.outcome.model_fingerprint for run in record})
+        return Runs(
+            list(record), f"{_count(record)} of {models} models", False, False, tuple(notes)
+        )
+    published = [run for run in base_rates if run.outcome.method == ask.method]
+    if published:
+        models = len({run.outcome.model_fingerprint for run in published})
+        label = f"base rates: {_count(published)} of {models} CLIP models, published elsewhere"
+        return Runs(published, label, False, True, tuple(notes))
+    return Runs([], f"no forecast: {'; '.join(notes)}", False, False, ())
+
+
+def tabulate(
+    runs: Runs, ask: Ask, quantity: str, share: float
+) -> tuple[Table, Question, list[Run]]:
+    """The runs as a table with this quantity at this share as target, and the question beside it.
+
+    A feature is there only if the run that is asked about and enough of the runs on record have
+    it; rows that lack it are then left out.
+
+    Args:
+        runs: To tabulate.
+        ask: The run that is asked about.
+        quantity: One of `QUANTITIES`.
+        share: Of the steps, in (0, 1]; 1 is the end.
+
+    Returns:
+        Table, question, and the rows that made it into the table.
+    """
+    rows = [run for run in runs.rows if run.at(quantity, share) is not None]
+    if ask.off_target and quantity != "gain":
+        alike = [run for run in rows if run.guarded == {*ask.off_target, ask.task}]
+        rows = alike if _n_tasks(alike) >= MIN_TASKS else rows
+    measured = [run for run in rows if run.outcome.iimm is not None]
+    # IIMM does not compare across models.
+    use_iimm = runs.own and _n_tasks(measured) >= max(MIN_TASKS, _n_tasks(rows) / 2)
+    rows = measured if use_iimm else rows
+    outcomes = [run.outcome for run in rows]
+    methods = np.array([o.method for o in outcomes], dtype=str)
+    target = np.array([run.at(quantity, share) for run in rows], dtype=float)
+    features = {"zero_shot_error": np.array([1 - o.zero_shot_accuracy for o in outcomes])}
+    asked = {"zero_shot_error": 1 - ask.zero_shot_accuracy}
+    if use_iimm:
+        for name in ("iimm", "inter", "intra"):
+            features[name] = np.array([getattr(o, name) for o in outcomes], dtype=float)
+            asked[name] = getattr(ask, name)
+    for name in ("learning_rate", "steps"):
+        values = [o.recipe.get(name) for o in outcomes]
+        value: Any = ask.recipe.get(name)
+        if ask.method in methods and all(map(_is_positive, [value, *values])):
+            logs = np.log(np.array(values, dtype=float))
+            # A learning rate means something within its method only.
+            centre = {m: logs[methods == m].mean() for m in set(methods)}
+            features[f"log_{name}"] = logs - np.array([centre[m] for m in methods])
+            asked[f"log_{name}"] = math.log(float(value)) - centre[ask.method]
+    same = _same_task(outcomes, methods, target, ask)
+    if same is not None:
+        features["same_task"], asked["same_task"] = same
+    table = Table(
+        np.array([o.task for o in outcomes], dtype=str),
+        methods,
+        np.array([o.model_fingerprint for o in outcomes], dtype=str),
+        target,
+        features,
+    )
+    return table, Question(ask.method, ask.model, asked), rows
+
+
+def beyond(table: Table, question: Question) -> tuple[float, list[str]]:
+    """How far the question lies outside what is on record for its method.
+
+    Args:
+        table: Of the runs.
+        question: Beside it.
+
+    Returns:
+        The factor ≥ 1 that intervals are widened by, infinite where nothing should be said; and
+        what lies outside, in words.
+    """
+    rows = table.methods == question.method
+    if not rows.any():
+        rows = np.ones(len(table.tasks), bool)
+    factor, words = 1.0, []
+    for name, unit in _UNITS.items():
+        if name not in table.features:
+            continue
+        values, value = table.features[name][rows], question.features[name]
+        low, high = float(values.min()), float(values.max())
+        excess = max(low - value, value - high, 0.0) / max((high - low) / 2, unit)
+        if excess > 1e-6:
+            words.append(f"{_WORDS[name]} lies outside the range on record")
+            factor = math.inf if excess > _TOO_FAR else factor + excess
+    return factor, words
+
+
+def _same_task(
+    rows: Sequence[Outcome], methods: Any, target: Floats, ask: Ask
+) -> tuple[Floats, float] | None:
+    """By how much other runs on a run's own task were above the mean of their methods.
+
+    What another method did on the same task is the best predictor there is of gain. If the task
+    was learnt by this very method before, those runs are taken, otherwise those of other methods;
+    for the rows likewise, so that the errors are those of the question.
+    """
+    tasks = np.array([_task_key(o) for o in rows], dtype=str)
+    mine = tasks == _task_key(ask)
+    if not ask.task or not mine.any():
+        return None
+    means = {m: target[methods == m].mean() for m in set(methods)}
+    above = target - np.array([means[m] for m in methods])
+    again = bool((mine & (methods == ask.method)).any())
+    values = np.zeros(len(rows))
+    for i in range(len(rows)):
+        others = (tasks == tasks[i]) & ((methods == methods[i]) == again)
+        others[i] = False
+        values[i] = above[others].mean() if others.any() else 0.0
+    use = mine & (methods == ask.method) if again else mine
+    return values, float(above[use].mean())
+
+
+def _task_key(run: Outcome | Ask) -> str:
+    return f"{run.task}\n{run.task_fingerprint}"
+
+
+def _too_few(own: Sequence[Run]) -> str:
+    if not own:
+        return "no complete run of this model is on record"
+    if len(own) >= MIN_TASKS:
+        tasks = sorted({run.outcome.task for run in own})
+        return (
+            f"all {_count(own)} of this model are of {' and '.join(map(repr, tasks))}, which says "
+            f"nothing of how tasks differ; runs on {MIN_TASKS} tasks are needed"
+        )
+    are = "is" if len(own) == 1 else "are"
+    return f"only {_count(own)} of this model {are} on record; {MIN_TASKS} are needed"
+
+
+def _contradictions(record: Sequence[Run], own: Sequence[Run], ask: Ask) -> list[str]:
+    notes = []
+    names = {run.outcome.model for run in own} - {""}
+    strangers = [
+        run
+        for run in record
+        if run.outcome.model in names and run.outcome.model_fingerprint != ask.model
+    ]
+    if strangers:
+        notes.append(
+            f"{_count(strangers)} of a model of the same name but with other weights not taken for "
+            "this model's"
+        )
+    fingerprints: dict[str, set[str]] = {}
+    for run in own:
+        fingerprints.setdefault(run.outcome.task, set()).add(run.outcome.task_fingerprint)
+    mixed = sorted(task for task, found in fingerprints.items() if len(found) > 1)
+    if mixed:
+        notes.append(
+            f"on record under one name with other images, prompts or preprocessing: "
+            f"{', '.join(map(repr, mixed))}; such numbers do not compare"
+        )
+    sets = {run.guarded for run in own if run.outcome.off_target_before}
+    if len(sets) > 1:
+        notes.append(
+            f"{len(sets)} different sets of off-target tasks on record: their forgetting does not "
+            "quite compare"
+        )
+    bare = [run for run in own if not run.outcome.off_target_before]
+    if bare and len(bare) < len(own):
+        notes.append(f"{_count(bare)} without off-target tasks tell of gain only")
+    return notes
+
+
+def _is_positive(value: Any) -> bool:
+    return isinstance(value, int | float) and value > 0
+
+
+def _n_tasks(runs: Iterable[Run]) -> int:
+    return len({run.outcome.task for run in runs})
+
+
+def _count(runs: Sequence[Run]) -> str:
+    return f"{len(runs)} complete run{'s' if len(runs) != 1 else ''}"

@@ -1,0 +1,351 @@
+"""Outcomes in files: JSON lines, a `datasets.Dataset` for the Hub, CSV for rows added by hand."""
+
+from __future__ import annotations
+
+import csv
+import json
+import logging
+import math
+import os
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from filelock import FileLock, Timeout
+from platformdirs import user_cache_path
+
+from .outcomes import SCHEMA_VERSION, Outcome, parse_outcome
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+logger = logging.getLogger(__name__)
+
+LOCK_SECONDS = 60.0
+ADDED_BY_HAND = "added by hand"
+_REQUIRED = ("model", "method", "task", "zero_shot_accuracy", "final_accuracy")
+_TEXTS = ("model", "method", "task", "model_fingerprint", "task_fingerprint")
+_NUMBERS: dict[str, type[int] | type[float]] = {
+    "iimm": float, "inter": float, "intra": float, "n_images": int, "n_classes": int,
+    "learning_rate": float, "steps": int, "batch_size": int,
+}  # fmt: skip
+_RECIPE = ("learning_rate", "steps", "batch_size")
+_AS_JSON = ("off_target_before", "off_target_after", "trajectory", "recipe", "versions")
+_T = TypeVar("_T")
+
+
+def default_store() -> Path:
+    """The record of all runs: ``$IIMM_CALLBACKS_STORE``, else a file in the user's cache folder."""
+    named = os.environ.get("IIMM_CALLBACKS_STORE")
+    if named:
+        return Path(named).expanduser()
+    return user_cache_path("iimm_callbacks") / "outcomes.jsonl"
+
+
+def append_outcome(path: str | Path, outcome: Outcome) -> None:
+    """Add one outcome to a JSON-lines file, which is made if it does not exist.
+
+    Any number of processes may do so at once: a lock file beside it, ``<path>.lock``, lets one at a
+    time. The line is on disk when this returns; a crash before costs this line only.
+
+    Args:
+        path: The file.
+        outcome: The record.
+
+    Raises:
+        OSError: The file cannot be written, or others have held the lock for a minute.
+        ValueError: The outcome could not be read back, such as one with NaN in it.
+    """
+    path = Path(path)
+    line = _line(outcome)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{path}.lock", timeout=LOCK_SECONDS), path.open("ab+") as file:
+            if file.seek(0, os.SEEK_END):
+                file.seek(-1, os.SEEK_END)
+                if file.read(1) != b"\n":  # a crash cut the last line short: do not lose this one
+                    line = b"\n" + line
+            file.write(line)
+            file.flush()
+            os.fsync(file.fileno())
+    except Timeout as error:
+        raise TimeoutError(
+            f"cannot append to {path}: others have held {error.lock_file} for "
+            f"{LOCK_SECONDS:g} seconds; try again, or append to a file of your own"
+        ) from error
+    except OSError as error:
+        raise OSError(
+            error.errno, f"cannot append an outcome ({error.strerror or error})", str(path)
+        ) from error
+
+
+def read_outcomes(path: str | Path) -> list[Outcome]:
+    """All outcomes on record in a file; a line that is none is reported and skipped.
+
+    Needs no lock and writes nothing: what is being appended meanwhile is there or is not.
+
+    Args:
+        path: A JSON-lines file, or a folder written by `datasets.Dataset.save_to_disk`.
+
+    Returns:
+        The outcomes, in the order of the file.
+
+    Raises:
+        OSError: The file cannot be read.
+        TypeError: It is a folder of several splits.
+    """
+    return _report(_scan(path), str(path))
+
+
+def check_store(path: str | Path) -> list[str]:
+    """What `read_outcomes` would report and skip.
+
+    Args:
+        path: As `read_outcomes`.
+
+    Returns:
+        One problem each, such as ``"line 3: `iimm` is missing"``; none where all is well.
+
+    Raises:
+        OSError: The file cannot be read.
+        TypeError: As `read_outcomes`.
+    """
+    return [f"{where}: {found}" for where, found in _scan(path) if isinstance(found, ValueError)]
+
+
+def as_outcomes(source: str | Path | Dataset | Iterable[Outcome] | None) -> list[Outcome]:
+    """Outcomes, in whatever form they are given, as a list.
+
+    Args:
+        source: A JSON-lines file, a folder written by `datasets.Dataset.save_to_disk`, a
+            `datasets.Dataset` of `to_dataset`, or records. ``None``: none.
+
+    Returns:
+        The outcomes.
+
+    Raises:
+        OSError: The file cannot be read.
+        TypeError: It holds something else than `Outcome` records, or a folder of several splits.
+    """
+    if source is None:
+        return []
+    if isinstance(source, str | Path):
+        return read_outcomes(source)
+    if "datasets" in sys.modules and isinstance(source, sys.modules["datasets"].Dataset):
+        return from_dataset(source)
+    outcomes = list(source)
+    for outcome in outcomes:
+        if not isinstance(outcome, Outcome):
+            raise TypeError(f"`outcomes` must hold Outcome records, got {type(outcome).__name__}")
+    return outcomes
+
+
+def to_dataset(outcomes: Iterable[Outcome]) -> Dataset:
+    """Outcomes as a table for the Hub: numbers and words as columns, the rest as JSON strings.
+
+    Args:
+        outcomes: The records, none included.
+
+    Returns:
+        A `datasets.Dataset` with a column per field of `Outcome`; `from_dataset` undoes it.
+
+    Raises:
+        ValueError: An outcome could not be read back.
+    """
+    from datasets import Dataset, Features, Value
+
+    rows = [json.loads(_line(outcome)) for outcome in outcomes]
+    kinds = {"float": "float64", "int": "int64", "bool": "bool"}  # all else is text
+    columns = {f.name: kinds.get(str(f.type).split(" |")[0], "string") for f in fields(Outcome)}
+    data = {
+        name: [json.dumps(row[name]) if name in _AS_JSON else row[name] for row in rows]
+        for name in columns
+    }
+    features = Features({name: Value(kind) for name, kind in columns.items()})
+    return Dataset.from_dict(data, features=features)
+
+
+def from_dataset(dataset: Dataset) -> list[Outcome]:
+    """The outcomes in a table that `to_dataset` made; a row that is none is reported and skipped.
+
+    Args:
+        dataset: One split, wherever it has been in between.
+
+    Returns:
+        The outcomes, in the order of the rows.
+
+    Raises:
+        TypeError: It is no `datasets.Dataset`.
+    """
+    return _report(_scan_dataset(dataset), "dataset")
+
+
+def read_csv(path: str | Path) -> list[Outcome]:
+    """Runs written down by hand: a header and one run per line, accuracies as fractions.
+
+    Columns: ``model``, ``method``, ``task``, ``zero_shot_accuracy``, ``final_accuracy``; where
+    known ``iimm``, ``inter``, ``intra``, ``n_images``, ``n_classes``, ``learning_rate``, ``steps``,
+    ``batch_size``, ``model_fingerprint``, ``task_fingerprint``, and for each off-target task two,
+    ``before:<task>`` and ``after:<task>``. An empty cell is a number that is not known.
+
+    Args:
+        path: The file.
+
+    Returns:
+        The outcomes, their `source` "added by hand".
+
+    Raises:
+        OSError: The file cannot be read.
+        ValueError: A cell or the header is not as above; the message names line and column.
+    """
+    with Path(path).open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
+        reader = csv.DictReader(file, restval="", strict=True)
+        try:
+            reader.fieldnames = _check_header([name.strip() for name in reader.fieldnames or []])
+            return [_from_cells(cells) for cells in reader if any(cells.values())]
+        except (ValueError, csv.Error) as error:
+            raise ValueError(f"{path} line {reader.reader.line_num}: {error}") from error
+
+
+def _line(outcome: Outcome) -> bytes:
+    """The outcome as it stands in a file, once it is sure that it can be read back."""
+    try:
+        line = json.dumps(asdict(outcome), allow_nan=False, sort_keys=True)
+        parse_outcome(json.loads(line))
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ValueError(f"`outcome` cannot be put on record: {error}") from error
+    return f"{line}\n".encode()
+
+
+def _scan(path: str | Path) -> Iterator[tuple[str, Outcome | ValueError]]:
+    """Each line of a file, or row of a folder: where it is, and the outcome or what is wrong."""
+    if Path(path).is_dir():
+        from datasets import load_from_disk
+
+        state = Path(path) / "state.json"
+        if state.exists() and not json.loads(state.read_bytes())["_data_files"]:
+            return  # no rows: datasets 5.2 saves that, and fails with an IndexError to load it
+        yield from _scan_dataset(load_from_disk(str(path)))
+        return
+    with Path(path).open(encoding="utf-8", errors="surrogateescape") as file:
+        lines = ((f"line {n}", line) for n, line in enumerate(file, start=1) if line.strip())
+        yield from _parse_each(lines, json.loads)
+
+
+def _scan_dataset(dataset: Dataset) -> Iterator[tuple[str, Outcome | ValueError]]:
+    from datasets import Dataset
+
+    if not isinstance(dataset, Dataset):
+        raise TypeError(
+            f"`dataset` must be one datasets.Dataset, got {type(dataset).__name__}; "
+            "of several splits pass one, such as dataset['train']"
+        )
+    rows = ((f"row {n} (from 0)", row) for n, row in enumerate(dataset.with_format(None)))
+    yield from _parse_each(rows, _decode)
+
+
+def _decode(row: dict[str, Any]) -> dict[str, Any]:
+    decoded = dict(row)
+    for name in row.keys() & set(_AS_JSON):
+        try:
+            decoded[name] = json.loads(row[name])
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"`{name}` must be a JSON string: {error}") from error
+    return decoded
+
+
+def _parse_each(
+    rows: Iterable[tuple[str, _T]], decode: Callable[[_T], Any]
+) -> Iterator[tuple[str, Outcome | ValueError]]:
+    """The one loop that tells outcomes from what is none."""
+    for where, row in rows:
+        try:
+            yield where, parse_outcome(decode(row))
+        except RecursionError:
+            yield where, ValueError("nested too deep to be an outcome")
+        except ValueError as error:
+            yield where, error
+
+
+def _report(found: Iterable[tuple[str, Outcome | ValueError]], origin: str) -> list[Outcome]:
+    outcomes = []
+    for where, item in found:
+        if isinstance(item, Outcome):
+            outcomes.append(item)
+        else:
+            logger.warning("%s %s is not an outcome and is skipped: %s", origin, where, item)
+    return outcomes
+
+
+def _check_header(names: list[str]) -> list[str]:
+    known = {*_REQUIRED, *_TEXTS, *_NUMBERS}
+    for name in names:
+        kind, colon, task = name.partition(":")
+        partner = {"before": f"after:{task}", "after": f"before:{task}"}.get(kind)
+        if names.count(name) > 1:
+            raise ValueError(f"column `{name}` stands there twice")
+        if colon and task and partner:
+            if partner not in names:
+                raise ValueError(f"column `{name}` needs a column `{partner}` beside it")
+        elif name not in known:
+            raise ValueError(
+                f"unknown column `{name}`; expected {', '.join(sorted(known))}, before:<task> or "
+                "after:<task>, with commas between them"
+            )
+    for name in _REQUIRED:
+        if name not in names:
+            raise ValueError(f"column `{name}` is missing")
+    return names
+
+
+def _from_cells(cells: dict[str | Any, Any]) -> Outcome:
+    if None in cells:  # where `csv` keeps what is left over
+        raise ValueError(
+            f"has {len(cells[None])} cells more than the header; quote what has a comma in it"
+        )
+    cells = {name: text.strip() for name, text in cells.items()}
+    for name in _REQUIRED:
+        if not cells[name]:
+            raise ValueError(f"column `{name}` is empty")
+    row: dict[str, Any] = {name: cells.get(name, "") for name in _TEXTS}
+    numbers = {name: _number(cells.get(name, ""), name) for name in _NUMBERS}
+    recipe = {name: numbers.pop(name) for name in _RECIPE}
+    row |= numbers | {"recipe": {name: v for name, v in recipe.items() if v is not None}}
+    row |= {name: _accuracy(cells, name) for name in ("zero_shot_accuracy", "final_accuracy")}
+    off_target = [name.removeprefix("before:") for name in cells if name.startswith("before:")]
+    for when in ("before", "after"):
+        accuracies = {task: _accuracy(cells, f"{when}:{task}") for task in off_target}
+        row[f"off_target_{when}"] = {t: v for t, v in accuracies.items() if v is not None}
+    for task in row["off_target_before"].keys() ^ row["off_target_after"].keys():
+        raise ValueError(f"fill both `before:{task}` and `after:{task}`, or neither")
+    if row["task"] in row["off_target_before"]:
+        raise ValueError(f"column `before:{row['task']}`: leave it empty, it is what was learnt")
+    return parse_outcome(
+        row | {"standard_error": None, "source": ADDED_BY_HAND, "schema_version": SCHEMA_VERSION}
+    )
+
+
+def _number(text: str, name: str) -> float | None:
+    if not text:
+        return None
+    kind = _NUMBERS.get(name, float)
+    try:
+        number = kind(text)
+    except ValueError:
+        expected = "a whole number" if kind is int else "a number such as 0.63"
+        raise ValueError(f"column `{name}` must be {expected}, got {text!r}") from None
+    if name in _RECIPE and not 0 <= number < math.inf:
+        raise ValueError(f"column `{name}` must be a finite number from 0, got {text!r}")
+    return number
+
+
+def _accuracy(cells: dict[str, str], name: str) -> float | None:
+    text = cells[name]
+    value = _number(text.removesuffix("%").strip(), name)
+    if value is not None and (text.endswith("%") or not 0 <= value <= 1):
+        raise ValueError(
+            f"column `{name}` must be a fraction in [0, 1], got {text!r}; write 0.63 for 63 %"
+        )
+    return value

@@ -1,0 +1,539 @@
+"""The command `iimm`: what it prints is what was computed, and its exit code can be relied on."""
+
+import inspect
+import json
+import re
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from typer.testing import CliRunner
+
+from iimm_callbacks import Forecaster, Outcome, append_outcome, cli, read_outcomes, sample
+from iimm_callbacks.grading import grade
+from iimm_callbacks.loading import load_model
+from iimm_callbacks.probe import Probe
+from iimm_callbacks.wrappers import model_fingerprint
+
+# click before 8.2 mixes stderr into stdout unless told not to.
+MIXES = "mix_stderr" in inspect.signature(CliRunner).parameters
+RUNNER = CliRunner(**({"mix_stderr": False} if MIXES else {}))
+EMOJI = ["sample:emoji_groups", "--probe-size", "48"]
+
+
+@pytest.fixture(autouse=True)
+def store(tmp_path, monkeypatch):
+    """The user's own record, which is not there yet."""
+    path = tmp_path / "store.jsonl"
+    monkeypatch.setenv("IIMM_CALLBACKS_STORE", str(path))
+    return path
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """The sample model in a folder of its own: nothing that ships is on its record."""
+    folder = tmp_path_factory.mktemp("model")
+    sample.load_model().save_pretrained(folder)
+    sample.load_processor().save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def fingerprint():
+    return model_fingerprint(sample.load_model())
+
+
+def run(*arguments, code=0):
+    result = RUNNER.invoke(cli.app, [str(a) for a in arguments], prog_name="iimm")
+    assert result.exit_code == code, result.output
+    return result
+
+
+def ask(*arguments, code=0):
+    return json.loads(run(*arguments, "--json", code=code).stdout)
+
+
+def fails(*arguments):
+    """The one line on stderr of a command that exits with 1."""
+    result = run(*arguments, code=1)
+    assert result.stdout == ""
+    told = [line for line in result.stderr.splitlines() if line.startswith("iimm: error: ")]
+    assert len(told) == 1
+    assert result.stderr.endswith(told[0] + "\n")
+    assert "Traceback" not in result.stderr
+    return told[0]
+
+
+def outcome(task, drop=0.05, gain=0.2, *, x=0.4, before=0.5, method="full", model="1f", **more):
+    """A run that at 10 % of its steps has half of its gain and forgetting."""
+    looks = [
+        {"share": s, "gain": k * gain, "forgetting": k * drop, "worst": k * (drop + 0.1)}
+        for s, k in ((0.0, 0.0), (0.1, 0.5), (1.0, 1.0))
+    ]
+    return Outcome(
+        model="m", model_fingerprint=model, method=method, task=task, task_fingerprint="2e",
+        iimm=x, inter=x, intra=x, standard_error=0.01, n_images=512, n_classes=10,
+        zero_shot_accuracy=before, final_accuracy=before + gain,
+        off_target_before={"a": 0.5, "b": 0.5},
+        off_target_after={"a": 0.4 - drop, "b": 0.6 - drop},
+        trajectory=looks, **more,
+    )  # fmt: skip
+
+
+def plant(path, fingerprint, method="full", base=0.1):
+    """Eight runs whose mean forgetting scatters about `base`."""
+    rng = np.random.default_rng(0)
+    for i, x in enumerate(np.linspace(0.3, 0.5, 8)):
+        drop, gain = base + 0.005 * rng.normal(), 0.2 + 0.005 * rng.normal()
+        planted = outcome(f"task {i}", drop, gain, x=float(x), method=method, model=fingerprint)
+        append_outcome(path, planted)
+
+
+# --- measure ---
+
+
+def test_measure_prints_what_the_probe_measures():
+    task = sample.load_task("emoji_groups", probe_size=48)
+    probe = Probe(task, processor=sample.load_processor())
+    net = sample.load_model()
+    look = probe.look(net, 0)
+    found = ask("measure", "sample", *EMOJI)
+    assert found["iimm"] == pytest.approx(look.measurement.iimm)
+    assert found["standard_error"] == pytest.approx(look.measurement.standard_error)
+    assert found["zero_shot_accuracy"] == look.accuracy("emoji_groups")
+    assert (found["n_images"], found["n_classes"]) == (48, 12)
+    assert found["model_fingerprint"] == model_fingerprint(net)
+    assert found["task_fingerprint"] == probe.fingerprints["emoji_groups"]
+    shown = run("measure", "sample", *EMOJI).stdout
+    m = look.measurement
+    for cell in (f"{m.iimm:.3f} ± {m.standard_error:.3f}", f"{m.inter:.3f}", f"{m.intra:.3f}"):
+        assert cell in shown
+    assert f"{100 * look.accuracy('emoji_groups'):.1f} %" in shown
+    assert "48 images, 12 class prompts" in shown
+
+
+def pictures(folder):
+    for colour in ("blue", "red"):
+        (folder / colour).mkdir(parents=True)
+        for i in range(4):
+            Image.new("RGB", (20, 20), colour).save(folder / colour / f"{i}.png")
+    return folder
+
+
+def test_a_local_model_and_a_folder_of_images_per_class_are_measured(tmp_path, model):
+    folder = pictures(tmp_path / "colours")
+    templates = ["--template", "a {} thing", "--template", "something {}"]
+    found = ask("measure", model, folder, *templates)
+    assert (found["task"], found["split"], found["n_images"]) == ("colours", "train", 8)
+    assert found["n_classes"] == 2
+    assert found["templates"] == ["a {} thing", "something {}"]
+    assert ask("measure", "sample", folder, *templates)["iimm"] == pytest.approx(found["iimm"])
+    assert "`--split` must be one of train" in fails("measure", model, folder, "--split", "test")
+
+
+def test_a_data_set_saved_to_disk_is_measured(tmp_path, colours):
+    folder = tmp_path / "saved"
+    colours.save_to_disk(folder)
+    found = ask("measure", "sample", folder, "--task-name", "colours", "--seed", 3)
+    assert (found["task"], found["split"], found["n_images"]) == ("colours", "", 96)
+    assert "`--split` must be left out" in fails("measure", "sample", folder, "--split", "test")
+    assert "`label_column`" in fails("measure", "sample", folder, "--label-column", "no")
+
+
+# --- forecast ---
+
+
+def test_forecast_shows_all_five_methods_and_chooses_one(store, model, fingerprint):
+    plant(store, fingerprint, "full", base=0.1)
+    plant(store, fingerprint, "lora", base=0.01)
+    found = ask("forecast", model, *EMOJI)
+    assert list(found["forecasts"]) == list(cli.METHODS)
+    assert found["forecasts"]["full"]["forgetting"]["point"] == pytest.approx(0.1, abs=0.02)
+    assert found["forecasts"]["full"]["exceed_probability"] > 0.9
+    assert found["forecasts"]["lora"]["exceed_probability"] < 0.1
+    assert found["recommended"] != "full"
+    shown = run("forecast", model, *EMOJI).stdout
+    for method, row in found["forecasts"].items():
+        for quantity in ("gain", "forgetting", "worst"):
+            point, low, high = (100 * row[quantity][k] for k in ("point", "low", "high"))
+            assert f"{point:+.1f} [{low:+.1f}, {high:+.1f}]" in shown
+        assert f"{method}: {row['basis']}." in shown
+        for note in row["notes"]:
+            assert note in shown
+        error = row["evidence"]["gain"]["error"]
+        assert f" {100 * error:.1f} │" in shown
+    assert f"Choose {found['recommended']}: " in shown
+    assert "base rate" not in shown
+
+
+def test_forecast_asks_the_forecaster_what_it_was_asked(store, model, fingerprint):
+    plant(store, fingerprint)
+    plan = ["--learning-rate", "1e-3", "--steps", 50, "--off-target", "a", "--off-target", "b"]
+    limits = ["--limit-on", "worst", "--max-forgetting", 0.2]
+    found = ask("forecast", model, *EMOJI, "--method", "full", *plan, *limits)
+    task = sample.load_task("emoji_groups", probe_size=48)
+    probe = Probe(task, processor=sample.load_processor())
+    look = probe.look(sample.load_model(), 0)
+    expected = (
+        Forecaster()
+        .fit(read_outcomes(store))
+        .predict(
+            look.measurement,
+            method="full",
+            zero_shot_accuracy=look.accuracy(task.name),
+            model=fingerprint,
+            task=task.name,
+            task_fingerprint=probe.fingerprints[task.name],
+            recipe={"learning_rate": 1e-3, "steps": 50},
+            off_target=["a", "b"],
+        )
+    )
+    (row,) = found["forecasts"].values()
+    assert row["basis"] == expected.basis
+    assert row["notes"] == list(expected.notes)
+    assert row["worst"]["point"] == pytest.approx(expected.worst.point)
+    assert row["exceed_probability"] == pytest.approx(expected.worst.probability_above(0.2))
+
+
+def test_the_shipped_model_has_the_shipped_runs_on_record():
+    found = ask("forecast", "sample", *EMOJI, "--method", "full")
+    (row,) = found["forecasts"].values()
+    assert row["n_outcomes"] == len([o for o in sample.load_outcomes() if o.complete])
+    assert not row["base_rate"]
+
+
+def test_base_rates_are_labelled_wherever_they_show(model):
+    result = run("forecast", model, *EMOJI)
+    lines = result.stdout.splitlines()
+    rows = [line for line in lines if line.startswith("│ full ")]
+    assert len(rows) == 4  # the forecast, and what its three numbers rest on
+    assert all("(base" in row for row in rows)
+    assert any(line.startswith("full (base rate): ") for line in lines)
+    assert "Base rates: " in run("forecast", model, *EMOJI, "--method", "full").stdout
+    assert "Choose lora (base rate): of the methods that likely stay within 5.0" in result.stdout
+    assert "no runs on record" in result.stderr
+    assert ask("forecast", model, *EMOJI, "--method", "full")["forecasts"]["full"]["base_rate"]
+
+
+# --- preflight ---
+
+
+def test_preflight_exits_with_2_over_the_limit_and_with_0_below(store, model, fingerprint):
+    plant(store, fingerprint, base=0.1)
+    flight = ["preflight", model, *EMOJI, "--method", "full"]
+    over = ask(*flight, code=2)  # about 10 points, where 5 are the limit
+    assert (over["go"], over["verdict"]["level"]) == (False, "stop")
+    assert ask(*flight, "--max-forgetting", 0.3)["verdict"]["level"] == "continue"
+    # Just under the forecast it is more likely exceeded than not, yet far from 99 %.
+    point = over["forecasts"]["full"]["forgetting"]["point"]
+    edge = ["--max-forgetting", point - 0.0005, "--confidence", 0.99]
+    warned = ask(*flight, *edge, "--require-forecast")
+    assert (warned["go"], warned["verdict"]["level"]) == (True, "warn")
+    shown = run(*flight, code=2).stdout
+    assert f"Verdict: no go (stop): {over['verdict']['reason']}." in shown
+    assert run(*flight, *edge).stdout.splitlines()[-1].startswith("Verdict: go (warn): ")
+
+
+def test_preflight_with_nothing_to_judge_by_says_so(model):
+    flight = ["preflight", model, *EMOJI, "--method", "full"]
+    shown = run(*flight).stdout.splitlines()[-1]
+    assert shown.startswith("Verdict: go, as there is nothing to judge by (base rates")
+    assert ask(*flight)["verdict"]["exceed_probability"] is None
+    assert "needs runs on record to judge by" in fails(*flight, "--require-forecast")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ([], "Missing argument"),
+        (["sample"], "Missing argument 'DATASET'"),
+        (["sample", *EMOJI], "Missing option '--method'. See 'iimm preflight --help'."),
+        (["sample", *EMOJI, "--method", "full", "--no-such"], "No such option"),
+        (["sample", *EMOJI, "--method", "full", "--steps", "x"], "--steps"),
+        (["sample", *EMOJI, "--method", "all"], "`--method` must be one of full, bitfit,"),
+        (["sample", *EMOJI, "--method", "full", "--max-forgetting", "5"], "write 0.05 for 5"),
+        (["sample", *EMOJI, "--method", "full", "--limit-on", "x"], "'mean' or 'worst', got 'x'"),
+        (["sample", *EMOJI, "--method", "full", "--confidence", "2"], "`confidence`"),
+        (["sample", *EMOJI, "--method", "full", "--learning-rate", "-1"], "positive number"),
+        (["sample", *EMOJI, "--method", "full", "--device", "abacus"], "`--device` must be"),
+        (["sample", "sample:x", "--method", "full"], "emoji_groups, .* got 'sample:x'"),
+        (["sample", "./nowhere", "--method", "full"], "'./nowhere', which does not exist"),
+        (["sample", "no/data", "--method", "full"], "`DATASET` must be .* got 'no/data'"),
+        (["sample", __file__, "--method", "full"], "a file"),
+        (["no/model", *EMOJI, "--method", "full"], "`MODEL` must be .* got 'no/model'"),
+        (["/no/model", *EMOJI, "--method", "full"], "'/no/model', which does not exist"),
+        (["sample", *EMOJI, "--method", "full", "--processor", "no/p"], "got 'no/p'"),
+        (["sample", *EMOJI, "--method", "full", "--template", "a"], "exactly one '{}'"),
+        (["sample", *EMOJI, "--method", "full", "--store", "/no/store"], "'?/no/store"),
+    ],
+)
+def test_every_error_of_preflight_exits_with_1_in_one_line(arguments, says):
+    told = fails("preflight", *arguments)
+    assert re.search(says, told), told
+
+
+def test_a_damaged_model_is_an_error_and_debug_shows_where(tmp_path, model):
+    (tmp_path / "config.json").write_text('{"model_type": "clip"}')
+    assert "`MODEL` must be" in fails("measure", tmp_path, *EMOJI)
+    result = run("measure", tmp_path, *EMOJI, "--debug", code=1)
+    assert "Traceback (most recent call last)" in result.stderr
+    assert result.stderr.splitlines()[-1].startswith("iimm: error: ")
+
+
+def test_a_checkpoint_without_all_weights_is_refused(tmp_path):
+    from transformers import CLIPVisionModel
+
+    tower = CLIPVisionModel(sample.load_model().config.vision_config)
+    tower.save_pretrained(tmp_path / "tower")
+    sample.load_processor().save_pretrained(tmp_path / "tower")
+    assert "must be a dual encoder" in fails("measure", tmp_path / "tower", *EMOJI)
+    config = sample.load_model().config
+    config.save_pretrained(tmp_path / "tower")
+    assert "which would be random" in fails("measure", tmp_path / "tower", *EMOJI)
+
+
+def test_open_clip_is_asked_for_where_it_is_missing(monkeypatch):
+    monkeypatch.setitem(sys.modules, "open_clip", None)
+    told = fails("measure", "open_clip:ViT-B-32:openai", *EMOJI)
+    assert "pip install 'iimm_callbacks[open-clip]'" in told
+
+
+@pytest.mark.parametrize(
+    ("name", "asked"),
+    [
+        ("ViT-B-32:openai", ("ViT-B-32", "openai")),
+        ("hf-hub:org/model", ("hf-hub:org/model", None)),
+    ],
+)
+def test_open_clip_is_asked_for_the_model_by_its_own_name(monkeypatch, name, asked):
+    model = torch.nn.Linear(1, 1).half().train()
+    calls = []
+
+    def create(architecture, pretrained):
+        calls.append((architecture, pretrained))
+        return model, "train transform", "test transform"
+
+    fake = SimpleNamespace(
+        create_model_and_transforms=create, get_tokenizer=lambda name: f"tokenizer of {name}"
+    )
+    monkeypatch.setitem(sys.modules, "open_clip", fake)
+    loaded, pair = load_model(f"open_clip:{name}", device="cpu")
+    assert calls == [asked]
+    assert pair == ("test transform", f"tokenizer of {asked[0]}")
+    assert (loaded, loaded.weight.dtype, loaded.training) == (model, torch.float32, False)
+
+
+def test_an_open_clip_model_without_weights_is_refused(monkeypatch):
+    fake = SimpleNamespace(list_pretrained_tags_by_model=lambda name: ["openai", "laion"])
+    monkeypatch.setitem(sys.modules, "open_clip", fake)
+    told = fails("measure", "open_clip:ViT-B-32", *EMOJI)
+    assert "it is random. Tags of 'ViT-B-32': openai, laion" in told
+    assert "`--processor` must be left out" in fails(
+        "measure", "open_clip:ViT-B-32:openai", *EMOJI, "--processor", "x"
+    )
+
+
+# --- outcomes ---
+
+
+@pytest.fixture
+def record(store):
+    """Three runs on record; the second was stopped."""
+    runs = [
+        outcome("digits", 0.01, 0.2, recipe={"steps": 10}),
+        outcome("letters", 0.06, 0.1, method="lora", complete=False, ended="stopped"),
+        outcome("digits [x]", 0.03, 0.3, model="2f"),
+    ]
+    for one in runs:
+        append_outcome(store, one)
+    return runs
+
+
+def test_list_shows_each_run_and_filters(record):
+    found = ask("outcomes", "list")
+    assert [row["task"] for row in found["outcomes"]] == ["digits", "letters", "digits [x]"]
+    assert found["outcomes"][0]["forgetting"] == pytest.approx(0.01)
+    assert found["outcomes"][0]["worst"] == pytest.approx(0.11)
+    (line,) = [x for x in run("outcomes", "list").stdout.splitlines() if "letters" in x]
+    cells = [cell.strip() for cell in line.strip("│").split("│")]
+    assert cells[:7] == ["m", "lora", "letters", "50.0 %", "+10.0", "+6.0", "+16.0"]
+    assert cells[7].startswith("incomplete")
+    assert "digits [x]" in run("outcomes", "list").stdout
+
+    def tasks(*filters):
+        return [row["task"] for row in ask("outcomes", "list", *filters)["outcomes"]]
+
+    assert tasks("--method", "lora") == ["letters"]
+    assert tasks("--model", "2f") == ["digits [x]"]
+    assert tasks("--task", "digits*", "--model", "m") == ["digits", "digits [x]"]
+    assert tasks("--task", "nothing") == []
+
+
+def test_an_empty_record_is_listed_and_not_exported(store):
+    assert ask("outcomes", "list") == {"store": str(store), "n_outcomes": 0, "outcomes": []}
+    assert "0 of 0 runs" in run("outcomes", "list").stdout
+    assert "without any" in fails("outcomes", "export", "new.jsonl")
+    assert "without any" in fails("grade")
+    assert "does not exist" in fails("outcomes", "list", "--store", "elsewhere.jsonl")
+
+
+@pytest.mark.parametrize("target", ["shared.jsonl", "shared"])
+def test_what_is_exported_is_imported_once(record, tmp_path, target):
+    written = run("outcomes", "export", tmp_path / target).stdout
+    assert written.startswith("3 outcomes of ")
+    assert "must not exist yet" in fails("outcomes", "export", tmp_path / target)
+    other = ["--store", tmp_path / "other.jsonl"]
+    first = ask("outcomes", "import", tmp_path / target, *other)
+    assert (first["added"], first["skipped"]) == (3, 0)
+    assert read_outcomes(tmp_path / "other.jsonl") == record
+    again = run("outcomes", "import", tmp_path / target, *other).stdout
+    assert again.startswith("0 outcomes added to ")
+    assert again.endswith("3 were there already\n")
+    assert read_outcomes(tmp_path / "other.jsonl") == record
+
+
+def test_two_equal_runs_are_two_runs(store, tmp_path):
+    for _ in range(2):
+        append_outcome(tmp_path / "twins.jsonl", outcome("digits"))
+    append_outcome(store, outcome("digits"))
+    found = ask("outcomes", "import", tmp_path / "twins.jsonl")
+    assert (found["added"], found["skipped"]) == (1, 1)
+
+
+def test_a_record_goes_to_the_hub_and_comes_back(record, tmp_path, monkeypatch):
+    import datasets
+
+    pushed = {}
+    monkeypatch.setattr(
+        datasets.Dataset,
+        "push_to_hub",
+        lambda self, name, private: pushed.update({name: (self, private)}),
+    )
+    assert ask("outcomes", "export", "--push-to-hub", "us/runs", "--private")["n_outcomes"] == 3
+    table, private = pushed["us/runs"]
+    assert private is True
+    loaded = {"us/runs": datasets.DatasetDict(train=table)}
+    monkeypatch.setattr(datasets, "load_dataset", lambda name, config: loaded[name])
+    ask("outcomes", "import", "us/runs", "--store", tmp_path / "back.jsonl")
+    assert read_outcomes(tmp_path / "back.jsonl") == record
+    loaded["us/runs"] = datasets.DatasetDict(train=datasets.Dataset.from_dict({"x": [1]}))
+    assert "`SOURCE` must hold outcomes" in fails("outcomes", "import", "us/runs")
+
+
+def test_runs_written_down_by_hand_are_added(store, tmp_path):
+    rows = tmp_path / "runs.csv"
+    rows.write_text(
+        "model,method,task,zero_shot_accuracy,final_accuracy,before:a,after:a\n"
+        "ours,full,cars,0.6,0.8,0.9,0.7\n"
+    )
+    assert ask("outcomes", "add", rows)["added"] == 1
+    (added,) = read_outcomes(store)
+    assert added.gain == pytest.approx(0.2)
+    assert added.drops == {"a": pytest.approx(0.2)}
+    assert ask("outcomes", "add", rows) == {"store": str(store), "added": 0, "skipped": 1}
+    rows.write_text(rows.read_text().replace("0.8", "80"))
+    assert "runs.csv line 2: column `final_accuracy`" in fails("outcomes", "add", rows)
+
+
+def test_a_store_that_cannot_be_written_is_an_error(record, tmp_path, store):
+    (tmp_path / "file").write_text("")
+    below = tmp_path / "file" / "store.jsonl"
+    told = fails("outcomes", "import", store, "--store", below)
+    assert "cannot append an outcome" in told
+    assert str(below) in told
+
+
+def test_check_names_the_damaged_line(record, store):
+    assert ask("outcomes", "check") == {"store": str(store), "problems": []}
+    assert "no damaged lines" in run("outcomes", "check").stdout
+    lines = store.read_text().splitlines()
+    lines[1] = lines[1][:-9]
+    store.write_text("\n".join([*lines, ""]))
+    found = ask("outcomes", "check", code=1)
+    assert len(found["problems"]) == 1
+    assert found["problems"][0].startswith("line 2: ")
+    assert f"{store} line 2: " in run("outcomes", "check", code=1).stdout
+
+
+# --- grade ---
+
+
+def test_grade_prints_the_hand_checked_errors_of_the_plain_mean(store):
+    # Forgetting of 2, 4, 6 and 8 points; the mean of the others misses by 4, 4/3, 4/3 and 4.
+    for i, (drop, before) in enumerate(((0.02, 0.5), (0.04, 0.4), (0.06, 0.6), (0.08, 0.5))):
+        append_outcome(store, outcome(f"task {i}", drop, 0.2, x=0.3 + 0.02 * i, before=before))
+    found = ask("grade", "--limit", 0.03, "--limit", 0.05)
+    assert {row["limit"] for row in found["guard"]} == {0.03, 0.05}
+    expected = grade(read_outcomes(store), limits=(0.03, 0.05)).to_json()
+    assert {k: found[k] for k in expected} == json.loads(json.dumps(expected))
+    (before,) = [
+        row
+        for row in found["forecasts"]
+        if (row["quantity"], row["method"], row["share"]) == ("forgetting", "all", 0.0)
+    ]
+    assert before["error_of_mean"] == pytest.approx((0.04 + 0.04 / 3 + 0.04 / 3 + 0.04) / 4)
+    # Nobody stops: all end with 20 points. The oracle stops the two runs over 5 points at their
+    # only look before the end, with 10 points.
+    policies = {row["policy"]: row for row in found["guard"] if row["limit"] == 0.05}
+    assert policies["always finish"]["gain"] == pytest.approx(0.2)
+    assert policies["oracle"]["gain"] == pytest.approx((0.2 + 0.2 + 0.1 + 0.1) / 4)
+    assert policies["always finish"]["n_over"] == 2
+    shown = run("grade", "--limit", 0.05).stdout
+    (line,) = [x for x in shown.splitlines() if "mean forgetting" in x and " 0% " in x]
+    assert [cell.strip() for cell in line.split("│")][6] == "2.7"
+    (line,) = [x for x in shown.splitlines() if "always finish" in x]
+    assert " 0/2 " in line
+    assert "+20.0" in line
+    assert "+15.0" in line
+
+
+def test_grade_shows_the_method_that_was_asked_for(store):
+    for i, drop in enumerate((0.02, 0.04, 0.06, 0.08)):
+        append_outcome(store, outcome(f"task {i}", drop, x=0.3 + 0.02 * i))
+        append_outcome(store, outcome(f"task {i}", drop, x=0.3 + 0.02 * i, method="lora"))
+    found = ask("grade", "--method", "lora", "--limit", 0.05, "--limit-on", "worst")
+    assert {row["method"] for row in found["forecasts"]} == {"lora"}
+    assert found["limit_on"] == "worst"
+    assert "must be one of all, full, lora, got 'x'" in fails("grade", "--method", "x")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [(["--limit", "5"], "fraction"), (["--limit-on", "x"], "'mean' or 'worst', got 'x'")],
+)
+def test_grade_refuses_such_limits(record, arguments, says):
+    assert says in fails("grade", *arguments)
+
+
+# --- help ---
+
+COMMANDS = [
+    ["measure"], ["forecast"], ["preflight"], ["grade"], ["outcomes"],
+    *(["outcomes", name] for name in ("list", "add", "import", "export", "check")),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("command", [[], *COMMANDS], ids=" ".join)
+def test_help_fits_a_screen(command):
+    lines = run(*command, "--help").stdout.splitlines()
+    assert len(lines) <= 44
+    assert max(map(len, lines)) <= 80
+    assert "..." not in "".join(lines[3:])  # no command's line is cut short
+    leaf = command not in ([], ["outcomes"])
+    assert any("--json" in line for line in lines) == leaf
+
+
+def test_the_installed_command_runs_and_helps_without_arguments():
+    code = "import sys; sys.argv = ['iimm']; from iimm_callbacks.cli import main; main()"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "Usage: iimm [OPTIONS] COMMAND" in done.stdout
+
+
+def test_wrong_commands_exit_with_1():
+    assert "No such command 'measur'" in fails("measur")
+    assert "Missing command" in fails("outcomes")
