@@ -336,7 +336,8 @@ class Forecaster:
             return None
         if ask.method not in table.methods:
             means = [table.target[table.methods == m].mean() for m in set(table.methods)]
-            scale = math.hypot(scale, float(np.std(means)))
+            # Its errors are those of other methods, so they are a guess: twice as wide.
+            scale = 2 * math.hypot(scale, float(np.std(means)))
         if scale < 1e-9 and np.ptp(table.target) < 1e-9:
             scale = 0.5 / math.sqrt(ask.n_images)
             words.append(f"all {len(rows)} runs ended with the same {quantity}")

@@ -225,10 +225,10 @@ def _plain(o: Outcome, quantity: str, others: Sequence[Outcome]) -> tuple[float,
         and other.complete
         and getattr(other, quantity) is not None
     ]
+    mean = float(np.mean([y for _, y in rows])) if rows else math.nan
     if len(rows) < 2 or np.ptp([x for x, _ in rows]) == 0:
-        return (float(rows[0][1]), math.nan) if rows else (math.nan, math.nan)
+        return mean, math.nan
     line = stats.linregress(*zip(*rows, strict=True))
-    mean = float(np.mean([y for _, y in rows]))
     return mean, float(line.intercept + line.slope * (1 - o.zero_shot_accuracy))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -230,9 +231,9 @@ def _same_task(
 ) -> tuple[Floats, float] | None:
     """By how much other runs on a run's own task were above the mean of their methods.
 
-    What another method did on the same task is the best predictor there is of gain. If the task
-    was learnt by this very method before, those runs are taken, otherwise those of other methods;
-    for the rows likewise, so that the errors are those of the question.
+    What another method did on the same task is the best predictor there is of gain; better still
+    what this very method did. Those runs alone are taken where the task was learnt by it before,
+    and enough other tasks were learnt twice by one method for the error of doing so to be known.
     """
     tasks = np.array([_task_key(o) for o in rows], dtype=str)
     mine = tasks == _task_key(ask)
@@ -240,7 +241,9 @@ def _same_task(
         return None
     means = {m: target[methods == m].mean() for m in set(methods)}
     above = target - np.array([means[m] for m in methods])
-    again = bool((mine & (methods == ask.method)).any())
+    cells = Counter(zip(tasks, methods, strict=True))
+    repeated = {task for (task, _), n in cells.items() if n > 1}
+    again = bool((mine & (methods == ask.method)).any()) and len(repeated) >= MIN_TASKS
     values = np.zeros(len(rows))
     for i in range(len(rows)):
         others = (tasks == tasks[i]) & ((methods == methods[i]) == again)

@@ -38,9 +38,9 @@ def preflight_table(record: dict[str, Any]) -> str:
     table.add_row("IIMM", f"{row[keys.PREFIX]:.3f}{se}", f"{n} images, {c} class prompts")
     table.add_row("  inter-modal", f"{row[keys.INTER]:.3f}", "image to wrong-class text")
     table.add_row("  intra-modal", f"{row[keys.INTRA]:.3f}", "image to image")
-    table.add_row("zero-shot accuracy", _percent(row[keys.ACCURACY]), record["task"])
+    table.add_row("zero-shot accuracy", percent(row[keys.ACCURACY]), record["task"])
     for name in record["off_target"]:
-        accuracy = _percent(row[keys.accuracy_key(name)])
+        accuracy = percent(row[keys.accuracy_key(name)])
         table.add_row("", accuracy, f"{name} (off-target)")
     trainable = f"{100 * record['recipe']['trainable_share']:.3g} %"
     table.add_row("trainable", trainable, f"of the parameters, method {record['method']!r}")
@@ -51,7 +51,7 @@ def preflight_table(record: dict[str, Any]) -> str:
         table.add_row(f"{name} {label}", interval(forecast.get(name)), meaning)
     table.add_row("limit", *_limit(record))
     table.add_row("verdict", row["level"], row["reason"])
-    return "\n".join([_render(table), *forecast_lines(forecast)])
+    return "\n".join([render(table), *forecast_lines(forecast)])
 
 
 def forecast_lines(forecast: dict[str, Any]) -> list[str]:
@@ -68,14 +68,14 @@ def forecast_lines(forecast: dict[str, Any]) -> list[str]:
     for name, found in forecast["evidence"].items():
         predictors = [f"{k} {v:.0%}" for k, v in found["predictors"].items() if v >= 0.1]
         beside = [
-            f"{_points(found[key]).removeprefix('+')} by {words}"
+            f"{points(found[key]).removeprefix('+')} by {words}"
             for key, words in (("error_of_mean", "the plain mean"),
                                ("error_of_zero_shot", "zero-shot error"))
             if found[key] is not None
         ]  # fmt: skip
         text = (
             f"{name}: by {', '.join(predictors) or 'many predictors'}; off by "
-            f"{_points(found['error']).removeprefix('+')} points on {found['n_tasks']} tasks left "
+            f"{points(found['error']).removeprefix('+')} points on {found['n_tasks']} tasks left "
             f"out in turn ({', '.join(beside)}); 90 % intervals held {found['coverage']:.0%}"
         )
         lines += wrap(text, _WIDTH, initial_indent="  ", subsequent_indent="    ")
@@ -86,10 +86,10 @@ def look_line(row: dict[str, Any]) -> str:
     """One look during training, on one line."""
     parts = [
         f"IIMM step {row['step']} ({row['share']:.0%}): {row[keys.PREFIX]:.3f}",
-        f"gain {_points(row[keys.observed_key('gain')])}",
+        f"gain {points(row[keys.observed_key('gain')])}",
     ]
     if keys.observed_key("forgetting") in row:
-        parts.append(f"forgetting {_points(row[keys.observed_key('forgetting')])}")
+        parts.append(f"forgetting {points(row[keys.observed_key('forgetting')])}")
     if _has(row, "forgetting") and row["share"] < 1:
         parts.append(f"forecast {_forecast(row, 'forgetting')}")
     if keys.EXCEED in row:
@@ -114,16 +114,16 @@ def summary_table(record: dict[str, Any]) -> str:
         table.add_column(column, justify="left" if column == "in points" else "right")
     forecast = record["forecast"]
     predicted = {} if forecast["base_rate"] else forecast
-    gain = _points(last[keys.observed_key("gain")])
+    gain = points(last[keys.observed_key("gain")])
     table.add_row("gain", interval(predicted.get("gain")), gain)
     if record["off_target"]:
-        mean = _points(last[keys.observed_key("forgetting")])
-        worst = _points(last[keys.WORST])
+        mean = points(last[keys.observed_key("forgetting")])
+        worst = points(last[keys.WORST])
         table.add_row("forgetting, mean", interval(predicted.get("forgetting")), mean)
         table.add_row("forgetting, worst", interval(predicted.get("worst")), worst)
     for name in record["off_target"]:
         key = keys.accuracy_key(name)
-        change = f"{_percent(first[key])} -> {_percent(last[key])}"
+        change = f"{percent(first[key])} -> {percent(last[key])}"
         table.add_row(f"  {name}", "", change)
     notes = [f"Run: {record['ended']}."]
     if last["reason"] not in record["ended"]:
@@ -132,7 +132,7 @@ def summary_table(record: dict[str, Any]) -> str:
         notes.append(f"{record['looks_dropped']} looks were dropped to keep to `max_overhead`.")
     if record["failures"]:
         notes.append(f"{record['failures']} looks failed; see the warning above.")
-    return _render(table) + "\n" + "\n".join(notes)
+    return render(table) + "\n" + "\n".join(notes)
 
 
 def plot_run(record: dict[str, Any], path: str | Path) -> None:
@@ -222,7 +222,8 @@ def _plot_outcome(axis: Any, record: dict[str, Any], name: str) -> None:
     axis.set_ylabel(f"{name} (points)")
 
 
-def _render(table: Table) -> str:
+def render(table: Table) -> str:
+    """A table as plain text of 96 columns."""
     console = Console(
         width=_WIDTH, file=io.StringIO(), color_system=None, markup=False, emoji=False
     )
@@ -239,7 +240,7 @@ def interval(prediction: dict[str, float] | None) -> str:
     """A prediction of `Forecast.to_json` in points, with its 90 % interval."""
     if prediction is None:
         return "none"
-    point, low, high = (_points(prediction[k]) for k in ("point", "low", "high"))
+    point, low, high = (points(prediction[k]) for k in ("point", "low", "high"))
     return f"{point} [{low}, {high}]"
 
 
@@ -253,14 +254,16 @@ def _limit(record: dict[str, Any]) -> tuple[str, str]:
     if limits["max_forgetting"] is None:
         return "none", "only measuring"
     return (
-        _points(limits["max_forgetting"]).removeprefix("+"),
+        points(limits["max_forgetting"]).removeprefix("+"),
         f"points of {limits['limit_on']} forgetting; stop from {limits['confidence']:.0%} sure",
     )
 
 
-def _points(fraction: float) -> str:
+def points(fraction: float) -> str:
+    """A fraction in points, with its sign."""
     return f"{100 * fraction:+.1f}"
 
 
-def _percent(fraction: float) -> str:
+def percent(fraction: float) -> str:
+    """A fraction in percent."""
     return f"{100 * fraction:.1f} %"

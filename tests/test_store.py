@@ -20,12 +20,12 @@ from pyarrow import parquet
 from test_outcomes import PUBLISHED, RUN, outcomes
 
 from iimm_callbacks import append_outcome, read_outcomes, sample, store
+from iimm_callbacks.by_hand import read_csv
 from iimm_callbacks.store import (
     as_outcomes,
     check_store,
     default_store,
     from_dataset,
-    read_csv,
     to_dataset,
 )
 

@@ -33,6 +33,7 @@ __all__ = [
 ]
 
 _FOLDER = Path(__file__).parent
+OUTCOMES = _FOLDER / "outcomes.jsonl"
 _SPLITS = ("train", "test")
 
 
@@ -143,10 +144,10 @@ def canaries(except_for: str, probe_size: int = 128) -> list[Task]:
 
 
 def load_outcomes() -> list[Outcome]:
-    """The runs on record of the shipped model: what `examples/record_outcomes.py` wrote."""
+    """The runs on record of the shipped model: what `examples/study/run.py` wrote."""
     from ..store import read_outcomes
 
-    return read_outcomes(_FOLDER / "outcomes.jsonl")
+    return read_outcomes(OUTCOMES)
 
 
 def _cards() -> dict[str, dict[str, Any]]:

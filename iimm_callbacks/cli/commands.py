@@ -11,15 +11,15 @@ from typing import Annotated, Any
 
 import typer
 
-from . import cli_outcomes, tables
-from .cli_outcomes import Store, read_record
-from .command import Answer, Commands, command
-from .forecast import Forecast, Forecaster
-from .guard import Limits, judge, recommend
+from ..forecast import Forecast, Forecaster
+from ..guard import Limits, judge, recommend
+from ..outcomes import Outcome
+from ..probe import Probe
+from ..wrappers import model_fingerprint
+from . import outcomes, tables
 from .loading import SAMPLE, load_model, load_task
-from .outcomes import Outcome
-from .probe import Probe
-from .wrappers import model_fingerprint
+from .outcomes import Store, read_record
+from .shell import Answer, Commands, command
 
 METHODS = ("full", "bitfit", "attention", "lora", "clip_adapter")
 
@@ -30,7 +30,7 @@ app = typer.Typer(
     rich_markup_mode=None,  # the boxes of its help do not fit a screen
     help="Know before you fine-tune a CLIP-like model what it gains and what it forgets.",
 )
-app.add_typer(cli_outcomes.app, name="outcomes")
+app.add_typer(outcomes.app, name="outcomes")
 
 LimitOn = Annotated[str, typer.Option(help="'mean' of the off-target tasks, or the 'worst'")]
 Confidence = Annotated[float, typer.Option(help="Probability of exceeding to stop from")]
@@ -180,7 +180,7 @@ def grade(
 
     Each run is replayed as if live, and forecast from the runs on other tasks.
     """
-    from .grading import grade as replay
+    from ..grading import grade as replay
 
     chosen = limit or [0.02, 0.03, 0.05]
     checked = [_limits(x, limit_on, confidence) for x in chosen]
@@ -269,7 +269,7 @@ def _record(subject: Subject, store: Path | None) -> list[Outcome]:
     """The runs to learn from: those on record, and of the shipped model what ships with it."""
     path, found = read_record(store)
     if subject.model == SAMPLE:
-        from .sample import load_outcomes
+        from ..sample import load_outcomes
 
         found = found + load_outcomes()
     if not found:

@@ -6,15 +6,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .processors import is_complete
-from .store import from_dataset, read_outcomes
-from .tasks import Task
+from ..processors import is_complete
+from ..store import from_dataset, read_outcomes
+from ..tasks import Task
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
 
-    from .outcomes import Outcome
+    from ..outcomes import Outcome
 
 SAMPLE = "sample"
 _OPEN_CLIP = "open_clip:"
@@ -42,7 +42,7 @@ def load_model(
     """
     at = _device(device)
     if name == SAMPLE:
-        from . import sample
+        from .. import sample
 
         model: Any = sample.load_model()
         found = sample.load_processor() if processor is None else _load_processor(processor)
@@ -87,7 +87,7 @@ def load_task(
     """
     prefix = f"{SAMPLE}:"
     if name.startswith(prefix):
-        from . import sample
+        from .. import sample
 
         own = name.removeprefix(prefix)
         if own not in sample.task_names():

@@ -7,7 +7,7 @@ from typing import Any
 
 from rich.table import Table
 
-from .report import _percent, _points, _render, forecast_lines, interval
+from ..report import forecast_lines, interval, percent, points, render
 
 _WIDTH = 96
 _QUANTITIES = {"gain": "gain", "forgetting": "mean forgetting", "worst": "worst forgetting"}
@@ -32,9 +32,9 @@ def measured(data: dict[str, Any]) -> str:
     table.add_row("  inter-modal", f"{data['inter']:.3f}", "image to wrong-class text")
     table.add_row("  intra-modal", f"{data['intra']:.3f}", "image to image")
     split = f", split {data['split']}" if data["split"] else ""
-    accuracy = _percent(data["zero_shot_accuracy"])
+    accuracy = percent(data["zero_shot_accuracy"])
     table.add_row("zero-shot accuracy", accuracy, f"{data['dataset']}{split}")
-    return _render(table)
+    return render(table)
 
 
 def forecasts(data: dict[str, Any]) -> str:
@@ -45,7 +45,7 @@ def forecasts(data: dict[str, Any]) -> str:
     """
     rows, limits = data["forecasts"], data["limits"]
     names = {method: _named(method, row) for method, row in rows.items()}
-    limit = f"{_points(limits['max_forgetting']).removeprefix('+')} points"
+    limit = f"{points(limits['max_forgetting']).removeprefix('+')} points"
     table = _table(
         "Forecast in points, 90 % interval", "method", *_QUANTITIES.values(), "P(exceed)"
     )
@@ -53,7 +53,7 @@ def forecasts(data: dict[str, Any]) -> str:
         above = row["exceed_probability"]
         cells = [interval(row.get(q)) for q in _QUANTITIES]
         table.add_row(names[method], *cells, "" if above is None else f"{above:.2f}")
-    parts = [_render(table), f"P(exceed): of {limits['limit_on']} forgetting above {limit}."]
+    parts = [render(table), f"P(exceed): of {limits['limit_on']} forgetting above {limit}."]
     if len(rows) == 1:
         return "\n".join(parts + [line for row in rows.values() for line in forecast_lines(row)])
     if any(row["evidence"] for row in rows.values()):
@@ -89,8 +89,8 @@ def outcomes(data: dict[str, Any]) -> str:
         numbers = [_or_nothing(row[q]) for q in _QUANTITIES]
         ended = row["ended"] if row["complete"] else f"incomplete: {row['ended']}"
         about = [row[name] for name in ("model", "method", "task")]
-        table.add_row(*about, _percent(row["zero_shot_accuracy"]), *numbers, ended)
-    return f"{_render(table)}\nGain, mean and worst forgetting in points."
+        table.add_row(*about, percent(row["zero_shot_accuracy"]), *numbers, ended)
+    return f"{render(table)}\nGain, mean and worst forgetting in points."
 
 
 def grades(data: dict[str, Any], methods: Sequence[str]) -> str:
@@ -130,11 +130,11 @@ def grades(data: dict[str, Any], methods: Sequence[str]) -> str:
             f"{row['stopped_of_under']}/{under}",
             kept,
             _size(row["over_by"]),
-            _points(row["gain"]),
-            _points(row["gain_of_oracle"]),
+            points(row["gain"]),
+            points(row["gain_of_oracle"]),
         )
     left = f"{data['n_left_out']} runs could not be replayed."
-    return "\n".join([_render(table), _render(guard), *[left] * (data["n_left_out"] > 0)])
+    return "\n".join([render(table), render(guard), *[left] * (data["n_left_out"] > 0)])
 
 
 def _evidence(rows: dict[str, Any], names: dict[str, str]) -> str:
@@ -158,7 +158,7 @@ def _evidence(rows: dict[str, Any], names: dict[str, str]) -> str:
             covered = f"{found['coverage']:.0%}"
             table.add_row(names[method], what, *errors, covered, size, ", ".join(shares))
         table.add_section()
-    return f"{_render(table)}\nOf gain, mean and worst forgetting; beside it simpler forecasts."
+    return f"{render(table)}\nOf gain, mean and worst forgetting; beside it simpler forecasts."
 
 
 def _words(rows: dict[str, Any], names: dict[str, str]) -> list[str]:
@@ -190,11 +190,11 @@ def _named(method: str, row: dict[str, Any]) -> str:
 
 
 def _or_nothing(fraction: float | None) -> str:
-    return "" if fraction is None else _points(fraction)
+    return "" if fraction is None else points(fraction)
 
 
 def _size(fraction: float | None) -> str:
-    return "" if fraction is None else _points(fraction).removeprefix("+")
+    return "" if fraction is None else points(fraction).removeprefix("+")
 
 
 def _table(title: str, *columns: str, whole: str = "") -> Table:

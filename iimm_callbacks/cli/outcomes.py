@@ -12,21 +12,23 @@ from typing import Annotated, Any
 
 import typer
 
-from . import tables
-from .command import Answer, command
-from .loading import load_recorded
-from .outcomes import Outcome
-from .store import (
+from ..by_hand import read_csv
+from ..outcomes import Outcome
+from ..sample import OUTCOMES
+from ..store import (
     append_outcome,
     check_store,
     default_store,
-    read_csv,
     read_outcomes,
     to_dataset,
 )
+from . import tables
+from .loading import load_recorded
+from .shell import Answer, command
 
 Store = Annotated[
-    Path | None, typer.Option(help="Runs on record [default: the user's]", show_default=False)
+    Path | None,
+    typer.Option(help="Runs on record, or sample [default: the user's]", show_default=False),
 ]
 
 app = typer.Typer(
@@ -142,6 +144,8 @@ def read_record(store: Path | None) -> tuple[Path, list[Outcome]]:
 
 
 def _existing(store: Path | None) -> Path:
+    if store == Path("sample"):
+        return OUTCOMES
     path = default_store() if store is None else store.expanduser()
     if store is not None and not path.exists():
         raise ValueError(
