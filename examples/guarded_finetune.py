@@ -58,7 +58,7 @@ class Settings:
     outcomes: str = field(default="", metadata={"help": "JSON lines; default: all on record"})
     max_forgetting: float = field(default=0.05, metadata={"help": "Limit, a fraction"})
     action: str = field(default="warn", metadata={"help": "warn or stop"})
-    steps: int = field(default=120, metadata={"help": "Optimizer steps"})
+    steps: int = field(default=100, metadata={"help": "Optimizer steps"})
     batch_size: int = field(default=32, metadata={"help": "Images per step"})
     learning_rate: float = field(default=0.0, metadata={"help": "Default: by method"})
     seed: int = field(default=0, metadata={"help": "Of the training"})
@@ -110,7 +110,6 @@ def finetune(settings, outcomes):
         max_steps=8 if settings.smoke else settings.steps,
         per_device_train_batch_size=settings.batch_size,
         learning_rate=settings.learning_rate or LEARNING_RATE[settings.method],
-        warmup_steps=15,
         logging_steps=50,
         save_strategy="no",
         report_to="none",

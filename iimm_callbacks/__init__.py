@@ -4,7 +4,8 @@ from .accuracy import forgetting, gain_over_zero_shot_error, zero_shot_accuracy
 from .callback import IIMMCallback
 from .classifier import ImageCollator, PromptClassifier
 from .families import Family, register_encoder
-from .forecast import Forecast, Forecaster
+from .forecast import Forecast
+from .forecaster import Forecaster
 from .guard import Limits, Verdict
 from .measure import IIMMAccumulator, Measurement, drift_bound, iimm
 from .outcomes import Outcome

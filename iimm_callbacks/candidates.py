@@ -111,6 +111,10 @@ class Candidate:
     intercept: bool = True
     pooled: bool = False
 
+    def cost(self) -> float:
+        """Slopes; being fitted over another feature counts half a one, as it is a choice too."""
+        return len(self.features) + (0.5 if self.times else 0.0)
+
     def needs(self) -> tuple[str, ...]:
         """All features it reads."""
         return (*self.features, *(f for f in (self.offset, self.times) if f))
@@ -178,7 +182,7 @@ class Blend:
             value, factor = fit.predict(question)
             point += self.weights[fit.candidate] * value
             widening += self.weights[fit.candidate] * factor
-        return point, self.scale * widening
+        return float(point), float(self.scale * widening)
 
     def slope(self, name: str) -> float:
         """How much the prediction moves with a feature that no candidate multiplies."""
@@ -228,7 +232,7 @@ def blend(
     misses = np.array(  # [K, T] mean absolute error of each candidate on each task
         [[np.abs(table.target - f.left_out)[rows].mean() for rows in inside] for f in fits]
     )
-    slopes = np.array([len(f.candidate.features) for f in fits])
+    slopes = np.array([f.candidate.cost() for f in fits])
     weights = _weights(misses, slopes)  # [K]
     # How well averaging does is judged with weights that have not seen the task either.
     residuals, left_out = [], np.full(len(table.tasks), np.nan)
@@ -257,7 +261,7 @@ def blend(
     )
 
 
-def _weights(misses: Floats, slopes: NDArray[np.int64]) -> Floats:
+def _weights(misses: Floats, slopes: Floats) -> Floats:
     """[K, T] errors -> [K] weights."""
     errors = misses.mean(1)
     floor = max(1e-3 * float(errors.max()), 1e-12)  # a perfect candidate is not infinitely good
@@ -311,7 +315,7 @@ def _fit(table: Table, candidate: Candidate, method: str, scored: NDArray[np.boo
         inverse @ moment.sum(0),
         inverse,
         np.where(scored, left_out, np.nan),
-        float(leverage[scored].mean()),
+        float(np.average(leverage[scored], weights=table.weights[scored])),
     )
 
 

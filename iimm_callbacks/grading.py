@@ -11,7 +11,8 @@ import numpy as np
 from scipy import stats
 
 from .accuracy import Drop, Forgetting
-from .forecast import Forecast, Forecaster, Prediction
+from .forecast import Forecast, Prediction
+from .forecaster import Forecaster
 from .guard import Limits, judge
 from .measure import Measurement
 from .outcomes import Outcome
@@ -147,7 +148,7 @@ def grade(
     replays = []
     forecasters: dict[str, Forecaster] = {}
     for o in runs:
-        if not o.complete or not o.trajectory or o.iimm is None:
+        if not o.complete or not o.trajectory:
             continue
         others = [other for other in runs if other.task != o.task]
         if o.task not in forecasters:
@@ -169,7 +170,12 @@ def grade(
         for share in SHARES
         if (row := _grade_forecast(replays, quantity, method, share)) is not None
     ]
-    guarded = [r for r in replays if r.outcome.off_target_before]
+    quantity = "forgetting" if limit_on == "mean" else "worst"
+    guarded = [
+        r
+        for r in replays
+        if r.outcome.off_target_before and all(quantity in look for look in r.looks[1:])
+    ]
     guard = [
         _grade_policy(guarded, policy, Limits(limit, limit_on, confidence))
         for limit in limits
@@ -180,16 +186,20 @@ def grade(
 
 
 def _replay(o: Outcome, forecaster: Forecaster, others: Sequence[Outcome]) -> _Replay | None:
-    assert o.iimm is not None
-    assert o.inter is not None
-    assert o.intra is not None
     looks = sorted(o.trajectory, key=lambda look: look["share"])
     looks = [{"share": 0.0, "gain": 0.0}] * (looks[0]["share"] > 0) + looks
     shares = [look["share"] for look in looks]
-    error = math.nan if o.standard_error is None else o.standard_error
+    measure = Measurement(
+        _known(o.iimm),
+        _known(o.inter),
+        _known(o.intra),
+        _known(o.standard_error),
+        o.n_images or 0,
+        o.n_classes or 0,
+    )
     forecasts = [
         forecaster.predict(
-            Measurement(o.iimm, o.inter, o.intra, error, o.n_images or 0, o.n_classes or 0),
+            measure,
             method=o.method,
             zero_shot_accuracy=o.zero_shot_accuracy,
             model=o.model_fingerprint,
@@ -214,6 +224,10 @@ def _replay(o: Outcome, forecaster: Forecaster, others: Sequence[Outcome]) -> _R
         )
     plain = {q: _plain(o, q, others) for q in QUANTITIES}
     return _Replay(o, tuple(shares), tuple(looks), tuple(forecasts), plain)
+
+
+def _known(number: float | None) -> float:
+    return math.nan if number is None else number
 
 
 def _plain(o: Outcome, quantity: str, others: Sequence[Outcome]) -> tuple[float, float]:
@@ -300,7 +314,8 @@ def _stops_at(r: _Replay, policy: str, limits: Limits, quantity: str) -> int:
         return last
     assert limits.max_forgetting is not None
     if policy == "oracle":
-        return max(i for i, value in enumerate(values) if value <= limits.max_forgetting)
+        inside = [i for i, value in enumerate(values) if value <= limits.max_forgetting]
+        return max(inside, default=0)
     for i in range(last):
         if policy == "guard":
             stop = judge(r.forecasts[i], _observed(r.looks[i]), limits).level == "stop"
@@ -314,5 +329,6 @@ def _stops_at(r: _Replay, policy: str, limits: Limits, quantity: str) -> int:
 def _observed(look: dict[str, float]) -> Forgetting | None:
     if "forgetting" not in look or look["share"] == 0:
         return None
-    mean, worst = (Drop(look[q], look.get(f"{q}_se", 0.0)) for q in ("forgetting", "worst"))
+    mean = Drop(look["forgetting"], look.get("forgetting_se", 0.0))
+    worst = Drop(look["worst"], look.get("worst_se", 0.0)) if "worst" in look else mean
     return Forgetting({"worst": worst}, mean, "worst")

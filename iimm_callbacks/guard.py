@@ -121,8 +121,10 @@ def judge(forecast: Forecast | None, observed: Forgetting | None, limits: Limits
         return Verdict("continue", None, "nothing to judge by yet")
     probability, text, _ = max(candidates)
     level: Literal["continue", "warn", "stop"] = "warn" if probability > 0.5 else "continue"
-    if any(p >= limits.confidence and now for p, _, now in candidates):
+    stopping = [c for c in candidates if c[0] >= limits.confidence and c[2]]
+    if stopping:
         level = "stop"
+        probability, text, _ = max(stopping)
     elif level == "warn" and probability >= limits.confidence:
         text = f"{text}, not yet at the next look"
     return Verdict(

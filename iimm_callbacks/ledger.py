@@ -33,17 +33,20 @@ class Ledger:
 
     def read(self) -> list[Outcome]:
         """The outcomes in the store; none where it does not exist or cannot be read."""
-        if self.path is None or not self.path.exists():
+        if self.path is None:
             return []
         try:
-            return read_outcomes(self.path)
-        except OSError as error:
+            return read_outcomes(self.path) if self.path.exists() else []
+        except (OSError, ValueError, KeyError) as error:
             logger.warning("The outcomes in %s cannot be learnt from: %s", self.path, error)
             return []
 
     def draft(self, outcome: Outcome) -> None:
-        """The run's outcome as it stands."""
-        self._drafts[:] = [outcome]
+        """The run's outcome as it stands; of several ranks the first keeps it."""
+        # Asked here: at the end the process group may be gone, and every rank would be alone.
+        grouped = torch.distributed.is_available() and torch.distributed.is_initialized()
+        if not grouped or torch.distributed.get_rank() == 0:
+            self._drafts[:] = [outcome]
 
     def close(self) -> None:
         """Write the draft."""
@@ -52,8 +55,7 @@ class Ledger:
 
 def _write(path: Path | None, drafts: list[Outcome], pid: int) -> None:
     forked = os.getpid() != pid  # a data loader's worker has a copy of this ledger
-    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-    if path is None or not drafts or forked or (distributed and torch.distributed.get_rank() != 0):
+    if path is None or not drafts or forked:
         return
     try:
         append_outcome(path, drafts[0])

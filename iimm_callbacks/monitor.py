@@ -18,7 +18,8 @@ from torch import nn
 from . import keys
 from .accuracy import Forgetting, forgetting, paired_drop
 from .encoders import EncodePair
-from .forecast import Forecast, Forecaster
+from .forecast import Forecast
+from .forecaster import Forecaster
 from .guard import Limits, Verdict, judge
 from .ledger import Ledger
 from .outcomes import Outcome, library_versions, parse_outcome

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -29,7 +30,7 @@ class Ask:
         method: Fine-tuning method.
         model: `model_fingerprint`.
         zero_shot_accuracy: On the task, a fraction.
-        iimm, inter, intra: The measure of the untouched model.
+        iimm, inter, intra: The measure of the untouched model; NaN where it is not known.
         n_images: Of the measure.
         task, task_fingerprint: Where known, past runs on the same task are used.
         recipe: Where known, ``learning_rate`` and ``steps`` are compared with those on record.
@@ -54,13 +55,15 @@ class Run:
 
     Attributes:
         outcome: The outcome.
-        guarded: Its off-target tasks and the task itself: the same set where every task is guarded
-            by all others.
+        off_target: Its off-target tasks.
+        guarded: These and the task itself: the same set where every task is guarded by all others.
     """
 
     def __init__(self, outcome: Outcome) -> None:
         self.outcome = outcome
-        self.guarded = frozenset({*outcome.off_target_before, outcome.task})
+        self.off_target = frozenset(outcome.off_target_before)
+        self.guarded = self.off_target | {outcome.task}
+        self._looks = sorted(outcome.trajectory, key=lambda look: look["share"])
         self._known: dict[tuple[str, float], float | None] = {}
 
     def at(self, quantity: str, share: float) -> float | None:
@@ -75,7 +78,7 @@ class Run:
 
     def noise_at(self, quantity: str, share: float) -> float | None:
         """Standard error of the look next to this share, where it is on record."""
-        looks = [look for look in self.outcome.trajectory if f"{quantity}_se" in look]
+        looks = [look for look in self._looks if f"{quantity}_se" in look]
         if not looks:
             return None
         return min(looks, key=lambda look: abs(look["share"] - share))[f"{quantity}_se"]
@@ -84,7 +87,7 @@ class Run:
         if share >= 1:
             end: float | None = getattr(self.outcome, quantity)
             return end
-        looks = [look for look in self.outcome.trajectory if quantity in look]
+        looks = [look for look in self._looks if quantity in look]
         if not looks or looks[-1]["share"] < share:
             return None
         shares = [0.0, *(look["share"] for look in looks)]
@@ -126,15 +129,13 @@ def choose(record: Sequence[Run], base_rates: Sequence[Run], ask: Ask) -> Runs:
     if _n_tasks(own) >= MIN_TASKS:
         n = len([run for run in own if run.outcome.method == ask.method])
         label = f"{_count(own)} of this model, {n} of them under method {ask.method!r}"
-        if n == 0:
-            notes.append(f"no run under method {ask.method!r} is on record: its spread is a guess")
-        return Runs(own, label, True, False, tuple(notes))
+        return Runs(own, label, True, False, (*notes, *_unseen(own, ask)))
     notes.append(_too_few(own))
-    if _n_tasks(record) >= MIN_TASKS:
-        models = len({run.outcome.model_fingerprint for run in record})
-        return Runs(
-            list(record), f"{_count(record)} of {models} models", False, False, tuple(notes)
-        )
+    real = [run for run in record if run.outcome.model != _TOY]
+    if _n_tasks(real) >= MIN_TASKS:
+        models = len({run.outcome.model_fingerprint for run in real})
+        label = f"{_count(real)} of {models} model{'s' if models > 1 else ''}"
+        return Runs(real, label, False, False, (*notes, *_unseen(real, ask)))
     published = [run for run in base_rates if run.outcome.method == ask.method]
     if published:
         models = len({run.outcome.model_fingerprint for run in published})
@@ -162,12 +163,24 @@ def tabulate(
     """
     rows = [run for run in runs.rows if run.at(quantity, share) is not None]
     if ask.off_target and quantity != "gain":
-        alike = [run for run in rows if run.guarded == {*ask.off_target, ask.task}]
+        off_target = frozenset(ask.off_target)
+        alike = [
+            run
+            for run in rows
+            if run.off_target == off_target or run.guarded == off_target | {ask.task}
+        ]
         rows = alike if _n_tasks(alike) >= MIN_TASKS else rows
-    measured = [run for run in rows if run.outcome.iimm is not None]
+    measured = [r for r in rows if None not in (r.outcome.iimm, r.outcome.inter, r.outcome.intra)]
     # IIMM does not compare across models.
-    use_iimm = runs.own and _n_tasks(measured) >= max(MIN_TASKS, _n_tasks(rows) / 2)
+    use_iimm = runs.own and math.isfinite(ask.iimm) and _most(measured, rows)
     rows = measured if use_iimm else rows
+    recipe = [name for name in ("learning_rate", "steps") if _is_positive(ask.recipe.get(name))]
+    for name in list(recipe):
+        known = [run for run in rows if _is_positive(run.outcome.recipe.get(name))]
+        if _most(known, rows) and any(run.outcome.method == ask.method for run in known):
+            rows = known
+        else:
+            recipe.remove(name)
     outcomes = [run.outcome for run in rows]
     methods = np.array([o.method for o in outcomes], dtype=str)
     target = np.array([run.at(quantity, share) for run in rows], dtype=float)
@@ -177,15 +190,12 @@ def tabulate(
         for name in ("iimm", "inter", "intra"):
             features[name] = np.array([getattr(o, name) for o in outcomes], dtype=float)
             asked[name] = getattr(ask, name)
-    for name in ("learning_rate", "steps"):
-        values = [o.recipe.get(name) for o in outcomes]
-        value: Any = ask.recipe.get(name)
-        if ask.method in methods and all(map(_is_positive, [value, *values])):
-            logs = np.log(np.array(values, dtype=float))
-            # A learning rate means something within its method only.
-            centre = {m: logs[methods == m].mean() for m in set(methods)}
-            features[f"log_{name}"] = logs - np.array([centre[m] for m in methods])
-            asked[f"log_{name}"] = math.log(float(value)) - centre[ask.method]
+    for name in recipe:
+        logs = np.array([math.log(o.recipe[name]) for o in outcomes])
+        # A learning rate means something within its method only.
+        centre = {m: logs[methods == m].mean() for m in set(methods)}
+        features[f"log_{name}"] = logs - np.array([centre[m] for m in methods])
+        asked[f"log_{name}"] = math.log(ask.recipe[name]) - centre[ask.method]
     same = _same_task(outcomes, methods, target, ask)
     if same is not None:
         features["same_task"], asked["same_task"] = same
@@ -199,12 +209,15 @@ def tabulate(
     return table, Question(ask.method, ask.model, asked), rows
 
 
-def beyond(table: Table, question: Question) -> tuple[float, list[str]]:
+def beyond(
+    table: Table, question: Question, features: Iterable[str] = tuple(_UNITS)
+) -> tuple[float, list[str]]:
     """How far the question lies outside what is on record for its method.
 
     Args:
         table: Of the runs.
         question: Beside it.
+        features: To look at.
 
     Returns:
         The factor ≥ 1 that intervals are widened by, infinite where nothing should be said; and
@@ -214,12 +227,12 @@ def beyond(table: Table, question: Question) -> tuple[float, list[str]]:
     if not rows.any():
         rows = np.ones(len(table.tasks), bool)
     factor, words = 1.0, []
-    for name, unit in _UNITS.items():
+    for name in features:
         if name not in table.features:
             continue
         values, value = table.features[name][rows], question.features[name]
         low, high = float(values.min()), float(values.max())
-        excess = max(low - value, value - high, 0.0) / max((high - low) / 2, unit)
+        excess = max(low - value, value - high, 0.0) / max((high - low) / 2, _UNITS[name])
         if excess > 1e-6:
             words.append(f"{_WORDS[name]} lies outside the range on record")
             factor = math.inf if excess > _TOO_FAR else factor + excess
@@ -270,6 +283,12 @@ def _too_few(own: Sequence[Run]) -> str:
     return f"only {_count(own)} of this model {are} on record; {MIN_TASKS} are needed"
 
 
+def _unseen(runs: Sequence[Run], ask: Ask) -> list[str]:
+    if any(run.outcome.method == ask.method for run in runs):
+        return []
+    return [f"no run under method {ask.method!r} is on record: its spread is a guess"]
+
+
 def _contradictions(record: Sequence[Run], own: Sequence[Run], ask: Ask) -> list[str]:
     notes = []
     names = {run.outcome.model for run in own} - {""}
@@ -286,26 +305,35 @@ def _contradictions(record: Sequence[Run], own: Sequence[Run], ask: Ask) -> list
     fingerprints: dict[str, set[str]] = {}
     for run in own:
         fingerprints.setdefault(run.outcome.task, set()).add(run.outcome.task_fingerprint)
-    mixed = sorted(task for task, found in fingerprints.items() if len(found) > 1)
+    if ask.task_fingerprint and ask.task in fingerprints:
+        fingerprints[ask.task].add(ask.task_fingerprint)
+    mixed = sorted(task for task, found in fingerprints.items() if len(found - {""}) > 1)
     if mixed:
         notes.append(
             f"on record under one name with other images, prompts or preprocessing: "
             f"{', '.join(map(repr, mixed))}; such numbers do not compare"
         )
-    sets = {run.guarded for run in own if run.outcome.off_target_before}
-    if len(sets) > 1:
+    probed = [run for run in own if run.off_target]
+    n_sets = min(len({run.off_target for run in probed}), len({run.guarded for run in probed}))
+    if n_sets > 1:
         notes.append(
-            f"{len(sets)} different sets of off-target tasks on record: their forgetting does not "
+            f"{n_sets} different sets of off-target tasks on record: their forgetting does not "
             "quite compare"
         )
-    bare = [run for run in own if not run.outcome.off_target_before]
+    bare = [run for run in own if not run.off_target]
     if bare and len(bare) < len(own):
         notes.append(f"{_count(bare)} without off-target tasks tell of gain only")
     return notes
 
 
+def _most(some: Sequence[Run], runs: Sequence[Run]) -> bool:
+    """Whether leaving out the others is worth what these have."""
+    return len(some) == len(runs) or _n_tasks(some) >= max(MIN_TASKS, _n_tasks(runs) / 2)
+
+
 def _is_positive(value: Any) -> bool:
-    return isinstance(value, int | float) and value > 0
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    return number and 0 < value <= sys.float_info.max
 
 
 def _n_tasks(runs: Iterable[Run]) -> int:

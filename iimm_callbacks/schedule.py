@@ -72,13 +72,12 @@ def next_share(every: Every, step: int, total_steps: int, last_step: int) -> flo
     """
     if isinstance(every, str):
         due = step + (step - last_step) if step > last_step else total_steps
-    elif isinstance(every, int):
-        due = (step // every + 1) * every
-    else:
-        gap = 1 / every if every else 0
-        shares = DEFAULT_SHARES if every is None else [k * every for k in range(1, int(gap) + 2)]
-        steps = (math.ceil(share * total_steps - 1e-9) for share in shares)
+    elif every is None:
+        steps = (math.ceil(share * total_steps - 1e-9) for share in DEFAULT_SHARES)
         due = next((s for s in steps if s > step), total_steps)
+    else:
+        gap = every if isinstance(every, int) else every * total_steps
+        due = max(math.ceil((math.floor((step + 1e-9) / gap) + 1) * gap - 1e-9), step + 1)
     return min(due, total_steps) / max(total_steps, 1)
 
 

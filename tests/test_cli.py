@@ -14,8 +14,8 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from iimm_callbacks import Forecaster, Outcome, append_outcome, cli, read_outcomes, sample
-from iimm_callbacks.grading import grade
 from iimm_callbacks.cli.loading import load_model
+from iimm_callbacks.grading import grade
 from iimm_callbacks.probe import Probe
 from iimm_callbacks.wrappers import model_fingerprint
 

@@ -164,7 +164,7 @@ def test_with_the_papers_strength_it_is_near_the_least_squares_line():
 
 def test_with_no_relation_it_is_near_the_plain_mean():
     for quantity, (error, line, mean, covered) in simulate(0.0, 300).items():
-        assert error < 1.08 * mean, quantity  # 1.01 to 1.055 over 3,000 draws
+        assert error < 1.05 * mean, quantity  # 1.01 to 1.03 over 1,000 draws
         assert error < line, quantity
         assert 0.85 <= covered <= 0.95, quantity
 
@@ -217,8 +217,8 @@ def test_the_learning_rate_is_used_where_it_varies():
 @pytest.mark.parametrize(
     "value",
     ["1e-5", None, [1e-5], 0, -1.0, math.nan,
-     pytest.param(True, marks=pytest.mark.xfail(strict=True, reason="True is taken for 1")),
-     pytest.param(10**400, marks=pytest.mark.xfail(strict=True, reason="overflow"), id="huge")],
+     True,
+     pytest.param(10**400, id="huge")],
 )  # fmt: skip
 def test_a_learning_rate_that_is_no_number_is_passed_over(value):
     usual = predict(scattered())
@@ -306,7 +306,6 @@ def test_different_off_target_sets_are_said_and_the_like_ones_preferred():
     assert predict(rows).evidence["forgetting"].n_tasks == 10
 
 
-@pytest.mark.xfail(strict=True, reason="a fixed off-target set counts as one set per task")
 def test_one_set_of_off_target_tasks_for_all_is_one_set():
     assert predict(planted()).notes == ()
 
@@ -340,7 +339,6 @@ def test_contradicting_fingerprints_are_said_and_not_mixed():
     assert "under one name with other images, prompts or preprocessing: 't0'" in notes
 
 
-@pytest.mark.xfail(strict=True, reason="the fingerprint of the task that is asked about")
 def test_a_task_whose_fingerprint_is_not_that_on_record_is_said():
     forecast = predict(planted(), task="t0", task_fingerprint="other")
     assert any("'t0'" in note for note in forecast.notes)
@@ -359,13 +357,11 @@ def test_runs_without_iimm_are_forecast_from_what_there_is(share):
     assert few.gain.point == pytest.approx((0.1 + 0.3) * 0.7, abs=1e-3)
 
 
-@pytest.mark.xfail(strict=True, reason="NaN: a CSV may give `iimm` alone")
 def test_runs_without_the_two_terms_leave_no_nan():
     rows = [replace(o, inter=None, intra=None) for o in planted()]
     assert math.isfinite(predict(rows).gain.point)
 
 
-@pytest.mark.xfail(strict=True, reason="NaN: `mean_so_far` of runs without off-target tasks")
 def test_runs_without_off_target_tasks_leave_no_nan_in_training():
     rows = scattered(curve=EARLY)
     rows += [replace(bare(o), task=f"{o.task} alone") for o in rows]
@@ -404,13 +400,23 @@ def test_a_method_never_seen_is_forecast_from_the_others_with_their_spread():
     assert forecast.gain.point == pytest.approx(middle, abs=0.08)
 
 
+def test_a_method_never_seen_is_as_unsure_as_the_methods_differ():
+    # The two seen are known well, and lie 0.3 apart: a spread of 0.15 about their mean.
+    rows = [
+        run(f"t{i}", 0.3 + 0.01 * i, gain + 0.01 * (i % 2), method=method)
+        for i in range(8)
+        for method, gain in (("full", 0.2), ("lora", 0.5))
+    ]
+    assert predict(rows).gain.scale < 0.02
+    assert 0.3 <= predict(rows, method="bitfit").gain.scale < 0.32  # doubled: it is a guess
+
+
 def test_a_method_seen_once_is_pooled_with_the_others():
     rows = [*scattered(12), *scattered(1, seed=3, method="lora", shift=0.5)]
     points = [predict(rows, method=m).gain.point for m in ("full", "lora")]
     assert points[0] + 0.05 < points[1] < rows[-1].gain
 
 
-@pytest.mark.xfail(strict=True, reason="only a record of the model's own says so")
 def test_a_method_never_seen_under_any_model_is_said():
     others = [*scattered(model_fingerprint="8"), *scattered(model_fingerprint="9")]
     forecast = predict(others, method="bitfit")
@@ -452,7 +458,6 @@ def test_far_out_of_range_there_is_no_forecast(asked):
     assert forecast.basis.startswith("no forecast: ")
 
 
-@pytest.mark.xfail(strict=True, reason="the words are lost with the prediction")
 @pytest.mark.parametrize(
     ("asked", "says"),
     [({"x": 2.0}, "IIMM"), ({"recipe": {"learning_rate": 1.0, "steps": 100}}, "learning rate")],
@@ -462,14 +467,12 @@ def test_far_out_of_range_the_reason_is_given(asked, says):
     assert f"{says} lies" in forecast.basis
 
 
-@pytest.mark.xfail(strict=True, reason="one run without it switches the check off")
 def test_one_run_without_a_learning_rate_does_not_hide_that_another_is_out_of_range():
     rows = [*scattered(**RATE), replace(scattered(10)[-1], recipe={})]
     forecast = predict(rows, recipe={"learning_rate": 1.0, "steps": 100})
     assert "learning rate lies" in " ".join((forecast.basis, *forecast.notes))
 
 
-@pytest.mark.xfail(strict=True, reason="`_during` does not widen")
 def test_out_of_range_widens_in_training_too():
     rows = scattered(curve=EARLY, seed=2)
     rng = np.random.default_rng(0)

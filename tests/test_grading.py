@@ -198,7 +198,7 @@ def test_what_cannot_be_replayed_is_counted():
         replace(good[2], iimm=None, inter=None, intra=None),
     ]
     found = grade([*good, *odd])
-    assert (found.n_runs, found.n_left_out) == (6, 3)
+    assert (found.n_runs, found.n_left_out) == (7, 2)  # without IIMM by what else there is
 
 
 @pytest.mark.parametrize(
@@ -242,16 +242,13 @@ ODD_LOOKS = {
 
 
 @pytest.mark.parametrize("looks", ODD_LOOKS)
-def test_odd_looks_are_graded_or_left_out(looks, request):
-    if looks in ("no worst", "lost before the start"):
-        request.applymarker(pytest.mark.xfail(reason="KeyError; ValueError", strict=True))
+def test_odd_looks_are_graded_or_left_out(looks):
     outcomes = [
         replace(o, trajectory=ODD_LOOKS[looks](o.trajectory)) for o in scattered(6, curve=EARLY)
     ]
     json.dumps(grade(outcomes).to_json(), allow_nan=False)
 
 
-@pytest.mark.xfail(strict=True, reason="an assertion; a division by zero")
 @pytest.mark.parametrize("changes", [{"inter": None, "intra": None}, {"n_images": None}])
 def test_what_a_record_may_lack_is_no_crash(changes):
     outcomes = [run(f"t{i}", 0.2 + 0.02 * i, curve=EARLY, **changes) for i in range(6)]

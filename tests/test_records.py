@@ -31,7 +31,7 @@ PUBLISHED = planted(4, model_fingerprint="published:x", iimm=None, inter=None, i
         # Runs of other models join in only where its own are too few.
         (planted(3) + planted(5, model_fingerprint="2"), "full", 3, True, False, "3 complete"),
         (planted(2) + planted(5, model_fingerprint="2"), "full", 7, False, False, "of 2 models"),
-        (planted(5, model_fingerprint="2"), "full", 5, False, False, "5 complete runs of 1 models"),
+        (planted(5, model_fingerprint="2"), "full", 5, False, False, "5 complete runs of 1 model"),
         # Tasks count, not runs; of all models together.
         ([run("t")] * 4, "full", 4, False, True, "base rates: 4 complete runs of 1 CLIP models"),
         ([run("t"), run("u", model_fingerprint="2"), run("v", model_fingerprint="3")], "full", 3,
@@ -79,9 +79,7 @@ LOOKS = run("t", drop=0.1, curve=EARLY).trajectory
         ([*LOOKS[:3], *LOOKS[2:]], 0.1, 0.05),  # a share twice
         ([{"share": 0.1, "gain": 0.1}], 0.1, None),  # looks without off-target tasks
         ([{"share": 0.05, "gain": 0.1}, *LOOKS[2:]], 0.05, 0.025),
-        pytest.param(
-            LOOKS[::-1], 0.1, 0.05, marks=pytest.mark.xfail(strict=True, reason="unsorted looks")
-        ),
+        (LOOKS[::-1], 0.1, 0.05),
     ],
 )
 def test_what_a_run_cannot_tell_is_none(trajectory, share, value):
@@ -149,7 +147,6 @@ def test_runs_with_the_same_off_target_tasks_are_preferred():
     assert len(tabulate(runs([*outcomes, third]), ask, "gain", 1.0)[2]) == 7
 
 
-@pytest.mark.xfail(strict=True, reason="compared with the task itself counted in")
 def test_one_fixed_off_target_set_is_preferred_too():
     like = {"off_target_before": {"z": 0.5}, "off_target_after": {"z": 0.4}}
     outcomes = [*planted(4), *(replace(run(f"u{i}"), **like) for i in range(3))]

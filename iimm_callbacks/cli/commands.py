@@ -11,7 +11,8 @@ from typing import Annotated, Any
 
 import typer
 
-from ..forecast import Forecast, Forecaster
+from ..forecast import Forecast
+from ..forecaster import Forecaster
 from ..guard import Limits, judge, recommend
 from ..outcomes import Outcome
 from ..probe import Probe
