@@ -1,5 +1,6 @@
 """The callback in real Trainer runs of a tiny CLIP."""
 
+import gc
 import json
 import logging
 import math
@@ -11,7 +12,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import TrainerCallback
 
-from iimm_callbacks import IIMMCallback, Outcome, Task
+from iimm_callbacks import IIMMCallback, Outcome, Task, append_outcome, read_outcomes
 from iimm_callbacks.probe import Probe
 from iimm_callbacks.tuning import prepare
 from iimm_callbacks.wrappers import model_fingerprint
@@ -339,6 +340,101 @@ def test_a_callable_gets_every_verdict_and_may_stop(make_trainer, guard, script_
     trainer.train()
     assert seen == ["continue", "continue", "stop"]
     assert trainer.state.global_step == 4
+
+
+def test_a_stop_for_the_forecasts_sake_waits_until_the_next_look_is_over_the_limit(
+    make_trainer, guard, past_runs, script_looks, caplog
+):
+    # All past runs lost nothing until 60 % of the steps, and then 0.4.
+    late = [{"share": s, "gain": 0.0, "forgetting": 0.4 * (s > 0.6), "worst": 0.4 * (s > 0.6)}
+            for s in (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)]  # fmt: skip
+    record = [replace(o, trajectory=late) for o in past_runs(0.4)]
+    script_looks(lambda step: 1.0 if step <= 6 else 0.5)
+    callback = guard(outcomes=record, action="stop", every=2, max_forgetting=0.1)
+    trainer = make_trainer([callback], max_steps=10)
+    trainer.train()
+    assert trainer.state.global_step == 6
+    assert callback.outcome.forgetting == 0
+    assert "forecast mean forgetting 39.9 points" in callback.outcome.ended
+    assert "not yet at the next look" in caplog.text  # it warned from the start
+
+
+# What is put on record
+
+
+def test_every_run_is_put_on_record(make_trainer, guard, own_store, tmp_path):
+    callbacks = [guard(), guard(store=tmp_path / "team.jsonl"), guard(store=None)]
+    for callback in callbacks:
+        make_trainer([callback], max_steps=4).train()
+    (outcome,) = read_outcomes(own_store)
+    assert outcome == callbacks[0].outcome
+    assert (outcome.task, outcome.method, outcome.complete) == ("colours", "full", True)
+    expected = {"optimizer", "learning_rate", "schedule", "steps", "batch_size", "trainable_share"}
+    assert expected <= set(outcome.recipe)
+    assert [look["share"] for look in outcome.trajectory] == [0, 0.25, 0.5, 0.75, 1]
+    assert all("forgetting_se" in look for look in outcome.trajectory[1:])
+    assert read_outcomes(tmp_path / "team.jsonl") == [callbacks[1].outcome]
+    assert len(list(own_store.parent.glob("*.jsonl"))) == 1
+
+
+def test_the_next_run_learns_from_the_record(make_trainer, guard, past_runs, own_store):
+    for outcome in past_runs(0.1):
+        append_outcome(own_store, outcome)
+    callback = guard()
+    make_trainer([callback], max_steps=4).train()
+    assert callback.monitor.record()["forecast"]["basis"].startswith("5 complete runs of this")
+    assert callback.monitor.history[0]["eval_iimm_forgetting_forecast"] == pytest.approx(
+        0.1, abs=0.01
+    )
+    assert len(read_outcomes(own_store)) == 6
+    deaf = guard(outcomes=[])
+    make_trainer([deaf], max_steps=4).train()
+    assert "eval_iimm_forgetting_forecast" not in deaf.monitor.history[0]
+
+
+def test_a_stopped_run_is_on_record_as_such(make_trainer, guard, script_looks, own_store):
+    script_looks(lambda step: 1.0 if step < 4 else 0.2)
+    make_trainer([guard(action="stop", every=2)], max_steps=10).train()
+    (outcome,) = read_outcomes(own_store)
+    assert not outcome.complete
+    assert outcome.ended.startswith("stopped by the guard at step 4")
+    assert outcome.forgetting == pytest.approx(0.8, abs=0.05)
+
+
+def test_an_interrupted_run_is_on_record_as_such(make_trainer, guard, own_store):
+    class Interrupt(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step == 5:
+                raise KeyboardInterrupt
+
+    callback = guard(every=2)
+    with pytest.raises(KeyboardInterrupt):
+        make_trainer([callback, Interrupt()]).train()
+    callback.monitor = None
+    gc.collect()
+    (outcome,) = read_outcomes(own_store)
+    assert (outcome.complete, outcome.ended) == (False, "interrupted")
+    assert outcome.trajectory[-1]["share"] == 0.4
+
+
+def test_a_store_that_cannot_be_written_costs_a_warning(make_trainer, guard, tmp_path, caplog):
+    (tmp_path / "file").write_text("")
+    callback = guard(store=tmp_path / "file" / "outcomes.jsonl")
+    make_trainer([callback], max_steps=4).train()
+    assert callback.outcome.complete
+    assert "This run's outcome is not on record" in caplog.text
+
+
+def test_base_rates_are_shown_and_neither_logged_nor_judged(make_trainer, guard, capsys):
+    callback = guard(verbose=True, action="stop", max_forgetting=0.01, every=1)
+    trainer = make_trainer([callback], max_steps=10)
+    trainer.train()
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "forgetting base rate" in printed
+    assert "Base rates: 60 complete runs of 3 CLIP models, published elsewhere" in printed
+    first, second = rows(trainer)[:2]
+    assert not [key for key in {**first, **second} if "forecast" in key]
+    assert callback.monitor.history[0]["level"] == "continue"
 
 
 # When things go wrong

@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -170,8 +171,6 @@ def test_the_record_is_json_at_every_moment(tiny_clip, make_monitor, train, mome
 
 
 def test_a_finite_state_even_where_there_is_no_standard_error(tiny_clip, make_monitor, monkeypatch):
-    from dataclasses import replace
-
     monitor = make_monitor()
     look = monitor.probe.look
 
@@ -206,6 +205,27 @@ def test_the_outcome_is_read_back_from_file_as_it_was(tiny_clip, make_monitor, t
     append_outcome(tmp_path / "runs.jsonl", outcome)
     append_outcome(tmp_path / "runs.jsonl", outcome)
     assert read_outcomes(tmp_path / "runs.jsonl") == [outcome, outcome]
+
+
+def test_a_run_that_goes_on_does_not_learn_from_what_ended_since(
+    tiny_clip, make_monitor, train, own_store
+):
+    def past(i):
+        return replace(outcome, task=f"t{i}", task_fingerprint=f"{i}", iimm=0.3 + 0.05 * i)
+
+    outcome = train(tiny_clip(), make_monitor(store=None)).end()
+    for i in range(4):
+        append_outcome(own_store, past(i))
+    monitor = make_monitor()
+    monitor.begin(tiny_clip())
+    state = json.loads(json.dumps(monitor.state_dict()))
+    append_outcome(own_store, past(4))
+    again, new = make_monitor(), make_monitor()
+    again.load_state_dict(state)
+    again.begin(tiny_clip())
+    new.begin(tiny_clip())
+    known = [m.record()["forecast"]["n_outcomes"] for m in (monitor, again, new)]
+    assert known == [4, 4, 5]
 
 
 def test_a_run_without_off_target_tasks_has_an_outcome_too(
