@@ -35,7 +35,7 @@ def before_training(quantity: str, features: Mapping[str, Any]) -> list[Candidat
     ]
     if recipe := _varied_recipe(features):
         nested += [
-            replace(c, name=f"{c.name}, recipe", features=(*c.features, *recipe)) for c in nested
+            replace(c, name=f"{c.name} + recipe", features=(*c.features, *recipe)) for c in nested
         ]
     return nested + [replace(c, pooled=True) for c in nested]
 

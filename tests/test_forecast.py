@@ -210,7 +210,7 @@ def test_the_learning_rate_is_used_where_it_varies():
     for rate in (3e-6, 5e-5):
         forecast = predict(rows, recipe={"learning_rate": rate})
         assert forecast.forgetting.point == pytest.approx(0.02 * math.log10(rate / 1e-7), abs=2e-3)
-    assert next(iter(forecast.evidence["forgetting"].predictors)) == "mean, recipe"
+    assert next(iter(forecast.evidence["forgetting"].predictors)) == "mean + recipe"
     assert "recipe" not in "".join(predict(rows).evidence["forgetting"].predictors)  # not asked
 
 
