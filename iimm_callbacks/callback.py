@@ -60,7 +60,9 @@ class IIMMCallback(TrainerCallback):  # type: ignore[misc]  # transformers is un
         max_forgetting: Limit on the drop of off-target accuracy, a fraction in (0, 1]; ``None``:
             only measure.
         limit_on: ``"mean"`` or ``"worst"`` off-target task.
-        confidence: Probability of exceeding the limit from which to stop, in [0.5, 1).
+        confidence: Probability of exceeding the limit from which to stop, in [0.5, 1). For the
+            forecast's sake it stops only once the next look is likely over the limit, see
+            `guard.judge`; that may be so before training.
         action: ``"warn"``; ``"stop"`` to also stop training; or a callable that receives the
             `Verdict` of every look and returns True to stop.
         every: When to look: ``None`` for 5, 10, 20, 30, 50, 70 and 100 % of the steps, a number of

@@ -3,9 +3,10 @@
 Which predictor of gain or forgetting is best differs between models, methods and moments of a run,
 and a record holds few tasks. So none is picked for good: each candidate is a small least-squares
 fit, its error is measured on every task in turn with that task left out, and their predictions are
-averaged with weights ``w_k ∝ 4^(-slopes_k) · MAE_k^(-T/2)`` for T tasks: the root of the
+averaged with weights ``w_k ∝ 4^(-cost_k) · MAE_k^(-T/2)`` for T tasks: the root of the
 leave-one-task-out likelihood under Laplace-distributed errors, times a prior that asks each slope
-to earn its place. With ten tasks, a candidate twice as wrong as another weighs 1/32 of it.
+(`Candidate.cost`) to earn its place. With ten tasks, one twice as wrong as another weighs 1/32 of
+it.
 """
 
 from __future__ import annotations

@@ -139,7 +139,10 @@ def choose(record: Sequence[Run], base_rates: Sequence[Run], ask: Ask) -> Runs:
     published = [run for run in base_rates if run.outcome.method == ask.method]
     if published:
         models = len({run.outcome.model_fingerprint for run in published})
-        label = f"base rates: {_count(published)} of {models} CLIP models, published elsewhere"
+        label = (
+            f"base rates: {_count(published)} of {models} CLIP model{'s' if models > 1 else ''}, "
+            "published elsewhere, with recipes of their own"
+        )
         return Runs(published, label, False, True, tuple(notes))
     return Runs([], f"no forecast: {'; '.join(notes)}", False, False, ())
 
@@ -174,7 +177,9 @@ def tabulate(
     # IIMM does not compare across models.
     use_iimm = runs.own and math.isfinite(ask.iimm) and _most(measured, rows)
     rows = measured if use_iimm else rows
-    recipe = [name for name in ("learning_rate", "steps") if _is_positive(ask.recipe.get(name))]
+    # A base rate is what other people's recipes did, whatever this one is.
+    known_recipe = {} if runs.base_rate else ask.recipe
+    recipe = [name for name in ("learning_rate", "steps") if _is_positive(known_recipe.get(name))]
     for name in list(recipe):
         known = [run for run in rows if _is_positive(run.outcome.recipe.get(name))]
         if _most(known, rows) and any(run.outcome.method == ask.method for run in known):

@@ -270,6 +270,14 @@ def test_without_runs_base_rates_stand_in_under_that_name(method, outcomes):
     assert not predict(planted(), method="full", base_rates=True).base_rate
 
 
+def test_base_rates_hold_for_any_recipe():
+    recipe = {"learning_rate": 1e-2, "steps": 10}
+    forecast = predict([], base_rates=True, before=0.5, recipe=recipe)
+    assert forecast == predict([], base_rates=True, before=0.5)
+    assert forecast.forgetting is not None
+    assert "with recipes of their own" in forecast.basis
+
+
 @pytest.mark.parametrize(("before", "gain"), [(0.95, True), (0.96, False)])
 @pytest.mark.parametrize("base_rates", [False, True])
 def test_near_the_ceiling_no_gain_is_forecast_and_that_is_said(before, gain, base_rates):

@@ -33,7 +33,7 @@ PUBLISHED = planted(4, model_fingerprint="published:x", iimm=None, inter=None, i
         (planted(2) + planted(5, model_fingerprint="2"), "full", 7, False, False, "of 2 models"),
         (planted(5, model_fingerprint="2"), "full", 5, False, False, "5 complete runs of 1 model"),
         # Tasks count, not runs; of all models together.
-        ([run("t")] * 4, "full", 4, False, True, "base rates: 4 complete runs of 1 CLIP models"),
+        ([run("t")] * 4, "full", 4, False, True, "base rates: 4 complete runs of 1 CLIP model"),
         ([run("t"), run("u", model_fingerprint="2"), run("v", model_fingerprint="3")], "full", 3,
          False, False, "3 complete runs of 3 models"),
         ([], "full", 4, False, True, "base rates"),

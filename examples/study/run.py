@@ -12,6 +12,7 @@ import logging
 import multiprocessing
 import sys
 import tempfile
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -137,12 +138,24 @@ def main(argv=None):
         for method in settings.methods.split(",")
     ]
     jobs = [job for job in jobs if job[:4] not in done]
-    with multiprocessing.get_context("spawn").Pool(settings.workers, start_worker) as pool:
-        for outcome in tqdm(pool.imap_unordered(run, jobs), total=len(jobs)):
+    with tqdm(total=len(jobs)) as bar:
+        for outcome in outcomes_of(jobs, settings.workers):
             o, rate = outcome, outcome.recipe["learning_rate"]
-            tqdm.write(
+            bar.write(
                 f"{o.task}, {o.method} {rate:g}: gain {o.gain:+.3f}, forgetting {o.forgetting:+.3f}"
             )
+            bar.update()
+
+
+def outcomes_of(jobs, workers):
+    """Outcomes as they come. A worker that dies ends the study; what is done is on record."""
+    if workers == 1:
+        yield from map(run, jobs)
+        return
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, context, start_worker) as pool:
+        for future in as_completed([pool.submit(run, job) for job in jobs]):
+            yield future.result()
 
 
 if __name__ == "__main__":
