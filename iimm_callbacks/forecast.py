@@ -84,6 +84,7 @@ class Forecast:
         notes: What the reader should know: out of range, contradictions on record.
         base_rate: Whether it rests on published figures of other models only. It is then shown
             under that name, neither logged nor judged.
+        in_range: Whether recipe and IIMM lie within what is on record.
         next_look: "forgetting", "worst" -> `Prediction` for the next look, where that is known.
     """
 
@@ -95,6 +96,7 @@ class Forecast:
     evidence: Mapping[str, Evidence] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     base_rate: bool = False
+    in_range: bool = True
     next_look: Mapping[str, Prediction] = field(default_factory=dict)
     _asked: tuple[Ask, Runs] | None = field(default=None, repr=False, compare=False)
 

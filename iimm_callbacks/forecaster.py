@@ -22,7 +22,7 @@ from .forecast import COVERAGE, Evidence, Forecast, Prediction
 from .measure import Measurement
 from .outcomes import Outcome
 from .predictors import MEAN, RECIPE, ZERO_SHOT, before_training, during_training
-from .records import QUANTITIES, Ask, Run, Runs, beyond, choose, tabulate
+from .records import QUANTITIES, Ask, Run, Runs, beyond, choose, tabulate, within
 from .tasks import OFF_TARGET_PROBE_SIZE
 
 if TYPE_CHECKING:
@@ -123,9 +123,13 @@ class Forecaster:
         notes = list(runs.notes)
         predictions: dict[str, Prediction | None] = dict.fromkeys(QUANTITIES)
         evidence = {}
+        in_range = True
         for quantity in QUANTITIES:
+            if not runs.rows:
+                continue
             predictions[quantity], found, words = self._before(runs, ask, quantity, 1.0)
             notes += [word for word in words if word not in notes]
+            in_range = in_range and not any("range on record" in word for word in words)
             if found is not None:
                 evidence[quantity] = found
         if zero_shot_accuracy > NEAR_CEILING and runs.rows:
@@ -146,6 +150,7 @@ class Forecaster:
             evidence,
             tuple(notes),
             runs.base_rate,
+            in_range,
             self._next_look(runs, ask, next_share),
             (ask, runs),
         )
@@ -180,8 +185,8 @@ class Forecaster:
         if share >= 1:
             names = [name for name in seen if recorded or name != "gain"]
             last: dict[str, Any] = {name: Prediction(*seen[name], math.inf) for name in names}
-            if not last:
-                return forecast
+            if not recorded:  # a base rate is no forecast of this run
+                last = {name: last.get(name) for name in QUANTITIES}
             return replace(
                 forecast, **last, basis="what is observed", base_rate=False, next_look={}
             )
@@ -242,7 +247,7 @@ class Forecaster:
         return grade(outcomes, **settings)
 
     def _next_look(self, runs: Runs, ask: Ask, next_share: float | None) -> dict[str, Prediction]:
-        if next_share is None or runs.base_rate:
+        if next_share is None or runs.base_rate or not runs.rows:
             return {}
         found = {q: self._before(runs, ask, q, next_share) for q in ("forgetting", "worst")}
         return {name: p for name, (p, _, _) in found.items() if p is not None}
@@ -251,16 +256,18 @@ class Forecaster:
         self, runs: Runs, ask: Ask, quantity: str, share: float
     ) -> tuple[Prediction | None, Evidence | None, list[str]]:
         """The forecast of a quantity at this share, and what the reader should know about it."""
-        if not runs.rows:
-            return None, None, []
+        if runs.repeats:
+            return _repeat(runs, quantity, share), None, []
+        if quantity == "worst" and runs.other_off_target:
+            return None, None, ["the worst of other off-target tasks says little of these"]
         table, question, rows = tabulate(runs, ask, quantity, share)
         fitted = self._blend(table, before_training(quantity, table.features), ask.method)
         if fitted is None:
             return None, None, []
-        point, scale = fitted.predict(question)
         widening, words = beyond(table, question)
         if math.isinf(widening):
-            return None, None, [f"{word}, too far for a forecast" for word in words]
+            return None, None, [f"{word}, too far for a forecast of {quantity}" for word in words]
+        point, scale = fitted.predict(within(table, question, RECIPE))
         if ask.method not in table.methods:
             means = [table.target[table.methods == m].mean() for m in set(table.methods)]
             # Its errors are those of other methods, so they are a guess: twice as wide.
@@ -334,6 +341,7 @@ class Forecaster:
     def _left_out_of(self, runs: Runs, ask: Ask, quantity: str, method: str) -> dict[Run, float]:
         """Run of a method -> its forecast; the same for all questions that know as much."""
         known = tuple(bool(ask.recipe.get(name)) for name in ("learning_rate", "steps"))
+        known = (math.isfinite(ask.iimm), *known)
         key = (ask.model, ask.task, ask.task_fingerprint, ask.off_target, known, quantity, method)
         if key not in self._priors:
             table, _, rows = tabulate(runs, replace(ask, method=method), quantity, 1.0)
@@ -349,6 +357,19 @@ class Forecaster:
         if key not in self._blends:
             self._blends[key] = blend(table, candidates, method, COVERAGE)
         return self._blends[key]
+
+
+def _repeat(runs: Runs, quantity: str, share: float) -> Prediction | None:
+    """Mean and spread of runs of the very same task and method, Student-t distributed."""
+    values = [value for run in runs.rows if (value := run.at(quantity, share)) is not None]
+    if len(values) < 2:
+        return None
+    noises = [noise for run in runs.rows if (noise := run.noise_at(quantity, share)) is not None]
+    noise = max(noises, default=0.5 / math.sqrt(OFF_TARGET_PROBE_SIZE))
+    spread = max(float(np.std(values, ddof=1)), noise)
+    return Prediction(
+        float(np.mean(values)), spread * math.sqrt(1 + 1 / len(values)), len(values) - 1
+    )
 
 
 def _evidence(fitted: Blend) -> Evidence:

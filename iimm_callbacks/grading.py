@@ -61,6 +61,7 @@ class GuardGrade:
         n_over: Runs that end over the limit if nobody stops them.
         stopped_of_over: How many of those were stopped.
         stopped_of_under: How many of the others were stopped, needlessly.
+        never_began: How many of the stopped runs were so before their first step.
         kept_to_limit: Share of the stopped runs that were at most half a point and their sampling
             noise over the limit when stopped; NaN where none was stopped.
         over_by: Mean of what stopped runs were over the limit, 0 for those within.
@@ -75,6 +76,7 @@ class GuardGrade:
     n_over: int
     stopped_of_over: int
     stopped_of_under: int
+    never_began: int
     kept_to_limit: float
     over_by: float
     gain: float
@@ -259,6 +261,8 @@ def _grade_forecast(
         if prediction is None or end is None:
             continue
         mean, line = r.plain[quantity]
+        if math.isnan(mean):
+            continue  # nothing to compare with: its method is on record on one task only
         rows.append(
             (
                 abs(prediction.point - end),
@@ -269,14 +273,25 @@ def _grade_forecast(
         )
     if not rows:
         return None
-    return ForecastGrade(quantity, method, share, len(rows), *map(float, np.mean(rows, axis=0)))
+    error, of_mean, of_line, coverage = (np.array(column) for column in zip(*rows, strict=True))
+    lines = of_line[np.isfinite(of_line)]  # none where all began alike
+    return ForecastGrade(
+        quantity,
+        method,
+        share,
+        len(rows),
+        float(error.mean()),
+        float(of_mean.mean()),
+        float(lines.mean()) if len(lines) else math.nan,
+        float(coverage.mean()),
+    )
 
 
 def _grade_policy(replays: Sequence[_Replay], policy: str, limits: Limits) -> GuardGrade:
     quantity = "forgetting" if limits.limit_on == "mean" else "worst"
     limit = limits.max_forgetting
     assert limit is not None
-    over = stopped_over = stopped_under = within = 0
+    over = stopped_over = stopped_under = never_began = within = 0
     excess, gains, oracle_gains = [], [], []
     for r in replays:
         ends_over = getattr(r.outcome, quantity) > limit
@@ -288,6 +303,7 @@ def _grade_policy(replays: Sequence[_Replay], policy: str, limits: Limits) -> Gu
             continue
         stopped_over += ends_over
         stopped_under += not ends_over
+        never_began += at == 0
         look = r.looks[at]
         above = look.get(quantity, 0.0) - limit
         excess.append(max(above, 0.0))
@@ -299,6 +315,7 @@ def _grade_policy(replays: Sequence[_Replay], policy: str, limits: Limits) -> Gu
         over,
         stopped_over,
         stopped_under,
+        never_began,
         within / len(excess) if excess else math.nan,
         float(np.mean(excess)) if excess else 0.0,
         float(np.mean(gains)),

@@ -137,6 +137,8 @@ def judge(forecast: Forecast | None, observed: Forgetting | None, limits: Limits
 def recommend(forecasts: Mapping[str, Forecast], limits: Limits) -> str | None:
     """The method with the most forecast gain among those likely to stay within the limit.
 
+    A forecast out of the range of the record recommends nothing.
+
     Args:
         forecasts: Method -> its forecast before training.
         limits: The user's limits; without one, every method stays within it.
@@ -152,7 +154,7 @@ def recommend(forecasts: Mapping[str, Forecast], limits: Limits) -> str | None:
         inside = limit is None or (
             predicted is not None and predicted.probability_above(limit) <= 0.5
         )
-        if forecast.gain is not None and inside:
+        if forecast.gain is not None and inside and forecast.in_range:
             gains[method] = forecast.gain.point
     return max(gains, key=lambda method: gains[method], default=None)
 

@@ -173,6 +173,7 @@ class IIMMMonitor:
             self.forecast = prior
             self.verdict = judge(prior, None, self.limits)
             self.history.append(self._row(self._baseline, 0.0, None, {}))
+        self._draft()
         return self.verdict
 
     def check(
@@ -228,14 +229,14 @@ class IIMMMonitor:
         # At the end there is nothing left to forecast.
         self.verdict = judge(self.forecast if share < 1 else None, observed, self.limits)
         self.history.append(self._row(look, share, observed, seen))
-        assert self._start is not None
-        self._ledger.draft(keys.as_outcome(self._start, self.history, False, "interrupted"))
+        self._draft()
         return self.verdict
 
     def retract(self) -> None:
         """Take back the latest `check`, because another rank could not make it."""
         self.history.pop()
         self.verdict, self.forecast = self._before
+        self._draft()
 
     def end(self, *, complete: bool = True, ended: str = "finished") -> Outcome:
         """The record of the run, from the last look; it is added to the store.
@@ -301,6 +302,11 @@ class IIMMMonitor:
         self.verdict = Verdict(**state["verdict"])
         self._outcomes = self._outcomes[: state["n_outcomes"]]
         self._forecaster.fit(self._outcomes)
+
+    def _draft(self) -> None:
+        """What goes on record should the run end here."""
+        assert self._start is not None
+        self._ledger.draft(keys.as_outcome(self._start, self.history, False, "interrupted"))
 
     def _before_training(self, model: nn.Module, recipe: Mapping[str, Any]) -> Outcome:
         assert self._baseline is not None

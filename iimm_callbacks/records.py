@@ -6,7 +6,7 @@ import math
 import sys
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -104,6 +104,8 @@ class Runs:
         own: Whether they are all of the model that is asked about.
         base_rate: Whether they are published figures of other people's models.
         notes: What the reader should know about them.
+        repeats: Whether they are all of the very task and method that is asked about.
+        other_off_target: Whether too few were probed on the off-target tasks that are asked about.
     """
 
     rows: list[Run]
@@ -111,6 +113,8 @@ class Runs:
     own: bool
     base_rate: bool
     notes: tuple[str, ...]
+    repeats: bool = False
+    other_off_target: bool = False
 
 
 def choose(record: Sequence[Run], base_rates: Sequence[Run], ask: Ask) -> Runs:
@@ -129,8 +133,23 @@ def choose(record: Sequence[Run], base_rates: Sequence[Run], ask: Ask) -> Runs:
     if _n_tasks(own) >= MIN_TASKS:
         n = len([run for run in own if run.outcome.method == ask.method])
         label = f"{_count(own)} of this model, {n} of them under method {ask.method!r}"
-        return Runs(own, label, True, False, (*notes, *_unseen(own, ask)))
+        other = bool(ask.off_target) and _n_tasks(_alike(own, ask)) < MIN_TASKS
+        if other and any(run.off_target for run in own):
+            notes.append(
+                "the off-target tasks on record are not those of this run, so its forgetting may "
+                "differ by more than the interval"
+            )
+        notes += _unseen(own, ask)
+        return Runs(own, label, True, False, tuple(notes), other_off_target=other)
     notes.append(_too_few(own))
+    repeats = [
+        run
+        for run in own
+        if run.outcome.method == ask.method and _task_key(run.outcome) == _task_key(ask)
+    ]
+    if len(repeats) > 1:
+        label = f"{_count(repeats)} of this model on this very task under method {ask.method!r}"
+        return Runs(repeats, label, True, False, tuple(notes), repeats=True)
     real = [run for run in record if run.outcome.model != _TOY]
     if _n_tasks(real) >= MIN_TASKS:
         models = len({run.outcome.model_fingerprint for run in real})
@@ -166,12 +185,7 @@ def tabulate(
     """
     rows = [run for run in runs.rows if run.at(quantity, share) is not None]
     if ask.off_target and quantity != "gain":
-        off_target = frozenset(ask.off_target)
-        alike = [
-            run
-            for run in rows
-            if run.off_target == off_target or run.guarded == off_target | {ask.task}
-        ]
+        alike = _alike(rows, ask)
         rows = alike if _n_tasks(alike) >= MIN_TASKS else rows
     measured = [r for r in rows if None not in (r.outcome.iimm, r.outcome.inter, r.outcome.intra)]
     # IIMM does not compare across models.
@@ -244,6 +258,23 @@ def beyond(
     return factor, words
 
 
+def within(table: Table, question: Question, features: Iterable[str]) -> Question:
+    """The question with these features moved into the range on record: never extrapolated."""
+    rows = table.methods == question.method
+    moved = {
+        name: float(np.clip(question.features[name], values.min(), values.max()))
+        for name in features
+        if name in table.features and len(values := table.features[name][rows])
+    }
+    return replace(question, features={**question.features, **moved})
+
+
+def _alike(runs: Sequence[Run], ask: Ask) -> list[Run]:
+    """The runs with the off-target tasks that are asked about."""
+    tasks = frozenset(ask.off_target)
+    return [run for run in runs if run.off_target == tasks or run.guarded == tasks | {ask.task}]
+
+
 def _same_task(
     rows: Sequence[Outcome], methods: Any, target: Floats, ask: Ask
 ) -> tuple[Floats, float] | None:
@@ -257,8 +288,12 @@ def _same_task(
     mine = tasks == _task_key(ask)
     if not ask.task or not mine.any():
         return None
-    means = {m: target[methods == m].mean() for m in set(methods)}
-    above = target - np.array([means[m] for m in methods])
+    # Above the mean of the method on *other* tasks: a run's own end must not hide in its feature.
+    usual = []
+    for task, method in zip(tasks, methods, strict=True):
+        others = (methods == method) & (tasks != task)
+        usual.append(target[others].mean() if others.any() else target[methods == method].mean())
+    above = target - np.array(usual)
     cells = Counter(zip(tasks, methods, strict=True))
     repeated = {task for (task, _), n in cells.items() if n > 1}
     again = bool((mine & (methods == ask.method)).any()) and len(repeated) >= MIN_TASKS

@@ -63,7 +63,8 @@ def forecast_lines(forecast: dict[str, Any]) -> list[str]:
     Returns:
         Lines of at most 96 columns: the basis, then each quantity.
     """
-    sentences = [words[:1].upper() + words[1:] for words in (forecast["basis"], *forecast["notes"])]
+    notes = [note for note in forecast["notes"] if note not in forecast["basis"]]
+    sentences = [words[:1].upper() + words[1:] for words in (forecast["basis"], *notes)]
     lines = wrap(". ".join(sentences) + ".", _WIDTH)
     for name, found in forecast["evidence"].items():
         predictors = [f"{k} {v:.0%}" for k, v in found["predictors"].items() if v >= 0.1]
@@ -73,10 +74,12 @@ def forecast_lines(forecast: dict[str, Any]) -> list[str]:
                                ("error_of_zero_shot", "zero-shot error"))
             if found[key] is not None
         ]  # fmt: skip
+        same = any(k.startswith("other runs of the same task") for k in found["predictors"])
+        seen = ", but with other runs of that task known" if same else ""
         text = (
             f"{name}: by {', '.join(predictors) or 'many predictors'}; off by "
             f"{points(found['error']).removeprefix('+')} points on {found['n_tasks']} tasks left "
-            f"out in turn ({', '.join(beside)}); 90 % intervals held {found['coverage']:.0%}"
+            f"out in turn ({', '.join(beside)}){seen}; 90 % intervals held {found['coverage']:.0%}"
         )
         lines += wrap(text, _WIDTH, initial_indent="  ", subsequent_indent="    ")
     return lines

@@ -270,6 +270,41 @@ def test_without_runs_base_rates_stand_in_under_that_name(method, outcomes):
     assert not predict(planted(), method="full", base_rates=True).base_rate
 
 
+def test_runs_of_the_very_task_alone_say_what_they_did():
+    # gains 0.30, 0.32, 0.40: mean 0.34, sd sqrt((16 + 4 + 36)/2) = 5.29 points; at t(2), n = 3.
+    rows = [run("digits", gain=g) for g in (0.3, 0.32, 0.4)]
+    forecast = predict(rows, task="digits", task_fingerprint="2e", base_rates=True)
+    assert forecast.gain.point == pytest.approx(0.34)
+    assert forecast.gain.scale == pytest.approx(0.052915 * math.sqrt(4 / 3), rel=1e-4)
+    assert forecast.gain.dof == 2
+    assert not forecast.base_rate
+    assert "on this very task under method 'full'" in forecast.basis
+    assert predict(rows, task="letters", task_fingerprint="2e", base_rates=True).base_rate
+
+
+def test_other_off_target_tasks_than_those_on_record_are_said():
+    same = predict(planted(), off_target=["a", "b"])
+    other = predict(planted(), off_target=["c"])
+    assert same.worst is not None
+    assert other.worst is None
+    assert not any("not those of this run" in note for note in same.notes)
+    assert any("not those of this run" in note for note in other.notes)
+
+
+def test_a_recipe_out_of_range_is_not_extrapolated():
+    rows = [
+        run(f"t{i}", 0.3 + 0.01 * (i % 3), drop=0.02 * (1 + level), recipe={"learning_rate": rate})
+        for i in range(8)
+        for level, rate in enumerate((1e-5, 1e-4))
+    ]
+    inside, edge, out = (predict(rows, recipe={"learning_rate": r}) for r in (3e-5, 1e-4, 2e-4))
+    assert inside.in_range
+    assert edge.in_range
+    assert not out.in_range
+    assert out.forgetting.point == pytest.approx(edge.forgetting.point)
+    assert out.forgetting.scale > edge.forgetting.scale
+
+
 def test_base_rates_hold_for_any_recipe():
     recipe = {"learning_rate": 1e-2, "steps": 10}
     forecast = predict([], base_rates=True, before=0.5, recipe=recipe)

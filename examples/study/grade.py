@@ -36,15 +36,19 @@ class Row:
 
 
 def simulated(rng, n, related):
-    """A record of n tasks on whose IIMM gain over zero-shot error depends, with R² 0.9, or not."""
+    """A record of n tasks whose gain over zero-shot error and forgetting go with IIMM, or nothing.
+
+    Gain over zero-shot error then has R² 0.9.
+    """
     iimm = rng.uniform(0.1, 0.6, n)
+    inter = iimm + rng.normal(0, 0.08, n)
     zero_shot = rng.uniform(0.2, 0.8, n)
     line = 0.2 + 1.2 * (iimm - 0.35)
     spread = 1.2 * 0.5 / math.sqrt(12)  # standard deviation of the line's values
-    noise = spread * math.sqrt(0.1 / 0.9) if related else spread
-    over_error = (line if related else np.full(n, 0.2)) + rng.normal(0, noise, n)
+    over_error = line + rng.normal(0, spread * math.sqrt(0.1 / 0.9), n)
+    gain = over_error * (1 - zero_shot) if related else rng.normal(0.15, 0.08, n)
     drop = (0.2 * (iimm - 0.2) if related else 0.05) + rng.normal(0, 0.01 if related else 0.03, n)
-    after = np.clip(zero_shot + over_error * (1 - zero_shot), 0, 1)
+    after = np.clip(zero_shot + gain, 0, 1)
     return [
         Outcome(
             model="simulated",
@@ -53,8 +57,8 @@ def simulated(rng, n, related):
             task=f"task {i}",
             task_fingerprint="",
             iimm=float(iimm[i]),
-            inter=float(iimm[i]),
-            intra=float(iimm[i]),
+            inter=float(inter[i]),
+            intra=float(2 * iimm[i] - inter[i]),
             standard_error=0.01,
             n_images=512,
             n_classes=10,
@@ -175,7 +179,7 @@ def guard_rows(grade):
 def guard_table(grade):
     table = Table(title="Guard and other policies")
     for column in ("limit", "policy", "end over", "of them stopped", "stopped needlessly",
-                   "kept to limit", "over by", "gain kept"):  # fmt: skip
+                   "never began", "kept to limit", "over by", "gain kept"):  # fmt: skip
         table.add_column(column, justify="left" if column == "policy" else "right")
     for r in grade.guard:
         kept = "-" if math.isnan(r.kept_to_limit) else f"{r.kept_to_limit:.0%}"
@@ -185,6 +189,7 @@ def guard_table(grade):
             f"{r.n_over} of {r.n_runs}",
             str(r.stopped_of_over),
             str(r.stopped_of_under),
+            str(r.never_began),
             kept,
             f"{100 * r.over_by:.2f}",
             f"{100 * r.gain:+.2f}",
