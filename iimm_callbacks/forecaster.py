@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -22,14 +21,13 @@ from .forecast import COVERAGE, Evidence, Forecast, Prediction
 from .measure import Measurement
 from .outcomes import Outcome
 from .predictors import MEAN, RECIPE, ZERO_SHOT, before_training, during_training
-from .records import QUANTITIES, Ask, Run, Runs, beyond, choose, tabulate, within
+from .records import QUANTITIES, Ask, Run, Runs, choose
+from .stand_ins import lost_so_far, repeat
+from .tabulate import beyond, tabulate, within
 from .tasks import OFF_TARGET_PROBE_SIZE
 
 if TYPE_CHECKING:
     from .grading import Grade
-
-# Without runs on record, what was lost so far says something of the end from here on.
-_FROM_SHARE = 0.2
 
 
 class Forecaster:
@@ -206,7 +204,7 @@ class Forecaster:
                     error_of_zero_shot=plain.error_of_zero_shot,
                 )
             else:
-                guess = _lost_so_far(name, share, 1.0, *seen[name])
+                guess = lost_so_far(name, share, 1.0, *seen[name])
                 if guess is not None and (prior is None or guess.scale < prior.scale):
                     updated[name] = guess
                     so_far.append(name)
@@ -216,7 +214,7 @@ class Forecaster:
             coming = (
                 self._during(runs, ask, name, share, next_share, seen, prior) if found else None
             )
-            guess = coming[0] if coming else _lost_so_far(name, share, next_share, *seen[name])
+            guess = coming[0] if coming else lost_so_far(name, share, next_share, *seen[name])
             if guess is not None:
                 next_look[name] = guess
         if not updated:
@@ -257,7 +255,7 @@ class Forecaster:
     ) -> tuple[Prediction | None, Evidence | None, list[str]]:
         """The forecast of a quantity at this share, and what the reader should know about it."""
         if runs.repeats:
-            return _repeat(runs, quantity, share), None, []
+            return repeat(runs, quantity, share), None, []
         if quantity == "worst" and runs.other_off_target:
             return None, None, ["the worst of other off-target tasks says little of these"]
         table, question, rows = tabulate(runs, ask, quantity, share)
@@ -359,19 +357,6 @@ class Forecaster:
         return self._blends[key]
 
 
-def _repeat(runs: Runs, quantity: str, share: float) -> Prediction | None:
-    """Mean and spread of runs of the very same task and method, Student-t distributed."""
-    values = [value for run in runs.rows if (value := run.at(quantity, share)) is not None]
-    if len(values) < 2:
-        return None
-    noises = [noise for run in runs.rows if (noise := run.noise_at(quantity, share)) is not None]
-    noise = max(noises, default=0.5 / math.sqrt(OFF_TARGET_PROBE_SIZE))
-    spread = max(float(np.std(values, ddof=1)), noise)
-    return Prediction(
-        float(np.mean(values)), spread * math.sqrt(1 + 1 / len(values)), len(values) - 1
-    )
-
-
 def _evidence(fitted: Blend) -> Evidence:
     shares: dict[str, float] = {}
     for candidate, weight in fitted.weights.items():
@@ -387,29 +372,6 @@ def _evidence(fitted: Blend) -> Evidence:
         errors.get(ZERO_SHOT, errors.get(replace(ZERO_SHOT, pooled=True))),
         fitted.coverage,
     )
-
-
-def _lost_so_far(
-    quantity: str, share: float, later: float, value: float, error: float
-) -> Prediction | None:
-    """What was lost so far, for want of runs on record; how much is to come the sample's runs say.
-
-    None for gains, and before 20 % of the steps.
-    """
-    if quantity == "gain" or share < _FROM_SHARE:
-        return None
-    return Prediction(value, math.hypot(error, _rest(quantity, share, later)), 9)
-
-
-@cache
-def _rest(quantity: str, share: float, later: float) -> float:
-    """Root mean square of what the shipped sample's runs lost between two shares of the steps."""
-    from .sample import load_outcomes
-
-    runs = [Run(outcome) for outcome in load_outcomes()]
-    pairs = [(run.at(quantity, share), run.at(quantity, later)) for run in runs]
-    changes = [end - now for now, end in pairs if now is not None and end is not None]
-    return float(np.sqrt(np.mean(np.square(changes))))
 
 
 def _load_base_rates() -> list[Run]:
