@@ -435,6 +435,7 @@ def test_base_rates_are_shown_and_neither_logged_nor_judged(make_trainer, guard,
     first, second = rows(trainer)[:2]
     assert not [key for key in {**first, **second} if "forecast" in key]
     assert callback.monitor.history[0]["level"] == "continue"
+    assert not [key for key in rows(trainer)[-1] if "gain_forecast" in key]
 
 
 # When things go wrong

@@ -329,6 +329,8 @@ def test_not_yet_at_the_next_look_is_said_only_where_it_holds_a_stop_back():
         ({"full": Forecast(forecast(0).gain, None, None, "")}, None, "full"),
         ({"full": forecast(0.2, base_rate=True), "lora": forecast(0.0, base_rate=True)}, 0.05,
          "lora"),
+        ({"full": replace(forecast(0.01, gain=0.9), in_range=False),
+          "lora": forecast(0.01, gain=0.2)}, 0.05, "lora"),
         ({}, 0.05, None),
     ],
 )  # fmt: skip

@@ -1,5 +1,6 @@
 """The monitor in a training loop of the user's own: begin, check, end."""
 
+import gc
 import json
 import math
 from dataclasses import replace
@@ -226,6 +227,17 @@ def test_a_run_that_goes_on_does_not_learn_from_what_ended_since(
     new.begin(tiny_clip())
     known = [m.record()["forecast"]["n_outcomes"] for m in (monitor, again, new)]
     assert known == [4, 4, 5]
+
+
+def test_a_run_that_fails_before_its_first_look_is_on_record_too(
+    tiny_clip, make_monitor, own_store
+):
+    monitor = make_monitor()
+    monitor.begin(tiny_clip())
+    del monitor
+    gc.collect()
+    (outcome,) = read_outcomes(own_store)
+    assert (outcome.complete, outcome.ended, outcome.gain) == (False, "interrupted", 0.0)
 
 
 def test_a_run_without_off_target_tasks_has_an_outcome_too(
