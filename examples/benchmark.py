@@ -99,8 +99,8 @@ def probe_rows(settings):
     task = sample.load_task("printed_letters", probe_size=64 if settings.smoke else 256)
     probe = Probe(task, processor=processor, progress=False)
     probe.prepare(model)
-    batches = [batch["pixel_values"] for batch in probe._prepared[0].batches]
-    tokens = probe._prepared[0].prompts
+    batches = [batch.inputs["pixel_values"] for batch in probe._share.batches]
+    tokens = probe._share.tasks[0].prompts
 
     @torch.no_grad()
     def bare():

@@ -8,6 +8,7 @@ from .forecast import Forecast
 from .forecaster import Forecaster
 from .guard import Limits, Verdict
 from .measure import IIMMAccumulator, Measurement, drift_bound, iimm
+from .monitor import IIMMMonitor
 from .outcomes import Outcome
 from .store import append_outcome, read_outcomes
 from .tasks import Task
@@ -20,6 +21,7 @@ __all__ = [
     "Forecaster",
     "IIMMAccumulator",
     "IIMMCallback",
+    "IIMMMonitor",
     "ImageCollator",
     "Limits",
     "Measurement",

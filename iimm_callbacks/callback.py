@@ -4,24 +4,26 @@ from __future__ import annotations
 
 import logging
 import math
-import time
+import weakref
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Literal
 
+from torch import nn
 from tqdm.auto import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from . import host, keys, report
+from . import host, keys, ranks, report
 from .encoders import EncodePair
-from .guard import Limits, Verdict
+from .guard import LEVELS, Limits, Verdict
 from .monitor import IIMMMonitor
 from .outcomes import Outcome
-from .schedule import Budget, Every, check_every, is_due, next_share
+from .run_file import file_name
+from .schedule import Budget, Every, check_every
 from .store import as_outcomes
 from .tasks import Task, check_tasks
-from .wrappers import zero_shot_twin
+from .wrappers import load_untouched, zero_shot_twin
 
 logger = logging.getLogger(__name__)
 
@@ -74,13 +76,18 @@ class IIMMCallback(TrainerCallback):  # type: ignore[misc]  # transformers is un
             is observed, and to what that makes likely for the end.
         store: JSON-lines file that this run is added to when it ends; ``"default"``: that of
             `store.default_store`, in the user's cache folder; ``None``: none.
+        run_file: JSON file that has all that was measured, from every look on; ``"default"``:
+            ``iimm_<task>.json`` in the output folder; ``None``: none.
+        base_model: The untouched model, for a run that goes on from a checkpoint that was written
+            without the guard: the model, its Hub name or folder, or a function that returns it.
         method: Fine-tuning method; ``None``: recognised by `tuning.detect`.
         processor: ``None``: the Trainer's `processing_class`, else that of the `PromptClassifier`,
             else the one saved with the model. For open_clip the pair (transform, tokenizer).
         encode: ``(encode_images, encode_texts)`` for a model without feature functions.
-        batch_size: Images in one forward pass of the probe.
-        cache_limit: Bytes of preprocessed probe images kept in memory.
-        strict: Raise when a look during training fails; otherwise it warns once.
+        batch_size: Images in one forward pass of the probe; halved where memory does not suffice.
+        cache_limit: Bytes of preprocessed probe images kept in memory, on each rank.
+        strict: Raise when a look during training fails, or `action`, a tracker or the terminal
+            raises; otherwise that costs one warning each, never the run.
         verbose: Print the tables.
 
     Attributes:
@@ -106,6 +113,8 @@ class IIMMCallback(TrainerCallback):  # type: ignore[misc]  # transformers is un
         max_overhead: float | None = 0.05,
         outcomes: str | Path | Iterable[Outcome] | None = None,
         store: str | Path | None = "default",
+        run_file: str | Path | None = "default",
+        base_model: nn.Module | str | Path | Callable[[], nn.Module] | None = None,
         method: str | None = None,
         processor: Any = None,
         encode: EncodePair | None = None,
@@ -136,6 +145,8 @@ class IIMMCallback(TrainerCallback):  # type: ignore[misc]  # transformers is un
         reread = outcomes is None or isinstance(outcomes, str | Path)
         self.outcomes = outcomes if reread else as_outcomes(outcomes)
         self.store = store
+        self.run_file = run_file
+        self.base_model = base_model
         self.method = method
         self.processor = processor
         self.encode = encode
@@ -145,67 +156,39 @@ class IIMMCallback(TrainerCallback):  # type: ignore[misc]  # transformers is un
         self.verbose = verbose
         self.monitor: IIMMMonitor | None = None
         self.outcome: Outcome | None = None
+        self._model: Callable[[], Any] = lambda: None  # that the latest run trains
         self._stop_reason = ""
-        self._alarm: Verdict | None = None
         self._hold_first_step = False
+        self._warned: set[str] = set()
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Measure the untouched model; a model that cannot be measured raises before training."""
-        self._budget = Budget(self.max_overhead)
-        self._began = time.perf_counter()
-        self._stop_reason, self._alarm, self._hold_first_step = "", None, False
+        model = kwargs["model"]
+        broken_off = self.outcome is None and self._model() is model
+        self._model = weakref.ref(model)
+        self._stop_reason, self._hold_first_step, self._warned = "", False, set()
         self.outcome = None
-        self.monitor = None
-        saved = state.stateful_callbacks.get(self._state_key)
-        resumed = state.global_step > 0
-        # Resumed without the guard's state, the untouched model is to be had only if it hides
-        # under adapters.
-        untouched = zero_shot_twin(kwargs["model"]) if resumed and not saved else nullcontext()
-        if untouched is None:
-            logger.warning(
-                "The IIMM guard is off: this run resumes at step %d from a checkpoint that was "
-                "written without the guard, so the untouched model was never measured.",
-                state.global_step,
-            )
+        if state.global_step > 0:
+            self._resume(args, state, control, model, kwargs.get("processing_class"))
             return
-        main = state.is_world_process_zero
-        monitor = IIMMMonitor(
-            self.task,
-            self.off_target,
-            limits=self.limits,
-            outcomes=self.outcomes,
-            store=self.store,
-            method=self.method,
-            processor=self.processor or kwargs.get("processing_class"),
-            encode=self.encode,
-            batch_size=self.batch_size,
-            cache_limit=self.cache_limit,
-            progress=self.verbose and main,
-            autocast_dtype=host.autocast_dtype(args),
-            strict=self.strict,
-        )
-        if saved and resumed:
-            monitor.load_state_dict(saved["attributes"])
-        verdict = monitor.begin(
-            kwargs["model"],
-            recipe=host.recipe(args, state),
-            next_share=next_share(self.every, 0, state.max_steps, 0),
-            untouched=untouched,
-        )
-        self.monitor = monitor
-        self._budget.took(monitor.row()[keys.RUNTIME], counts=False)
-        if saved and resumed:
-            self._alarm = verdict
-            return
-        self._began = time.perf_counter()
-        self._show(state, report.preflight_table(monitor.record()))
-        if resumed:  # the untouched model's numbers are not those of this step
-            self._look(args, state, control, kwargs["model"], needed=True)
+        # `auto_find_batch_size` tries anew with the model as it was when memory ran out, and so
+        # does a user after an exception: its baseline stays that of the first try.
+        if self.monitor is not None and broken_off:
+            self.monitor.restart()
         else:
-            self._emit(args, state, control, monitor.row())
-            self._act(args, state, control, verdict)
+            self.monitor = None  # should the model not be measurable
+            self.monitor = self._new_monitor(args, state, kwargs.get("processing_class"))
+        monitor = self.monitor
+        try:
+            verdict = monitor.begin(model, recipe=host.recipe(args, state))
+        except BaseException:
+            self.monitor = None
+            raise
+        self._show(state, lambda: report.preflight_table(monitor.record()))
+        self._emit(state, control, monitor.row())
+        self._act(state, control, verdict, "continue")
         if control.should_training_stop:
             self._hold_first_step = True
             if not host.can_hold_step(args):
@@ -231,15 +214,15 @@ class IIMMCallback(TrainerCallback):  # type: ignore[misc]  # transformers is un
         """Look where one is due and the budget allows."""
         if self._hold_first_step:
             control.should_save = control.should_evaluate = control.should_log = False
-        elif is_due(self.every, state.global_step, state.max_steps):
-            self._look(args, state, control, kwargs["model"])
+        else:
+            self._look_if_due(state, control, kwargs["model"])
 
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Look, with ``every="epoch"``."""
-        if self.every == "epoch" and not self._hold_first_step:
-            self._look(args, state, control, kwargs["model"])
+        if not self._hold_first_step:
+            self._look_if_due(state, control, kwargs["model"], "epoch")
 
     def on_evaluate(
         self,
@@ -256,12 +239,15 @@ class IIMMCallback(TrainerCallback):  # type: ignore[misc]  # transformers is un
         if self.monitor is None or metrics is None or not self.monitor.history:
             return
         wanted = f"eval_{(args.metric_for_best_model or '').removeprefix('eval_')}"
-        needed = wanted.startswith(keys.PREFIX)
-        if self.every == "evaluate" or needed:
-            self._look(args, state, control, kwargs["model"], needed=needed)
-        if self.monitor.history[-1]["step"] == state.global_step:
+        over = self.outcome is not None  # the user evaluates after training
+        if wanted.startswith(keys.PREFIX):
+            if self.monitor.history[-1]["step"] != _step(state) and not over:
+                self._look(state, control, kwargs["model"])
+        elif not over:
+            self._look_if_due(state, control, kwargs["model"], "evaluate")
+        if self.monitor.history[-1]["step"] == _step(state):
             metrics.update(self.monitor.row())
-        if needed and wanted not in metrics:
+        if wanted.startswith(keys.PREFIX) and wanted not in metrics:
             # The Trainer would end in a KeyError; NaN is never the best.
             metrics[wanted] = math.nan
 
@@ -269,104 +255,144 @@ class IIMMCallback(TrainerCallback):  # type: ignore[misc]  # transformers is un
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Look at the model that the user is left with, and print predicted versus observed."""
-        monitor = self.monitor
+        monitor, model = self.monitor, kwargs["model"]
         if monitor is None:
             return
         if not self._hold_first_step:
             swapped = args.load_best_model_at_end and state.best_model_checkpoint is not None
-            self._look(args, state, control, kwargs["model"], needed=True, again=swapped)
-        # Numbers of an earlier step are no outcome, where the last look failed.
-        seen = monitor.history[-1]["step"] == state.global_step
-        complete = state.global_step >= state.max_steps and seen and not self._stop_reason
-        early = "stopped early" if seen else "the last look failed"
-        ended = self._stop_reason or ("finished" if complete else early)
-        self.outcome = monitor.end(complete=complete, ended=ended)
-        self._show(state, report.summary_table(self.record()))
+            if swapped or monitor.history[-1]["step"] != _step(state):
+                self._look(state, control, model)
+        step = 0 if self._hold_first_step else _step(state)
+        self.outcome = monitor.end(model, step, ended=self._stop_reason)
+        self._show(state, lambda: report.summary_table(monitor.record()))
 
     def record(self) -> dict[str, Any]:
-        """The run as JSON-ready data, for `report.save_run` and `report.plot_run`.
+        """The run as JSON-ready data, for `run_file.save_run` and `report.plot_run`.
 
         Raises:
             RuntimeError: No run has begun.
         """
         if self.monitor is None:
             raise RuntimeError("no guarded run has begun; call `trainer.train()` first")
-        ended = self.outcome.ended if self.outcome else "running"
-        return self.monitor.record() | {"ended": ended, "looks_dropped": self._budget.dropped}
+        return self.monitor.record()
 
     @property
     def _state_key(self) -> str:
         return f"IIMMCallback/{self.task.name}"
 
-    def _look(
+    def _new_monitor(
+        self, args: TrainingArguments, state: TrainerState, processor: Any
+    ) -> IIMMMonitor:
+        run_file = self.run_file
+        if run_file == "default":
+            run_file = Path(args.output_dir) / file_name(self.task.name)
+        return IIMMMonitor(
+            self.task,
+            self.off_target,
+            limits=self.limits,
+            every=self.every,
+            max_overhead=self.max_overhead,
+            outcomes=self.outcomes,
+            store=self.store,
+            run_file=run_file,
+            method=self.method,
+            processor=self.processor or processor,
+            encode=self.encode,
+            batch_size=self.batch_size,
+            cache_limit=self.cache_limit,
+            progress=self.verbose and state.is_world_process_zero,
+            autocast_dtype=host.autocast_dtype(args),
+            strict=self.strict,
+        )
+
+    def _resume(
         self,
         args: TrainingArguments,
         state: TrainerState,
         control: TrainerControl,
         model: Any,
-        *,
-        needed: bool = False,
-        again: bool = False,
+        processor: Any,
     ) -> None:
-        monitor = self.monitor
-        if monitor is None or (monitor.history[-1]["step"] == state.global_step and not again):
+        """Go on as if the run had never been interrupted, or switch the guard off and say so."""
+        self.monitor = None
+        saved = state.stateful_callbacks.get(self._state_key)
+        try:
+            monitor = self._new_monitor(args, state, processor)
+            untouched: nn.Module | AbstractContextManager[Any] | None = None
+            if saved is not None:
+                monitor.load_state_dict(saved["attributes"])
+            elif self.base_model is not None:
+                untouched = load_untouched(self.base_model, model)
+            elif (untouched := zero_shot_twin(model)) is None:
+                raise ValueError(
+                    "the checkpoint was written without the guard, so the untouched model was "
+                    "never measured; give it as `base_model`"
+                )
+            monitor.begin(model, recipe=host.recipe(args, state), untouched=untouched)
+        except Exception as error:
+            if self.strict:
+                raise
+            if state.is_world_process_zero:
+                logger.warning(
+                    "The IIMM guard is off: this run resumes at step %d and cannot be compared "
+                    "with the untouched model (%s)",
+                    state.global_step,
+                    error,
+                )
             return
-        step, total = state.global_step, max(state.max_steps, 1)
-        elapsed = time.perf_counter() - self._began
-        too_dear = not self._budget.allows(elapsed, max(step, 1), total)
-        # All ranks look or none: the clock of one decides for all.
-        if host.any_rank(too_dear, args) and not needed and step < total:
-            self._budget.dropped += 1
-            return
-        start = time.perf_counter()
-        looks = len(monitor.history)
-        coming = next_share(self.every, step, total, monitor.history[-1]["step"])
-        verdict = monitor.check(model, step, total, next_share=coming)
-        self._budget.took(time.perf_counter() - start)
-        failed = len(monitor.history) == looks
-        if host.any_rank(failed, args):  # all ranks keep one history
-            if not failed:
-                monitor.retract()
-            return
-        self._show(state, report.look_line(monitor.history[-1]))
-        self._emit(args, state, control, monitor.row())
-        self._act(args, state, control, verdict)
+        self.monitor = monitor
+        if saved is None:
+            self._show(state, lambda: report.preflight_table(monitor.record()))
+            self._look(state, control, model)  # the untouched model's numbers are not of this step
+        elif state.epoch == int(state.epoch or 0):
+            # A checkpoint of an epoch's last step may have been written before the look there.
+            event = "evaluate" if args.eval_strategy == "epoch" else None
+            self._look_if_due(state, control, model, "epoch" if self.every == "epoch" else event)
 
-    def _act(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        verdict: Verdict,
+    def _look_if_due(
+        self, state: TrainerState, control: TrainerControl, model: Any, event: str | None = None
     ) -> None:
+        if self.monitor and self.monitor.is_due(_step(state), state.max_steps, event):
+            self._look(state, control, model)
+
+    def _look(self, state: TrainerState, control: TrainerControl, model: Any) -> None:
         monitor = self.monitor
         assert monitor is not None
+        looks, alarm = len(monitor.history), monitor.alarm
+        verdict = monitor.check(model, _step(state), state.max_steps)
+        if len(monitor.history) > looks:
+            self._show(state, lambda: report.look_line(monitor.history[-1]))
+            self._emit(state, control, monitor.row())
+            self._act(state, control, verdict, alarm)
+        else:
+            self._remember(state)
+
+    def _act(
+        self, state: TrainerState, control: TrainerControl, verdict: Verdict, alarm: str
+    ) -> None:
+        """Warn where it got worse than the `alarm` so far, and stop where that is asked for."""
         step = state.global_step
-        worse = verdict.worse_than(self._alarm)
-        stop = False
+        stop = self.action == "stop" and verdict.level == "stop"
         if callable(self.action):
-            stop = self.action(verdict) is True
-        elif worse and verdict.level != "continue":
+            action = self.action
+            stop = self._safely("`action`", lambda: action(verdict)) is True
+        elif LEVELS.index(verdict.level) > LEVELS.index(alarm) and state.is_world_process_zero:
             logger.warning("IIMM guard, step %d: %s", step, verdict.reason)
-        if worse:
-            self._alarm = verdict
-        stop = stop or (self.action == "stop" and verdict.level == "stop")
-        if host.any_rank(stop, args) and step < state.max_steps:
+        if ranks.any_rank(stop) and step < state.max_steps:
             self._stop_reason = f"stopped by the guard at step {step}: {verdict.reason}"
             control.should_training_stop = True
-            self._show(state, self._stop_reason)
+            self._show(state, lambda: self._stop_reason)
+        self._remember(state)
+
+    def _remember(self, state: TrainerState) -> None:
+        """What the next checkpoint keeps; it survives whatever the Trainer restores or does not."""
+        assert self.monitor is not None
         state.stateful_callbacks[self._state_key] = {
             "args": {},
-            "attributes": monitor.state_dict(),
+            "attributes": self.monitor.state_dict(),
         }
 
-    def _emit(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        row: dict[str, float],
-    ) -> None:
+    def _emit(self, state: TrainerState, control: TrainerControl, row: dict[str, float]) -> None:
         # Trackers see only what goes through `Trainer.log`, which no hook is handed; it also
         # clears `should_log`, and with it the Trainer's own row of this step.
         keep = control.should_log
@@ -374,9 +400,31 @@ class IIMMCallback(TrainerCallback):  # type: ignore[misc]  # transformers is un
         if trainer is None:
             state.log_history.append({**row, "step": state.global_step})
         else:
-            trainer.log(dict(row))
+            self._safely("a tracker", lambda: trainer.log(dict(row)))
         control.should_log = keep
 
-    def _show(self, state: TrainerState, text: str) -> None:
+    def _show(self, state: TrainerState, text: Callable[[], str]) -> None:
         if self.verbose and state.is_world_process_zero:
-            tqdm.write(text)
+            self._safely("printing", lambda: tqdm.write(text()))
+
+    def _safely(self, what: str, do: Callable[[], Any]) -> Any:
+        """`do()`; where it raises, None, with one warning a run."""
+        try:
+            return do()
+        except Exception as error:
+            if self.strict:
+                raise
+            if what not in self._warned:
+                logger.warning(
+                    "IIMM guard: %s raised %s: %s. Training goes on; more of it is not told.",
+                    what,
+                    type(error).__name__,
+                    error,
+                )
+            self._warned.add(what)
+            return None
+
+
+def _step(state: TrainerState) -> int:
+    # Resumed from the checkpoint of the last step, the Trainer takes one more.
+    return min(int(state.global_step), int(state.max_steps))

@@ -11,6 +11,10 @@ from torch import Tensor
 ArrayLike = Tensor | np.ndarray
 
 
+class NotFiniteError(ValueError):
+    """An embedding is infinite or NaN: the model that made it is broken, or has diverged."""
+
+
 def as_matrix(values: ArrayLike, name: str) -> Tensor:
     """Embeddings as a float tensor [N, D] without gradient; shares memory where it can.
 
@@ -92,14 +96,16 @@ def row_norms(rows: Tensor, name: str, first_row: int = 0) -> Tensor:
         first_row: Position of the first row in the whole set, for the error.
 
     Raises:
-        ValueError: A row is zero or not finite; names it.
+        ValueError: A row is zero; names it.
+        NotFiniteError: A row is not finite; names it.
     """
     norms: Tensor = torch.linalg.vector_norm(rows, dim=1)
     if not _usable(norms):  # the squares of huge or tiny numbers leave the range of float32
         norms = torch.linalg.vector_norm(rows.double(), dim=1).to(rows.dtype)
     if not _usable(norms):
         bad = int((~(norms > 0) | ~norms.isfinite()).nonzero()[0])
-        raise ValueError(
+        error = ValueError if norms[bad] == 0 else NotFiniteError
+        raise error(
             f"`{name}` must be finite and non-zero, row {first_row + bad} has norm "
             f"{float(norms[bad])}; check the model's weights and the input of that row"
         )

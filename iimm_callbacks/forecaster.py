@@ -19,7 +19,7 @@ from .accuracy import NEAR_CEILING
 from .candidates import Blend, Candidate, Table, blend
 from .forecast import COVERAGE, Evidence, Forecast, Prediction
 from .measure import Measurement
-from .outcomes import Outcome
+from .outcomes import Outcome, one_of_each_run
 from .predictors import MEAN, RECIPE, ZERO_SHOT, before_training, during_training
 from .records import QUANTITIES, Ask, Run, Runs, choose
 from .stand_ins import lost_so_far, repeat
@@ -67,7 +67,7 @@ class Forecaster:
         Returns:
             Itself.
         """
-        self._record = [Run(outcome) for outcome in outcomes if outcome.complete]
+        self._record = [Run(o) for o in one_of_each_run(outcomes) if o.complete]
         self._base_rates = _load_base_rates() if base_rates else []
         self._blends, self._priors = {}, {}
         return self

@@ -16,7 +16,7 @@ class FrozenPart:
     trains is what trained when gradients last reached that item. What is kept stays valid only if
 
     1. no gradient reaches that embedding: nothing that trains takes part in it;
-    2. it is bit for bit what it was, on the device it was: what swaps or merges weights, or writes
+    2. it is bit for bit what it was: what swaps or merges weights, or writes
        to them through ``.data``, changes it;
     3. no frozen tensor of the model was written to in place: not thawed, trained and frozen again
        between two looks, no running statistics of a batch norm moved.
@@ -24,11 +24,15 @@ class FrozenPart:
     A write through ``.data`` to what that one item does not use (other rows of a token table) is
     the one change that goes unseen.
 
+    Args:
+        keep_on: Device that keeps them; ``None``: the model's.
+
     Attributes:
         is_frozen: Whether the part was frozen at the latest `update`.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, keep_on: str | None = None) -> None:
+        self.keep_on = keep_on
         self.is_frozen = False
         self._trains: list[bool] = []  # which parameters did at the latest embedding
         self._witness: Tensor | None = None
@@ -52,25 +56,29 @@ class FrozenPart:
         with torch.enable_grad():
             embeds = embed()
         self.is_frozen = not embeds.requires_grad
-        witness, versions = embeds.detach(), _versions(model)
+        self._device = embeds.device
+        witness, versions = embeds.detach().cpu(), _versions(model)
         same = _equal(witness, self._witness)
         if not (self.is_frozen and same and versions == self._versions):
             self._kept.clear()
         self._witness, self._versions = witness, versions
 
+    def holds(self, key: Any) -> bool:
+        """Whether `get` needs not compute."""
+        return key in self._kept
+
     def get(self, key: Any, compute: Callable[[], Tensor]) -> Tensor:
         """The value kept under a key, else `compute()`, kept if the part is frozen."""
         if key in self._kept:
-            return self._kept[key]
+            return self._kept[key].to(self._device)
         value = compute()
         if self.is_frozen:
-            self._kept[key] = value
+            self._kept[key] = value if self.keep_on is None else value.to(self.keep_on)
         return value
 
 
 def _equal(one: Tensor, other: Tensor | None) -> bool:
-    alike = other is not None and (one.device, one.dtype) == (other.device, other.dtype)
-    return alike and torch.equal(one, other)  # type: ignore[arg-type]
+    return other is not None and one.dtype == other.dtype and torch.equal(one, other)
 
 
 def _versions(model: nn.Module) -> list[tuple[int, int]]:

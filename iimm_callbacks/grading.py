@@ -15,7 +15,7 @@ from .forecast import Forecast, Prediction
 from .forecaster import Forecaster
 from .guard import Limits, judge
 from .measure import Measurement
-from .outcomes import Outcome
+from .outcomes import Outcome, one_of_each_run
 from .records import QUANTITIES
 from .schedule import DEFAULT_SHARES
 
@@ -146,7 +146,7 @@ def grade(
     Raises:
         ValueError: No run can be replayed.
     """
-    runs = list(outcomes)
+    runs = one_of_each_run(outcomes)
     replays = []
     forecasters: dict[str, Forecaster] = {}
     for o in runs:

@@ -20,15 +20,6 @@ def find_trainer() -> Trainer | None:
     return None
 
 
-def any_rank(flag: bool, args: TrainingArguments) -> bool:
-    """Whether any rank says so; every rank must ask at the same step."""
-    if args.world_size == 1 or not torch.distributed.is_initialized():
-        return flag
-    agreed = torch.tensor([int(flag)], device=args.device)
-    torch.distributed.all_reduce(agreed, op=torch.distributed.ReduceOp.MAX)
-    return bool(agreed.item())
-
-
 def can_hold_step(args: TrainingArguments) -> bool:
     """Whether taking the gradients away in `on_pre_optimizer_step` keeps the weights as they are.
 

@@ -1,4 +1,4 @@
-"""A run's place in the store: what to learn from, and its own outcome, written exactly once."""
+"""A run's own places on disk: its file while it runs, its line in the store when it ends."""
 
 from __future__ import annotations
 
@@ -6,28 +6,32 @@ import logging
 import os
 import weakref
 from pathlib import Path
+from typing import Any
 
-import torch
-
+from . import ranks
 from .outcomes import Outcome
+from .run_file import save_run
 from .store import append_outcome, default_store, read_outcomes
 
 logger = logging.getLogger(__name__)
 
 
 class Ledger:
-    """Reads the store at the start of a run and adds the run's outcome at its end.
+    """Reads the store at the start of a run, keeps the run's file, adds its outcome at its end.
 
-    Failing to read or write costs a warning, never the run. The latest `draft` is written by
-    `close`, or, as the interrupted run it then is, when the ledger goes away or the process ends
-    otherwise than by being killed. Of several ranks the first one writes.
+    Failing to read or write costs a warning, never the run. The latest `draft` is written to the
+    store by `close`, or, as the interrupted run it then is, when the ledger goes away or the
+    process ends otherwise than by being killed. Of several ranks the first one writes.
 
     Args:
         store: JSON-lines file; ``"default"``: `default_store`; ``None``: nothing is read or kept.
+        run_file: JSON file; ``None``: none.
     """
 
-    def __init__(self, store: str | Path | None) -> None:
+    def __init__(self, store: str | Path | None, run_file: str | Path | None = None) -> None:
         self.path = default_store() if store == "default" else Path(store) if store else None
+        self.run_file = None if run_file is None else Path(run_file)
+        self._warned = False
         self._drafts: list[Outcome] = []
         self._finalizer = weakref.finalize(self, _write, self.path, self._drafts, os.getpid())
 
@@ -41,12 +45,24 @@ class Ledger:
             logger.warning("The outcomes in %s cannot be learnt from: %s", self.path, error)
             return []
 
-    def draft(self, outcome: Outcome) -> None:
-        """The run's outcome as it stands; of several ranks the first keeps it."""
+    def draft(self, outcome: Outcome, record: dict[str, Any] | None = None) -> None:
+        """The run as it stands: its outcome, kept for the store, and its record for the run file.
+
+        Of several ranks the first keeps them.
+        """
         # Asked here: at the end the process group may be gone, and every rank would be alone.
-        grouped = torch.distributed.is_available() and torch.distributed.is_initialized()
-        if not grouped or torch.distributed.get_rank() == 0:
-            self._drafts[:] = [outcome]
+        if ranks.world()[0] != 0:
+            return
+        self._drafts[:] = [outcome]
+        if record is None or self.run_file is None:
+            return
+        try:
+            self.run_file.parent.mkdir(parents=True, exist_ok=True)
+            save_run(record, self.run_file)
+        except (OSError, ValueError) as error:
+            if not self._warned:
+                logger.warning("The IIMM run file %s is not up to date: %s", self.run_file, error)
+            self._warned = True
 
     def close(self) -> None:
         """Write the draft."""

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -24,10 +24,10 @@ from torch import Tensor
 
 from .embeddings import ArrayLike, as_labels, as_matrix, row_norms, unit_rows
 
-_GROUPS = 32
+GROUPS = 32  # of the jackknife
 # Which jackknife group an image belongs to depends on its position alone, so that any chunking
 # gives the same standard error. A fixed shuffle, because data sets often come sorted by class.
-_GROUP_OF = torch.randperm(1024, generator=torch.Generator().manual_seed(0)) % _GROUPS
+_GROUP_OF = torch.randperm(1024, generator=torch.Generator().manual_seed(0)) % GROUPS
 # Which rows share a float32 sum depends on the chunks, and its rounding averages out over many
 # images only. By position, not by chunk size, so that any chunking does the same.
 _EXACT = 4096
@@ -108,6 +108,11 @@ class IIMMAccumulator:
     The state is 32 jackknife groups' sums of D numbers in float64 (131 kB at D = 512), whatever the
     number of images. Whole, chunked and merged agree to 1e-9.
 
+    Attributes:
+        state: [32, D + 2] float64: of each jackknife group the sum of its normalised images, of
+            their cosines with the text of their class, and their number. It merges by addition,
+            such as ``torch.distributed.all_reduce(accumulator.state)``.
+
     Args:
         text_embeds: [C, D], C ≥ 2, one embedding per class, any float dtype and scale.
         offset: Position of the first image to come in the whole set. A rank that holds images
@@ -138,10 +143,9 @@ class IIMMAccumulator:
             )
         self._texts = unit_rows(texts, "text_embeds")  # [C, D]
         self._position = offset
-        zeros = partial(torch.zeros, dtype=torch.float64, device=texts.device)
-        self._sums = zeros(_GROUPS, texts.shape[1])  # Σ x_i per group, [G, D]
-        self._correct = zeros(_GROUPS)  # Σ x_i·t_{y_i} per group
-        self._counts = zeros(_GROUPS)
+        self.state = torch.zeros(
+            GROUPS, texts.shape[1] + 2, dtype=torch.float64, device=texts.device
+        )
 
     @property
     def n_classes(self) -> int:
@@ -173,9 +177,8 @@ class IIMMAccumulator:
             labels = torch.arange(self._position, self._position + len(images))
         index = as_labels(labels, len(images), self.n_classes).to(images.device)
         # Work on copies so that a bad row half-way leaves the state as it was.
-        state = sums, correct, counts = [
-            t.clone() for t in (self._sums, self._correct, self._counts)
-        ]
+        state = self.state.clone()
+        sums, correct, counts = _columns(state)
         texts = self._texts.to(torch.promote_types(images.dtype, torch.float32))
         for rows in _chunks(images):
             x = images[rows].to(texts.dtype)
@@ -191,8 +194,8 @@ class IIMMAccumulator:
             sums.index_add_(0, bag_group, bags.double())
             cosines = (x * texts.index_select(0, index[rows])).sum(1) * weights
             correct.index_add_(0, group, cosines.double())
-            counts += torch.bincount(group, minlength=_GROUPS)
-        self._sums, self._correct, self._counts = state
+            counts += torch.bincount(group, minlength=GROUPS)
+        self.state = state
         self._position += len(images)
 
     def merge(self, other: IIMMAccumulator) -> None:
@@ -208,9 +211,7 @@ class IIMMAccumulator:
                 f"{tuple(theirs.shape)} against {tuple(self._texts.shape)}, or other values"
             )
         self._position = max(self._position, other._position)
-        for name in ("_sums", "_correct", "_counts"):
-            mine = getattr(self, name)
-            setattr(self, name, mine + getattr(other, name).to(mine.device))
+        self.state = self.state + other.state.to(self.state.device)
 
     def compute(self) -> Measurement:
         """The `Measurement` of all images so far.
@@ -218,14 +219,13 @@ class IIMMAccumulator:
         Raises:
             ValueError: Fewer than two images so far.
         """
-        counts = self._counts.cpu().numpy()
+        sums, correct, counts = (column.numpy() for column in _columns(self.state.cpu()))
         n = int(counts.sum())
         if n < 2:
             raise ValueError(
                 f"`image_embeds` must hold at least 2 images, got {n}: the intra-modal term is a "
                 "mean over pairs of distinct images"
             )
-        sums, correct = self._sums.cpu().numpy(), self._correct.cpu().numpy()
         tau = self._texts.double().sum(0).cpu().numpy()
 
         def terms(s: np.ndarray, k: float, m: float) -> tuple[float, float]:
@@ -237,7 +237,7 @@ class IIMMAccumulator:
         value = (inter + intra) / 2
         groups = [
             (counts[g], sum(terms(s - sums[g], k - correct[g], n - counts[g])) / 2)
-            for g in range(_GROUPS)
+            for g in range(GROUPS)
             if counts[g] and n - counts[g] >= 2
         ]
         return Measurement(value, inter, intra, _jackknife(value, n, groups), n, self.n_classes)
@@ -296,9 +296,14 @@ def drift_bound(
     return d + (d + e) / 2
 
 
+def _columns(state: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Of a state, as views: Σ x_i [G, D], Σ x_i·t_{y_i} [G] and the number of images [G]."""
+    return state[:, :-2], state[:, -2], state[:, -1]
+
+
 def _chunks(matrix: Tensor) -> Iterator[slice]:
     size = _CHUNK_BYTES.get(matrix.device.type, 2**26) // (4 * matrix.shape[1])
-    step = max(_GROUPS, 2 ** (max(size, 1).bit_length() - 1))  # a power of 2: few layouts
+    step = max(GROUPS, 2 ** (max(size, 1).bit_length() - 1))  # a power of 2: few layouts
     return (slice(i, min(i + step, len(matrix))) for i in range(0, len(matrix), step))
 
 
@@ -311,7 +316,7 @@ def _layout(phase: int, n: int, device: torch.device) -> tuple[Tensor, Tensor, T
     """
     group = _GROUP_OF[(phase + torch.arange(n)) % len(_GROUP_OF)]
     order = group.argsort()
-    first = torch.searchsorted(group[order], torch.arange(_GROUPS))
+    first = torch.searchsorted(group[order], torch.arange(GROUPS))
     rank = torch.arange(n) - first[group[order]]
     starts = (rank % 8 == 0).nonzero().squeeze(1)
     layout = group, order, starts, group[order][starts]

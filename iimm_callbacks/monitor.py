@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import time
+import uuid
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
@@ -15,15 +16,18 @@ import numpy as np
 import torch
 from torch import nn
 
-from . import keys
+from . import keys, ranks
 from .accuracy import Forgetting, forgetting, paired_drop
+from .embeddings import NotFiniteError
 from .encoders import EncodePair
 from .forecast import Forecast
 from .forecaster import Forecaster
 from .guard import Limits, Verdict, judge
+from .journal import Journal
 from .ledger import Ledger
-from .outcomes import Outcome, library_versions, parse_outcome
+from .outcomes import Outcome, library_versions
 from .probe import Look, Probe
+from .schedule import Budget, Every, check_every, is_due, next_share
 from .sources import kind
 from .store import as_outcomes
 from .tasks import Task, check_tasks
@@ -36,36 +40,55 @@ logger = logging.getLogger(__name__)
 class IIMMMonitor:
     """Measures a run before, during and after training, and judges it against the limits.
 
-    Call `begin` on the untouched model, `check` every now and then, `end` when training is over.
-    `IIMMCallback` is the Trainer's shell around it.
+    For a training loop of one's own; `IIMMCallback` is the Trainer's shell around it. One monitor
+    guards one run. Of several ranks all must call `begin`, `is_due`, `check` and `end`, at the same
+    steps: each embeds a share of the images, and all have the same numbers and verdicts::
+
+        monitor = IIMMMonitor(task, off_target, limits=Limits(0.05))
+        monitor.begin(model, recipe={"learning_rate": 1e-5, "steps": total})
+        for step in range(1, total + 1):
+            ...  # train
+            if monitor.is_due(step, total):
+                verdict = monitor.check(model, step, total)
+                accelerator.log(monitor.row(), step=step)
+                if verdict.level == "stop":
+                    break
+        outcome = monitor.end(model)
+
+    To resume, hand its `state_dict` through the checkpoint: accelerate does so after
+    ``accelerator.register_for_checkpointing(monitor)``.
 
     Args:
         task: What is being learnt.
         off_target: What must not be forgotten. ``None``: the shipped sample tasks, as canaries.
         limits: How much forgetting is too much.
+        every: When looks are due, see `schedule.check_every`; the guard also has from it when the
+            next one will be.
+        max_overhead: Share of the wall time that looks may take; ``None``: any. Looks that are due
+            by `is_due` are dropped to keep to it.
         outcomes: Finished runs to learn the forecast from: `Outcome` records, a JSON-lines file or
             a `datasets.Dataset`. ``None``: those in `store`.
         store: JSON-lines file that the run is added to when it ends; ``"default"``:
             `store.default_store`; ``None``: none.
+        run_file: JSON file that holds the run's `record` from every look on; ``None``: none.
         method: Fine-tuning method; ``None``: recognised by `tuning.detect`.
         processor: See `encoders.find_encoder`.
         encode: See `encoders.find_encoder`.
-        batch_size: Images in one forward pass of the probe.
+        batch_size: Images in one forward pass of the probe; halved where memory does not suffice.
         cache_limit: See `Probe`.
         progress: See `Probe`.
         autocast_dtype: See `Probe.look`.
         strict: Raise when a look fails; otherwise warn once and let the run go on.
 
     Attributes:
-        history: One row per look: the logged keys, with ``step``, ``share``, ``level``, ``reason``.
         verdict: The latest `Verdict`.
         forecast: The latest `Forecast`.
-        failures: Number of looks that failed.
+        ended: Why the run ended, in words; ``"running"`` before.
 
     Raises:
         TypeError: A task is not a `Task`.
-        ValueError: Two tasks of one name, an off-target task that is the task itself, or none given
-            for a task that the shipped ones do not suit.
+        ValueError: Two tasks of one name, an off-target task that is the task itself, none given
+            for a task that the shipped ones do not suit, or a setting out of its range.
     """
 
     def __init__(
@@ -74,8 +97,11 @@ class IIMMMonitor:
         off_target: Sequence[Task] | None = None,
         *,
         limits: Limits | None = None,
+        every: Every = None,
+        max_overhead: float | None = 0.05,
         outcomes: str | Path | Iterable[Outcome] | None = None,
         store: str | Path | None = "default",
+        run_file: str | Path | None = None,
         method: str | None = None,
         processor: Any = None,
         encode: EncodePair | None = None,
@@ -95,6 +121,7 @@ class IIMMMonitor:
                 )
             off_target = canaries(except_for=task.name)
         check_tasks(task, off_target)
+        check_every(every)
         self.probe = Probe(
             task,
             off_target,
@@ -105,37 +132,48 @@ class IIMMMonitor:
             progress=progress,
         )
         self.limits = limits or Limits()
+        self.every = every
         self.method = method
         self.autocast_dtype = autocast_dtype
         self.strict = strict
-        self.history: list[dict[str, Any]] = []
         self.verdict = Verdict("continue", None, "nothing measured yet")
         self.forecast: Forecast | None = None
-        self.failures = 0
-        self._ledger = Ledger(store)
-        self._outcomes = self._ledger.read() if outcomes is None else as_outcomes(outcomes)
-        self._forecaster = Forecaster().fit(self._outcomes)
-        self._baseline: Look | None = None
-        self._start: Outcome | None = None  # the run before its first step
+        self.ended = "running"
+        self._budget = Budget(max_overhead)
+        self._ledger = Ledger(store, run_file)
+        self._outcomes = outcomes
+        self._forecaster = Forecaster()
+        self._journal: Journal | None = None
         self._prior: Forecast | None = None  # set by `begin`
-        self._fingerprints: dict[str, str] = {}  # of the probe that took the baseline
+        self._now = (0, 0)  # the latest step and the total that are known
+        self._began = 0.0  # on the clock
+        self._first_step: int | None = None  # steps done when it began
+        self._warned: set[str] = set()
+
+    @property
+    def history(self) -> list[dict[str, Any]]:
+        """One row per look: logged keys, ``step``, ``share``, ``level``, ``reason`` and so on."""
+        return self._journal.history if self._journal else []
+
+    @property
+    def failures(self) -> int:
+        """Number of looks that failed."""
+        return self._journal.failures if self._journal else 0
 
     def begin(
         self,
         model: nn.Module,
         *,
         recipe: Mapping[str, Any] | None = None,
-        next_share: float | None = None,
-        untouched: AbstractContextManager[Any] | None = None,
+        untouched: nn.Module | AbstractContextManager[Any] | None = None,
     ) -> Verdict:
         """Measure the untouched model; after `load_state_dict`, only make ready to go on.
 
         Args:
             model: The model before its first training step.
-            recipe: Optimizer, learning rate, steps and so on: for the forecast and the record.
-            next_share: Share of the steps at which the next look is due, if known.
-            untouched: Inside it the model is the untouched one, where it is not so anyway: see
-                `wrappers.zero_shot_twin`.
+            recipe: ``learning_rate``, ``steps``, optimizer and so on: for forecast and record.
+            untouched: Where `model` has been trained already: the model as it was before; or a
+                context inside which `model` is that, see `wrappers.zero_shot_twin`.
 
         Returns:
             The verdict on the forecast.
@@ -143,51 +181,90 @@ class IIMMMonitor:
         Raises:
             ValueError: The model cannot be measured; or, going on, images, prompts or
                 preprocessing are not those of the start.
-            RuntimeError: The run has begun already.
+            RuntimeError: The run has begun already, or another rank failed.
         """
         if self._prior is not None:
             raise RuntimeError("`begin` was called already; make a new IIMMMonitor for every run")
         self.probe.prepare(model)
-        if self._baseline is not None:
-            self.probe.check_fingerprints(self._fingerprints)
-        else:
-            with untouched or nullcontext():
-                self._baseline = self.probe.look(model, 0, self.autocast_dtype)
-            self._fingerprints = self.probe.fingerprints
-            self._start = self._before_training(model, recipe or {})
-        assert self._start is not None
-        self.method = self._start.method
+        resumed = self._journal
+        outcomes = ranks.from_first(self._read_outcomes)  # files may differ between ranks
+        if resumed:
+            self.probe.check_fingerprints(resumed.fingerprints)
+            if len(outcomes) < resumed.n_outcomes:
+                logger.warning(
+                    "Of %d finished runs that this one learnt from when it began, %d are still on "
+                    "record: forecasts from here on may differ from those of a run in one piece",
+                    resumed.n_outcomes,
+                    len(outcomes),
+                )
+            outcomes = outcomes[: resumed.n_outcomes]
+        self._forecaster.fit(outcomes)
+        journal = resumed or self._first_look(model, recipe or {}, untouched, len(outcomes))
+        start = journal.start
+        total = start.recipe.get("steps")
         prior = self._forecaster.predict(
-            self._baseline.measurement,
-            method=self._start.method,
-            zero_shot_accuracy=self._start.zero_shot_accuracy,
-            model=self._start.model_fingerprint,
-            task=self._start.task,
-            task_fingerprint=self._start.task_fingerprint,
-            recipe=self._start.recipe,
-            off_target=list(self._start.off_target_before),
-            next_share=next_share,
+            journal.baseline.measurement,
+            method=start.method,
+            zero_shot_accuracy=start.zero_shot_accuracy,
+            model=start.model_fingerprint,
+            task=start.task,
+            task_fingerprint=start.task_fingerprint,
+            recipe=start.recipe,
+            off_target=list(start.off_target_before),
+            next_share=next_share(self.every, 0, total, 0) if isinstance(total, int) else None,
         )
-        self._prior = prior
-        if not self.history:
-            self.forecast = prior
-            self.verdict = judge(prior, None, self.limits)
-            self.history.append(self._row(self._baseline, 0.0, None, {}))
-        self._draft()
+        if not journal.history:
+            verdict = judge(prior, None, self.limits)
+            journal.history.append(
+                self._row(journal.baseline, journal.baseline, 0.0, prior, verdict)
+            )
+        self._journal, self._prior, self.method = journal, prior, start.method
+        self.verdict = journal.verdict
+        self.forecast = self.forecast or prior
+        self._now = (self.history[-1]["step"], total if isinstance(total, int) else 0)
+        self._budget.took(journal.baseline.runtime, counts=False)
+        self._began = time.perf_counter()
+        self._keep("interrupted")
         return self.verdict
 
-    def check(
-        self, model: nn.Module, step: int, total_steps: int, *, next_share: float | None = None
-    ) -> Verdict:
+    def is_due(self, step: int, total_steps: int, event: str | None = None) -> bool:
+        """Whether to `check` now: by the schedule, and within `max_overhead`.
+
+        Args:
+            step: Optimizer steps done. The last one is always due.
+            total_steps: Of the whole training.
+            event: ``"epoch"`` or ``"evaluate"`` at one of these; else None.
+
+        Raises:
+            RuntimeError: `begin` was not called.
+        """
+        journal = self._require_begun("is_due")
+        self._now = step, total_steps
+        if self._first_step is None:
+            self._first_step = step - 1
+        last = step >= total_steps
+        scheduled = self.every == event if event else is_due(self.every, step, total_steps)
+        if journal.history[-1]["step"] == step or not (scheduled or last):
+            return False
+        elapsed = time.perf_counter() - self._began
+        done = step - self._first_step
+        too_dear = not last and not self._budget.allows(elapsed, done, total_steps)
+        # All ranks look or none: if it is too dear for one, it is so for all.
+        if ranks.any_rank(too_dear):
+            journal.dropped += 1
+            return False
+        return True
+
+    def check(self, model: nn.Module, step: int, total_steps: int) -> Verdict:
         """Look at the model in training and judge it.
 
-        A failing look leaves verdict and history as they were, and warns the first time.
+        A look that fails on any rank leaves verdict and history as they were on all of them, and
+        warns the first time.
 
         Args:
             model: The model as it trains.
             step: Optimizer steps done.
             total_steps: Of the whole training.
-            next_share: Share of the steps at which the next look is due, if known.
 
         Returns:
             The verdict.
@@ -196,67 +273,68 @@ class IIMMMonitor:
             RuntimeError: `begin` was not called.
             Exception: What the look raised, if `strict`.
         """
-        if self._baseline is None or self._prior is None:
-            raise RuntimeError("call `begin(model)` on the untouched model before `check`")
-        share = min(step / max(total_steps, 1), 1.0)
-        self._before = self.verdict, self.forecast
+        journal = self._require_begun("check")
+        self._now = step, total_steps
+        started = time.perf_counter()
         try:
             look = self.probe.look(model, step, self.autocast_dtype)
+            self._judge(journal, look, min(step / max(total_steps, 1), 1.0))
         except Exception as error:
+            journal.failures += 1
             if self.strict:
                 raise
-            self.failures += 1
-            if self.failures == 1:
-                logger.warning(
-                    "The IIMM guard could not measure the model at step %d (%s: %s). Training goes "
-                    "on, without numbers for this step; further failures are counted silently.",
-                    step,
-                    type(error).__name__,
-                    error,
-                )
-            return self.verdict
-        before, after = self._split(self._baseline), self._split(look)
-        observed = forgetting(before, after) if before else None
-        name = self.probe.task.name
-        gain = paired_drop(self._baseline.correct[name], look.correct[name])
-        seen = {"gain": (-gain.value, gain.standard_error)}
-        if observed is not None:
-            seen["forgetting"] = (observed.mean.value, observed.mean.standard_error)
-            seen["worst"] = (observed.worst.value, observed.worst.standard_error)
-        self.forecast = self._forecaster.update(
-            self._prior, share=share, seen=seen, next_share=next_share
-        )
-        # At the end there is nothing left to forecast.
-        self.verdict = judge(self.forecast if share < 1 else None, observed, self.limits)
-        self.history.append(self._row(look, share, observed, seen))
-        self._draft()
+            self._warn(step, error)
+            self.ended = "training diverged" if isinstance(error, NotFiniteError) else "running"
+        else:
+            self.ended = "running"
+        self._budget.took(time.perf_counter() - started)
+        self._keep("interrupted")
         return self.verdict
 
-    def retract(self) -> None:
-        """Take back the latest `check`, because another rank could not make it."""
-        self.history.pop()
-        self.verdict, self.forecast = self._before
-        self._draft()
+    def end(self, model: nn.Module, step: int | None = None, *, ended: str = "") -> Outcome:
+        """Look at the model once more, if it has trained since the last look; record the run.
 
-    def end(self, *, complete: bool = True, ended: str = "finished") -> Outcome:
-        """The record of the run, from the last look; it is added to the store.
-
-        A store that cannot be written is warned of. A run that never gets here is added as
-        interrupted when the monitor goes away, unless the process is killed.
+        The outcome is added to the store. A store that cannot be written is warned of. A run that
+        never gets here is added as interrupted when the monitor goes away, unless the process is
+        killed.
 
         Args:
-            complete: Whether training ran to its last planned step.
-            ended: Why it ended.
+            model: The model after training.
+            step: Optimizer steps done; ``None``: the latest that `is_due` or `check` was told.
+            ended: Why training ended before its last step; empty: it did not, or did so unguarded.
+
+        Returns:
+            The outcome.
 
         Raises:
             RuntimeError: `begin` was not called.
         """
-        if self._start is None:
-            raise RuntimeError("call `begin(model)` on the untouched model before `end`")
-        outcome = keys.as_outcome(self._start, self.history, complete, ended)
-        self._ledger.draft(outcome)
+        journal = self._require_begun("end")
+        now, total = self._now
+        now = now if step is None else step
+        if journal.history[-1]["step"] != now:
+            self.check(model, now, total)
+        # Numbers of an earlier step are no outcome, where the last look failed.
+        seen = journal.history[-1]["step"] == now
+        complete = seen and now >= total and not ended
+        if not ended and not complete:
+            diverged = self.ended == "training diverged"
+            ended = self.ended if diverged else "the last look failed"
+            ended = "stopped early" if seen else ended
+        self.ended = ended or "finished"
+        outcome = self._keep(self.ended, complete)
         self._ledger.close()
         return outcome
+
+    def restart(self) -> None:
+        """Begin again from the same baseline, at step 0: a run that was broken off is tried anew.
+
+        What was trained in between does not become the baseline.
+        """
+        journal = self._require_begun("restart")
+        journal.history.clear()
+        journal.failures = journal.dropped = 0
+        self._prior = self.forecast = self._first_step = None
 
     def row(self) -> dict[str, float]:
         """The latest look's logged keys, Python floats only."""
@@ -264,94 +342,145 @@ class IIMMMonitor:
 
     def record(self) -> dict[str, Any]:
         """The run so far as JSON-ready data: what `report` shows and a file keeps."""
-        facts = asdict(self._start) if self._start else {}
-        names = ("model", "model_fingerprint", "method", "recipe", "n_images", "n_classes")
+        journal = self._journal
+        facts = asdict(journal.start) if journal else {}
+        names = ("model", "model_fingerprint", "method", "recipe", "n_images", "n_classes", "run")
         return {
             "task": self.probe.task.name,
             "off_target": [task.name for task in self.probe.off_target],
             **{name: facts.get(name) for name in names},
-            "fingerprints": self._fingerprints,
+            "fingerprints": journal.fingerprints if journal else {},
             "limits": asdict(self.limits),
             "forecast": self._prior.to_json() if self._prior else None,
             "failures": self.failures,
+            "looks_dropped": journal.dropped if journal else 0,
+            "ended": self.ended,
             "looks": self.history,
         }
 
     def state_dict(self) -> dict[str, Any]:
-        """Baseline and history as JSON-ready data, for a checkpoint."""
-        if self._baseline is None or self._start is None:
-            return {}
-        return self._baseline.to_json() | {
-            "start": asdict(self._start),
-            "fingerprints": self._fingerprints,
-            "history": list(self.history),
-            "verdict": asdict(self.verdict),
-            "n_outcomes": len(self._outcomes),
-        }
+        """The run so far as JSON-ready data, for a checkpoint; empty before `begin`."""
+        return self._journal.to_json() if self._journal else {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from a checkpoint's `state_dict`: call it before `begin`.
 
         The baseline is the recorded one; a half-trained model is never taken for it. Runs that
         ended since are not learnt from, so the verdicts are those of a run in one piece.
+
+        Raises:
+            ValueError: It is not what `state_dict` gave; the message names the field.
         """
-        self._baseline = Look.from_json(state)
-        self._start = parse_outcome(state["start"])
-        self._fingerprints = dict(state["fingerprints"])
-        self.history = [dict(row) for row in state["history"]]
-        self.verdict = Verdict(**state["verdict"])
-        self._outcomes = self._outcomes[: state["n_outcomes"]]
-        self._forecaster.fit(self._outcomes)
+        self._journal = Journal.from_json(state)
+        self.verdict = self._journal.verdict
 
-    def _draft(self) -> None:
-        """What goes on record should the run end here."""
-        assert self._start is not None
-        self._ledger.draft(keys.as_outcome(self._start, self.history, False, "interrupted"))
+    @property
+    def alarm(self) -> str:
+        """The worst level of all verdicts so far."""
+        return self._journal.alarm if self._journal else "continue"
 
-    def _before_training(self, model: nn.Module, recipe: Mapping[str, Any]) -> Outcome:
-        assert self._baseline is not None
-        m = self._baseline.measurement
-        name = self.probe.task.name
-        accuracies = {t.name: self._baseline.accuracy(t.name) for t in self.probe.off_target}
-        return Outcome(
-            model=model_name(model),
-            model_fingerprint=model_fingerprint(model),
+    def _require_begun(self, call: str) -> Journal:
+        if self._journal is None or self._prior is None:
+            raise RuntimeError(f"call `begin(model)` on the untouched model before `{call}`")
+        return self._journal
+
+    def _read_outcomes(self) -> list[Outcome]:
+        return self._ledger.read() if self._outcomes is None else as_outcomes(self._outcomes)
+
+    def _first_look(
+        self,
+        model: nn.Module,
+        recipe: Mapping[str, Any],
+        untouched: nn.Module | AbstractContextManager[Any] | None,
+        n_outcomes: int,
+    ) -> Journal:
+        before = untouched if isinstance(untouched, nn.Module) else model
+        inside = untouched if isinstance(untouched, AbstractContextManager) else nullcontext()
+        with inside:
+            look = self.probe.look(before, 0, self.autocast_dtype)
+        m, name = look.measurement, self.probe.task.name
+        accuracies = {task.name: look.accuracy(task.name) for task in self.probe.off_target}
+        start = Outcome(
+            model=model_name(before),
+            model_fingerprint=model_fingerprint(before),
             method=self.method or detect(model),
             task=name,
-            task_fingerprint=self._fingerprints[name],
+            task_fingerprint=self.probe.fingerprints[name],
             iimm=m.iimm,
             inter=m.inter,
             intra=m.intra,
             standard_error=None if math.isnan(m.standard_error) else m.standard_error,
             n_images=m.n_images,
             n_classes=m.n_classes,
-            zero_shot_accuracy=self._baseline.accuracy(name),
-            final_accuracy=self._baseline.accuracy(name),
+            zero_shot_accuracy=look.accuracy(name),
+            final_accuracy=look.accuracy(name),
             off_target_before=accuracies,
             off_target_after=accuracies,
             recipe={"trainable_share": trainable_share(model), **recipe},
             versions=library_versions(),
+            run=ranks.from_first(lambda: uuid.uuid4().hex),
         )
+        return Journal(start, look, self.probe.fingerprints, n_outcomes)
+
+    def _judge(self, journal: Journal, look: Look, share: float) -> None:
+        """Forecast and verdict at a look; the run's state is as before should anything fail."""
+        baseline, name = journal.baseline, self.probe.task.name
+        before, after = self._off_target(baseline), self._off_target(look)
+        observed = forgetting(before, after) if before else None
+        gain = paired_drop(baseline.correct[name], look.correct[name])
+        seen = {"gain": (-gain.value, gain.standard_error)}
+        if observed is not None:
+            seen["forgetting"] = (observed.mean.value, observed.mean.standard_error)
+            seen["worst"] = (observed.worst.value, observed.worst.standard_error)
+        assert self._prior is not None
+        step, total = self._now
+        coming = next_share(self.every, step, total, journal.history[-1]["step"])
+        forecast = self._forecaster.update(self._prior, share=share, seen=seen, next_share=coming)
+        # At the end there is nothing left to forecast.
+        verdict = judge(forecast if share < 1 else None, observed, self.limits)
+        row = self._row(look, baseline, share, forecast, verdict, observed, seen)
+        journal.history.append(row)
+        self.forecast, self.verdict = forecast, verdict
 
     def _row(
         self,
         look: Look,
+        baseline: Look,
         share: float,
-        observed: Forgetting | None,
-        seen: dict[str, tuple[float, float]],
+        forecast: Forecast,
+        verdict: Verdict,
+        observed: Forgetting | None = None,
+        seen: Mapping[str, tuple[float, float]] | None = None,
     ) -> dict[str, Any]:
-        assert self._baseline is not None
-        assert self.forecast is not None
-        return keys.look_row(
-            look, self._baseline, self.probe.task.name, self.forecast, observed, self.verdict
-        ) | {
+        name = self.probe.task.name
+        return keys.look_row(look, baseline, name, forecast, observed, verdict) | {
             "step": look.step,
             "share": share,
-            "level": self.verdict.level,
-            "reason": self.verdict.reason,
-            "standard_errors": {name: error for name, (_, error) in seen.items()},
+            "level": verdict.level,
+            "reason": verdict.reason,
+            "standard_errors": {name: error for name, (_, error) in (seen or {}).items()},
             "time": time.time(),
         }
 
-    def _split(self, look: Look) -> dict[str, np.ndarray]:
+    def _off_target(self, look: Look) -> dict[str, np.ndarray]:
         return {task.name: look.correct[task.name] for task in self.probe.off_target}
+
+    def _keep(self, ended: str, complete: bool = False) -> Outcome:
+        """Put the run so far on disk, and what goes on record should it end here."""
+        assert self._journal is not None
+        outcome = self._journal.outcome(complete, ended)
+        self._ledger.draft(outcome, self.record())
+        return outcome
+
+    def _warn(self, step: int, error: Exception) -> None:
+        kind = type(error).__name__
+        if kind in self._warned or ranks.world()[0] != 0:
+            return
+        self._warned.add(kind)
+        logger.warning(
+            "The IIMM guard could not measure the model at step %d (%s: %s). Training goes on, "
+            "without numbers for this step; further failures of the kind are counted silently.",
+            step,
+            kind,
+            error,
+        )

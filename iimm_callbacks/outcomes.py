@@ -2,18 +2,29 @@
 
 from __future__ import annotations
 
-import math
-import sys
-from collections.abc import Callable
+from collections.abc import Iterable
 from dataclasses import MISSING, dataclass, field, fields
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-SCHEMA_VERSION = 1
-_DEEPEST = 16  # nesting of `recipe`; what is deeper could be read but not copied or written again
-_LARGEST = sys.float_info.max
+from .checks import (
+    DIFFERENCE,
+    ERROR,
+    FRACTION,
+    Check,
+    anything,
+    count,
+    dict_of,
+    finite,
+    flag,
+    list_of,
+    object_of,
+    or_none,
+    short,
+    text,
+)
 
-_Check = Callable[[Any, str], Any]  # value, name of its field -> the value, or ValueError
+SCHEMA_VERSION = 1
 
 
 @dataclass(frozen=True)
@@ -39,6 +50,7 @@ class Outcome:
         recipe: Optimizer, learning rate, steps, batch size and so on, for people.
         versions: Library -> its version.
         source: Where the numbers were published; empty for a run that this package guarded.
+        run: What tells this run from all others, the same when it is resumed; empty where unknown.
         schema_version: Of this record.
     """
 
@@ -63,6 +75,7 @@ class Outcome:
     recipe: dict[str, Any] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
     source: str = ""
+    run: str = ""
     schema_version: int = SCHEMA_VERSION
 
     @property
@@ -88,6 +101,26 @@ class Outcome:
     def worst(self) -> float | None:
         """Largest drop of any one off-target task; ``None`` where there were none."""
         return max(self.drops.values(), default=None)
+
+
+def one_of_each_run(outcomes: Iterable[Outcome]) -> list[Outcome]:
+    """Outcomes without those that a later one of the same run replaces.
+
+    A run is on record more than once where it was interrupted and resumed, or killed after its end
+    and before anybody knew. The latest counts, of complete ones where there are any.
+
+    Args:
+        outcomes: Records, the oldest first.
+
+    Returns:
+        The records that count; those of unknown `run` all do.
+    """
+    found: dict[object, Outcome] = {}
+    for outcome in outcomes:
+        key = outcome.run or id(outcome)
+        if outcome.complete or key not in found or not found[key].complete:
+            found[key] = outcome
+    return list(found.values())
 
 
 def library_versions() -> dict[str, str]:
@@ -135,115 +168,25 @@ def _check_schema(row: dict[str, Any]) -> None:
     whole = isinstance(found, int) and not isinstance(found, bool)
     if whole and found > SCHEMA_VERSION:
         raise ValueError(
-            f"was written by a newer version of iimm_callbacks (schema {_short(found)}; "
+            f"was written by a newer version of iimm_callbacks (schema {short(found)}; "
             f"this one reads {SCHEMA_VERSION}); upgrade to read it"
         )
     if not whole or found < SCHEMA_VERSION:
-        raise ValueError(f"not an outcome record: `schema_version` is {_short(found)}")
+        raise ValueError(f"not an outcome record: `schema_version` is {short(found)}")
 
 
-def _refuse(name: str, expected: str, got: Any) -> ValueError:
-    return ValueError(f"`{name}` must be {expected}, got {_short(got)}")
-
-
-def _short(value: Any) -> str:
-    """`value` in an error message, which a long one would hide."""
-    if isinstance(value, dict | list):
-        return type(value).__name__
-    if isinstance(value, int) and abs(value) > 10**20:
-        return "a huge number"  # `repr` refuses the longest
-    return f"{value!r:.40}"
-
-
-def _text(value: Any, name: str) -> str:
-    if not isinstance(value, str):
-        raise _refuse(name, "a string", value)
-    try:
-        value.encode()
-    except UnicodeEncodeError:  # half a pair of surrogates, or a byte that is no text
-        raise _refuse(name, "a string in UTF-8", value) from None
-    return value
-
-
-def _flag(value: Any, name: str) -> bool:
-    if not isinstance(value, bool):
-        raise _refuse(name, "true or false", value)
-    return value
-
-
-def _count(value: Any, name: str) -> int:
-    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < 2**63:
-        raise _refuse(name, "a whole number from 0", value)
-    return value
-
-
-def _number(low: float, high: float, expected: str) -> _Check:
-    def check(value: Any, name: str) -> float:
-        number = isinstance(value, int | float) and not isinstance(value, bool)
-        if not number or not low <= value <= high:  # NaN is not
-            raise _refuse(name, expected, value)
-        return float(value)
-
-    return check
-
-
-def _or_none(check: _Check) -> _Check:
-    return lambda value, name: None if value is None else check(value, name)
-
-
-def _dict_of(check: _Check) -> _Check:
-    def check_all(value: Any, name: str) -> dict[str, Any]:
-        if not isinstance(value, dict):
-            raise _refuse(name, "an object", value)
-        return {_text(k, f"{name}, a key"): check(v, f"{name}[{k!r}]") for k, v in value.items()}
-
-    return check_all
-
-
-def _trajectory(value: Any, name: str) -> list[dict[str, float]]:
-    if not isinstance(value, list):
-        raise _refuse(name, "a list", value)
-    rows = []
-    for position, look in enumerate(value):
-        where = f"{name}[{position}]"
-        row = _dict_of(_number(-_LARGEST, _LARGEST, "a finite number"))(look, where)
-        for key in {"share", "gain"} - row.keys():
-            raise ValueError(f"`{where}` lacks `{key}`")
-        for key in row.keys() & _LOOK.keys():
-            _LOOK[key](row[key], f"{where}[{key!r}]")
-        rows.append(row)
-    return rows
-
-
-def _anything(value: Any, name: str, depth: int = 0) -> Any:
-    """Whatever JSON can hold and give back."""
-    if depth > _DEEPEST:
-        raise ValueError(f"`{name}` is nested deeper than {_DEEPEST}")
-    if isinstance(value, dict):
-        return {_text(k, f"{name}, a key"): _anything(v, name, depth + 1) for k, v in value.items()}
-    if isinstance(value, list):
-        return [_anything(v, name, depth + 1) for v in value]
-    if isinstance(value, str):
-        return _text(value, name)
-    if value is None or (isinstance(value, int | float) and -math.inf < value < math.inf):
-        return value
-    raise _refuse(name, "a JSON value, numbers finite", value)
-
-
-_FRACTION = _number(0, 1, "a fraction in [0, 1]")
-_DIFFERENCE = _number(-1, 1, "a number in [-1, 1]")
-_ERROR = _number(0, _LARGEST, "a finite number from 0")
 _LOOK = {
-    "share": _FRACTION, "gain": _DIFFERENCE, "forgetting": _DIFFERENCE, "worst": _DIFFERENCE,
-    "gain_se": _ERROR, "forgetting_se": _ERROR, "worst_se": _ERROR,
+    "forgetting": DIFFERENCE, "worst": DIFFERENCE,
+    "gain_se": ERROR, "forgetting_se": ERROR, "worst_se": ERROR,
 }  # fmt: skip
-_CHECKS: dict[str, _Check] = (
-    dict.fromkeys(("model", "model_fingerprint", "method", "task", "task_fingerprint"), _text)
-    | dict.fromkeys(("ended", "source"), _text)
-    | dict.fromkeys(("iimm", "inter", "intra"), _or_none(_DIFFERENCE))
-    | dict.fromkeys(("n_images", "n_classes"), _or_none(_count))
-    | dict.fromkeys(("zero_shot_accuracy", "final_accuracy"), _FRACTION)
-    | dict.fromkeys(("off_target_before", "off_target_after"), _dict_of(_FRACTION))
-    | {"standard_error": _or_none(_ERROR), "trajectory": _trajectory, "complete": _flag}
-    | {"recipe": _dict_of(_anything), "versions": _dict_of(_text), "schema_version": _count}
+_CHECKS: dict[str, Check] = (
+    dict.fromkeys(("model", "model_fingerprint", "method", "task", "task_fingerprint"), text)
+    | dict.fromkeys(("ended", "source", "run"), text)
+    | dict.fromkeys(("iimm", "inter", "intra"), or_none(DIFFERENCE))
+    | dict.fromkeys(("n_images", "n_classes"), or_none(count))
+    | dict.fromkeys(("zero_shot_accuracy", "final_accuracy"), FRACTION)
+    | dict.fromkeys(("off_target_before", "off_target_after"), dict_of(FRACTION))
+    | {"standard_error": or_none(ERROR), "complete": flag}
+    | {"trajectory": list_of(object_of({"share": FRACTION, "gain": DIFFERENCE}, _LOOK, finite))}
+    | {"recipe": dict_of(anything), "versions": dict_of(text), "schema_version": count}
 )

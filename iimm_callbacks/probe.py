@@ -2,26 +2,30 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
+from accelerate.utils.memory import clear_device_cache
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
+from . import checks, ranks
 from .accuracy import zero_shot_correct
-from .encoders import TEXT_BATCH, EncodePair, Encoder, class_embeddings, find_encoder, move
+from .embeddings import NotFiniteError
+from .encoders import EncodePair, Encoder, class_embeddings, find_encoder, move
 from .frozen import FrozenPart
-from .measure import Measurement, iimm
-from .sources import content
-from .tasks import OFF_TARGET_PROBE_SIZE, TASK_PROBE_SIZE, Task
-from .undisturbed import autocast, seed_all, undisturbed
-from .wrappers import adapt, find_head
+from .halving import Halving
+from .measure import GROUPS, IIMMAccumulator, Measurement
+from .sharded import check_measurable, inside_forward, is_sharded
+from .share import Batch, ProbeTask, Share, read_share
+from .tasks import Task
+from .undisturbed import autocast, undisturbed
+from .wrappers import adapt, find_dual_encoder, find_head
 
 
 @dataclass(frozen=True)
@@ -54,39 +58,50 @@ class Look:
         return {"measurement": measurement, "correct": bits}
 
     @classmethod
-    def from_json(cls, data: dict[str, Any]) -> Look:
-        """The baseline that `to_json` gave."""
-        measurement = dict(data["measurement"])
-        if measurement["standard_error"] is None:
-            measurement["standard_error"] = math.nan
-        correct = {k: np.array([b == "1" for b in bits]) for k, bits in data["correct"].items()}
-        return cls(0, Measurement(**measurement), correct, 0.0)
+    def from_json(cls, data: Any) -> Look:
+        """The baseline that `to_json` gave.
+
+        Raises:
+            ValueError: It is not that; the message names the field.
+        """
+        look = checks.fields(data, "baseline", _BASELINE)
+        if look["measurement"]["standard_error"] is None:
+            look["measurement"]["standard_error"] = math.nan
+        return cls(0, Measurement(**look["measurement"]), look["correct"], 0.0)
 
 
-@dataclass
-class _Prepared:
-    task: Task
-    positions: list[int]
-    labels: Tensor
-    prompts: list[Any]  # tokenized, in batches
-    batches: list[Any] | None  # preprocessed images; None where memory did not suffice
-    witness: tuple[Any, Any]  # one preprocessed image and one tokenized prompt
-    fingerprint: str
+def _bits(value: Any, name: str) -> np.ndarray:
+    if not isinstance(value, str) or not value or set(value) - {"0", "1"}:
+        raise ValueError(f"`{name}` must be a string of 0 and 1, got {value!r:.40}")
+    return np.array([bit == "1" for bit in value])
+
+
+_MEASUREMENT = {
+    "iimm": checks.DIFFERENCE,
+    "inter": checks.DIFFERENCE,
+    "intra": checks.DIFFERENCE,
+    "standard_error": checks.or_none(checks.ERROR),
+    "n_images": checks.count,
+    "n_classes": checks.count,
+}
+_BASELINE = {"measurement": checks.object_of(_MEASUREMENT), "correct": checks.dict_of(_bits)}
 
 
 class Probe:
     """The fixed images and prompts of a run, ready to be shown to the model again and again.
 
-    Towers that are frozen are run once: see `frozen.FrozenPart`.
+    Of several ranks each shows its model a share of the images; only sums travel, in one
+    all-reduce per look, and all ranks have the same `Look`. All of them must look together. Towers
+    that are frozen are run once: see `frozen.FrozenPart`.
 
     Args:
         task: The task being learnt; its IIMM and accuracy are measured.
         off_target: Tasks that must not be forgotten; their accuracy is measured.
         processor: See `encoders.find_encoder`.
         encode: See `encoders.find_encoder`.
-        batch_size: Images in one forward pass.
-        cache_limit: Bytes of preprocessed images kept in memory; tasks beyond it are preprocessed
-            anew at each look.
+        batch_size: Images in one forward pass; halved where memory does not suffice.
+        cache_limit: Bytes of preprocessed images kept in memory on each rank; what is beyond it
+            is preprocessed anew at each look.
         progress: Show a progress bar while preprocessing for the first time.
     """
 
@@ -108,9 +123,11 @@ class Probe:
         self.batch_size = batch_size
         self.cache_limit = cache_limit
         self.progress = progress
-        self._encoder: Encoder | None = None
-        self._prepared: list[_Prepared] = []
-        self._frozen_images, self._frozen_texts = FrozenPart(), FrozenPart()
+        self._share: Share | None = None
+        self._width = 0  # of the embeddings
+        # On the CPU: a look leaves nothing on the device.
+        self._frozen_images, self._frozen_texts = FrozenPart("cpu"), FrozenPart("cpu")
+        self._halving = Halving()
 
     @property
     def fingerprints(self) -> dict[str, str]:
@@ -118,42 +135,45 @@ class Probe:
 
         Two measurements compare only where these are equal. Empty before `prepare`.
         """
-        return {p.task.name: p.fingerprint for p in self._prepared}
+        return {t.task.name: t.fingerprint for t in self._share.tasks} if self._share else {}
 
     def prepare(self, model: nn.Module) -> None:
-        """Find the model's encoder, then read and preprocess every probe image; done once.
+        """Find the model's encoder, then read and preprocess the probe images; done once.
 
         Raises:
-            ValueError: No encoder or processor for the model, an image cannot be read, or an
-                off-target task holds the very images of the task.
+            ValueError: No encoder or processor for the model, fewer than two images of a task can
+                be read, or an off-target task holds the very images of the task.
+            RuntimeError: Another rank failed.
         """
-        if self._prepared:
+        if self._share is not None:
             return
+        check_measurable(model)
         with undisturbed(model):
-            self._encoder = find_encoder(model, self.processor, self.encode)
-            sizes = [TASK_PROBE_SIZE] + [OFF_TARGET_PROBE_SIZE] * len(self.off_target)
-            tasks = [self.task, *self.off_target]
-            subsets = [task.subset(size) for task, size in zip(tasks, sizes, strict=True)]
-            with tqdm(
-                total=sum(map(len, subsets)),
-                desc="IIMM probe: preprocessing",
-                unit="image",
-                disable=None if self.progress else True,
-                leave=False,
-                delay=2,
-            ) as bar:
-                room = self.cache_limit
-                prepared = []
-                for task, positions in zip(tasks, subsets, strict=True):
-                    prepared.append(self._prepare_task(task, positions, room, bar))
-                    room -= _n_bytes(prepared[-1].batches)
-        for other in prepared[1:]:
-            if other.fingerprint == prepared[0].fingerprint:
-                raise ValueError(
-                    f"`off_target` task {other.task.name!r} is the task itself (same images, "
-                    "labels and prompts); off-target tasks are those that are not trained on"
-                )
-        self._prepared = prepared
+            encoder = ranks.together(lambda: find_encoder(model, self.processor, self.encode))
+            share = read_share(
+                [self.task, *self.off_target],
+                encoder,
+                batch_size=self.batch_size,
+                cache_limit=self.cache_limit,
+                progress=self.progress,
+            )
+            for other in share.tasks[1:]:
+                if other.fingerprint == share.tasks[0].fingerprint:
+                    raise ValueError(
+                        f"`off_target` task {other.task.name!r} is the task itself (same images, "
+                        "labels and prompts); off-target tasks are those that are not trained on"
+                    )
+            self._width = ranks.together(lambda: self._measure_width(model, share))
+        self._share = share
+
+    def _measure_width(self, model: nn.Module, share: Share) -> int:
+        def embed() -> int:
+            return share.encoder.embed_texts(model, move(share.prompt, model)).shape[1]
+
+        return inside_forward(model, self._core(model), embed)
+
+    def _core(self, model: nn.Module) -> nn.Module:
+        return model if self.encode is not None else find_dual_encoder(model)
 
     def check_fingerprints(self, then: dict[str, str]) -> None:
         """Raise unless images, prompts and preprocessing are those of an earlier probe.
@@ -184,120 +204,164 @@ class Probe:
             autocast_dtype: Run under `torch.autocast` with this dtype, as a mixed-precision
                 training does.
 
+        Returns:
+            The same on all ranks, and as a single process would have it to 1e-9.
+
         Raises:
-            ValueError: An image cannot be read, or embeddings are zero or non-finite.
+            ValueError: An image cannot be read any more, or an embedding is zero.
+            NotFiniteError: An embedding is not finite.
+            RuntimeError: Another rank failed.
         """
         self.prepare(model)
         start = time.perf_counter()
-        correct: dict[str, np.ndarray] = {}
-        measurement = None
-        with undisturbed(model):
-            with autocast(model, autocast_dtype):
-                self._find_frozen(model, autocast_dtype)
-            for prepared in self._prepared:
-                with autocast(model, autocast_dtype):
-                    images, texts = self._embed(model, prepared)
-                # Not in autocast, which would round cosines until classes tie.
-                name = prepared.task.name
-                logits = None
-                if measurement is None:  # the task being learnt
-                    measurement = iimm(images, texts, prepared.labels)
-                    logits = self._classify(model, images, len(texts))
-                correct[name] = (
-                    zero_shot_correct(images, texts, prepared.labels)
-                    if logits is None
-                    else (logits.argmax(1).cpu() == prepared.labels).numpy()
+        share = self._share
+        assert share is not None
+        rank, n_ranks = ranks.world()
+        sums = _Sums(
+            torch.zeros(GROUPS, self._width + 2, dtype=torch.float64),
+            [torch.zeros(len(t.labels), dtype=torch.float64) for t in share.tasks],
+            torch.zeros(n_ranks, dtype=torch.float64),
+        )
+        failure: Exception | None = None
+        classes = torch.zeros(0)
+        try:
+            with undisturbed(model):
+                classes, failure = inside_forward(
+                    model,
+                    self._core(model),
+                    lambda: self._show(model, share, autocast_dtype, sums),
                 )
-        assert measurement is not None
-        return Look(step, measurement, correct, time.perf_counter() - start)
+        except Exception as error:
+            failure = error
+        if isinstance(failure, NotFiniteError) and step:
+            failure = NotFiniteError(f"training has diverged, which is not forgetting: {failure}")
+        clear_device_cache()  # of what the look took
+        sums.seconds[rank] = time.perf_counter() - start
+        sums = sums.of_all_ranks(failure)
+        accumulator = IIMMAccumulator(classes.cpu())
+        accumulator.state = sums.state
+        names = [t.task.name for t in share.tasks]
+        correct = {n: bits.numpy() > 0.5 for n, bits in zip(names, sums.correct, strict=True)}
+        return Look(step, accumulator.compute(), correct, float(sums.seconds.max()))
 
-    def _find_frozen(self, model: nn.Module, autocast_dtype: torch.dtype | None) -> None:
-        encoder = self._encoder
-        assert encoder is not None
+    def _show(
+        self, model: nn.Module, share: Share, autocast_dtype: torch.dtype | None, sums: _Sums
+    ) -> tuple[Tensor, Exception | None]:
+        """Add what this rank sees to `sums`.
+
+        Returns:
+            The class embeddings of the task, [C, D]; and the first failure. It is not raised here:
+            where the model is sharded this rank's forward passes must go on beside the others'.
+        """
+        encoder = share.encoder
+        in_step = is_sharded(model)
+        run = _at_once if in_step else self._halving  # halves would fall out of step
+        with autocast(model, autocast_dtype):
+            if not in_step:
+                self._find_frozen(model, share, autocast_dtype)
+            classes = [
+                self._frozen_texts.get(t.task.name, partial(_embed_classes, model, encoder, t, run))
+                for t in share.tasks
+            ]
+        failure = None
+        for batch in share.batches:
+            key = (batch.task, batch.first)
+            inputs = None
+            try:
+                if batch.positions and not self._frozen_images.holds(key):
+                    inputs = share.inputs(batch)
+            except Exception as error:
+                failure = failure or error
+            if failure or not batch.positions:
+                if in_step:
+                    encoder.embed_backbone(model, move(share.image, model))
+                continue
+            with autocast(model, autocast_dtype):
+                embed = partial(_embed_images, model, encoder, inputs, run)
+                images = adapt(model, self._frozen_images.get(key, embed))
+            try:
+                # Not in autocast, which would round cosines until classes tie.
+                self._add(sums, model, batch, images, classes, share.tasks[batch.task].labels)
+            except Exception as error:
+                failure = error
+        return classes[0], failure
+
+    def _add(
+        self,
+        sums: _Sums,
+        model: nn.Module,
+        batch: Batch,
+        images: Tensor,
+        classes: list[Tensor],
+        labels: Tensor,
+    ) -> None:
+        """Add one batch's embeddings to the sums."""
+        rows = slice(batch.first, batch.first + len(images))
+        labels = labels[rows]
+        right = None
+        if batch.task == 0:
+            accumulator = IIMMAccumulator(classes[0], offset=batch.first)
+            accumulator.update(images, labels)
+            sums.state += accumulator.state.cpu()
+            right = self._classify(model, images, labels, len(classes[0]))
+        if right is None:
+            right = zero_shot_correct(images, classes[batch.task], labels)
+        sums.correct[batch.task][rows] = torch.as_tensor(right, dtype=torch.float64)
+
+    def _find_frozen(
+        self, model: nn.Module, share: Share, autocast_dtype: torch.dtype | None
+    ) -> None:
         if self.encode is not None:
             return  # a user's functions may hide gradients, and all would look frozen
-        image, prompt = (move(one, model) for one in self._prepared[0].witness)
+        encoder, image, prompt = share.encoder, move(share.image, model), move(share.prompt, model)
         # Autocast's cache holds casts made without gradients, which would look frozen.
         with autocast(model, autocast_dtype, cache_enabled=False):
             self._frozen_images.update(model, lambda: encoder.embed_backbone(model, image))
             self._frozen_texts.update(model, lambda: encoder.embed_texts(model, prompt))
 
-    def _classify(self, model: nn.Module, images: Tensor, n_classes: int) -> Tensor | None:
+    def _classify(
+        self, model: nn.Module, images: Tensor, labels: Tensor, n_classes: int
+    ) -> np.ndarray | None:
+        """Which images the model's linear probe has right; None where it has none."""
         head = find_head(model)
         logits = None if head is None else head.classify(images)
-        if logits is not None and logits.shape[1] != n_classes:
+        if logits is None:
+            return None
+        if logits.shape[1] != n_classes:
             raise ValueError(
                 f"`task` {self.task.name!r} must have the {logits.shape[1]} classes of the model's "
                 f"linear probe, got {n_classes}"
             )
-        return logits
-
-    def _embed(self, model: nn.Module, prepared: _Prepared) -> tuple[Tensor, Tensor]:
-        encoder = self._encoder
-        assert encoder is not None
-
-        def embed_texts() -> Tensor:
-            prompts = [encoder.embed_texts(model, move(p, model)) for p in prepared.prompts]
-            return class_embeddings(torch.cat(prompts), len(prepared.task.templates))
-
-        def embed_images() -> Tensor:
-            batches = self._read_again(prepared) if prepared.batches is None else prepared.batches
-            return torch.cat([encoder.embed_backbone(model, move(b, model)) for b in batches])
-
-        name = prepared.task.name
-        backbone = self._frozen_images.get(name, embed_images)
-        return adapt(model, backbone), self._frozen_texts.get(name, embed_texts)  # [N, D], [C, D]
-
-    def _read_again(self, prepared: _Prepared) -> Iterator[Any]:
-        for start in range(0, len(prepared.positions), self.batch_size):
-            chunk = prepared.positions[start : start + self.batch_size]
-            yield self._preprocess(prepared.task.images(chunk))
-
-    def _preprocess(self, images: list[Any]) -> Any:
-        assert self._encoder is not None
-        # A processor may draw, e.g. which part of a long sound it takes: the same at every look.
-        seed_all(0)
-        return self._encoder.preprocess(images)
-
-    def _prepare_task(self, task: Task, positions: list[int], room: int, bar: Any) -> _Prepared:
-        encoder = self._encoder
-        assert encoder is not None
-        labels, prompts = task.labels(positions), task.prompts(positions)
-        digest = hashlib.sha256(repr((labels, prompts, encoder.description)).encode())
-        batches: list[Any] | None = []
-        one = None
-        for start in range(0, len(positions), self.batch_size):
-            images = task.images(positions[start : start + self.batch_size])
-            for image in images:
-                digest.update(content(image))
-            one = one or self._preprocess(images[:1])
-            if batches is not None:
-                batches.append(self._preprocess(images))
-                room -= _n_bytes(batches[-1:])
-                if room < 0:
-                    batches = None
-            bar.update(len(images))
-        tokenized = [
-            encoder.tokenize(prompts[i : i + TEXT_BATCH])
-            for i in range(0, len(prompts), TEXT_BATCH)
-        ]
-        return _Prepared(
-            task,
-            positions,
-            torch.tensor(labels),
-            tokenized,
-            batches,
-            (one, encoder.tokenize(prompts[:1])),
-            digest.hexdigest()[:16],
-        )
+        return (logits.argmax(1).cpu() == labels).numpy()
 
 
-def _n_bytes(batches: list[Any] | None) -> int:
-    tensors = [
-        value
-        for batch in batches or []
-        for value in (batch.values() if isinstance(batch, dict) else [])
-        if isinstance(value, Tensor)
-    ]
-    images = [image for b in batches or [] if isinstance(b, list) for image in b]
-    return sum(t.nbytes for t in tensors) + sum(len(content(image)) for image in images)
+@dataclass
+class _Sums:
+    """What the ranks add up: of the task `IIMMAccumulator.state`; right images [N] of each task."""
+
+    state: Tensor
+    correct: list[Tensor]
+    seconds: Tensor  # [ranks]
+
+    def of_all_ranks(self, failure: Exception | None) -> _Sums:
+        parts = [self.state.flatten(), *self.correct, self.seconds]
+        added = ranks.add_up(torch.cat(parts), failure)
+        sums = torch.split(added, [len(part) for part in parts])
+        return _Sums(sums[0].reshape(self.state.shape), list(sums[1:-1]), sums[-1])
+
+
+_Run = Callable[[Callable[[Any], Tensor], Any], Tensor]
+
+
+def _at_once(embed: Callable[[Any], Tensor], inputs: Any) -> Tensor:
+    return embed(inputs)
+
+
+def _embed_images(model: nn.Module, encoder: Encoder, inputs: Any, run: _Run) -> Tensor:
+    return run(partial(encoder.embed_backbone, model), move(inputs, model))
+
+
+def _embed_classes(model: nn.Module, encoder: Encoder, shown: ProbeTask, run: _Run) -> Tensor:
+    embed = partial(encoder.embed_texts, model)
+    prompts = torch.cat([run(embed, move(p, model)) for p in shown.prompts])
+    return class_embeddings(prompts, len(shown.task.templates))

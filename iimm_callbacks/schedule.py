@@ -91,12 +91,10 @@ class Budget:
     Attributes:
         max_overhead: Share of the wall time that looks may take, in (0, 1]; ``None``: no limit.
         spent: Seconds spent in looks since training began.
-        dropped: Looks not taken.
     """
 
     max_overhead: float | None
     spent: float = 0.0
-    dropped: int = 0
     _costs: list[float] = field(default_factory=list)
 
     def __post_init__(self) -> None:

@@ -13,6 +13,7 @@ from .blocks import block_names, in_attention, inside, is_bias, is_input_project
 from .encoders import Encoder, class_embeddings, find_encoder, move
 from .families import family_of
 from .heads import ClipAdapter, LinearProbe
+from .sharded import full_parameters
 from .tasks import Task
 from .undisturbed import undisturbed
 from .wrappers import find_dual_encoder, find_head, freeze
@@ -81,7 +82,7 @@ def prepare(model: nn.Module, method: str, **options: Any) -> nn.Module:
 
 def trainable_share(model: nn.Module) -> float:
     """Parameters with `requires_grad` over all parameters, a fraction in [0, 1]."""
-    counts = [(p.numel(), p.requires_grad) for p in model.parameters()]
+    counts = [(whole.numel(), p.requires_grad) for _, p, whole in full_parameters(model)]
     return sum(n for n, trains in counts if trains) / max(sum(n for n, _ in counts), 1)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,16 @@ from torch import Tensor, nn
 
 from .families import family_of, why_not
 from .heads import Head
+from .sharded import full_parameters, is_fsdp1
+
+_WRAPPERS = (
+    "module",
+    "_orig_mod",
+    "_fsdp_wrapped_module",
+    "base_model.model",
+    "base_layer",
+    "original_module",
+)
 
 
 def find_dual_encoder(model: nn.Module) -> Any:
@@ -27,7 +37,7 @@ def find_dual_encoder(model: nn.Module) -> Any:
         ValueError: There is none; says why, where the model is of a kind that cannot be one.
     """
     for module in breadth_first(model):
-        if family_of(module) is not None:
+        if family_of(module) is not None and not is_fsdp1(module):
             return module
     reasons = ((module, why_not(module)) for module in breadth_first(model))
     module, reason = next((found for found in reasons if found[1]), (model, None))
@@ -93,6 +103,34 @@ def zero_shot_twin(model: nn.Module) -> AbstractContextManager[None] | None:
     return None
 
 
+def load_untouched(
+    base: nn.Module | str | Path | Callable[[], nn.Module], like: nn.Module
+) -> nn.Module:
+    """The untouched model, where the model that is training is.
+
+    Args:
+        base: The model, its Hub name or folder, or a function that returns it.
+        like: The model that trains: its device and dtype are taken over.
+
+    Raises:
+        OSError: There is no model of that name.
+        TypeError: It is no model.
+    """
+    if isinstance(base, str | Path):
+        from transformers import AutoModel
+
+        model = AutoModel.from_pretrained(base)
+    else:
+        model = base if isinstance(base, nn.Module) else base()
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            "`base_model` must be a model, its Hub name or folder, or a function that returns it, "
+            f"got {type(model).__name__}"
+        )
+    first = next(p for p in like.parameters() if p.is_floating_point())
+    return model.to(first.device, first.dtype)
+
+
 def model_fingerprint(model: nn.Module) -> str:
     """A short hash of a model's weights: a few values of every parameter.
 
@@ -107,17 +145,18 @@ def model_fingerprint(model: nn.Module) -> str:
         16 hexadecimal digits.
     """
     try:
-        model = find_dual_encoder(model)
+        core = find_dual_encoder(model)
     except ValueError:
-        pass  # a model with functions of its own: all its parameters count
-    adapters = _adapters(model)
+        core = model  # it has functions of its own: all its parameters count
+    adapters = _adapters(core)
     values = {}
-    for name, parameter in model.named_parameters():
+    for name, parameter, whole in full_parameters(model, core):
         if id(parameter) in adapters:
             continue
-        for wrapper in ("module", "_orig_mod", "base_model.model", "base_layer", "original_module"):
+        for wrapper in _WRAPPERS:
             name = f".{name}".replace(f".{wrapper}.", ".")[1:]
-        values[name] = parameter.detach().flatten()[:16].float().cpu().numpy().tobytes()
+        some = whole.detach().flatten()[:16].float().cpu()
+        values[name] = some.clone().numpy().tobytes()  # numpy would keep FSDP from freeing `whole`
     digest = hashlib.sha256()
     for name in sorted(values):
         digest.update(name.encode() + values[name])
@@ -195,4 +234,5 @@ def model_name(model: nn.Module) -> str:
     except ValueError:
         return type(model).__name__
     path = getattr(getattr(core, "config", None), "_name_or_path", "")
-    return "/".join(Path(path).parts[-2:]) if path else type(core).__name__
+    # FSDP 2 makes a class of its own of a module's.
+    return "/".join(Path(path).parts[-2:]) if path else type(core).__name__.removeprefix("FSDP")

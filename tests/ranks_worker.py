@@ -35,9 +35,13 @@ class FailsOnRank1(Probe):
     """Cannot look at steps 2 and 6, the last one, on one rank."""
 
     def look(self, model, step, autocast_dtype=None):
-        if step in (2, 6) and distributed.get_rank() == 1:
-            raise OSError("disk on fire")
+        self.fails = step in (2, 6) and distributed.get_rank() == 1
         return super().look(model, step, autocast_dtype)
+
+    def _show(self, *arguments):
+        if self.fails:
+            raise OSError("disk on fire")
+        return super()._show(*arguments)
 
 
 class SlowClockOnRank1(Probe):
@@ -52,15 +56,28 @@ def stop_if_rank_1(verdict):
     return distributed.get_rank() == 1
 
 
+def raise_on_rank_1(verdict):
+    if distributed.get_rank() == 1:
+        raise OSError("the pager is down")
+
+
+def wake_dropout(model):
+    for module in model.modules():
+        if isinstance(getattr(module, "dropout", None), float):
+            module.dropout = 0.3
+
+
 SGD = {"optim": "sgd", "learning_rate": 0.1}
+BUSY = {"gradient_accumulation_steps": 2, "dataloader_num_workers": 1, "eval_strategy": "epoch"}
 # name -> (settings of the guard, its probe, arguments of the Trainer); None: no guard
 SCENARIOS = {
-    "plain": (None, Probe, {}),
-    "guarded": ({"every": 2}, Probe, {}),
+    "plain": (None, Probe, BUSY),
+    "guarded": ({"every": 2}, Probe, BUSY),
     "stop": ({"every": 2, "action": "stop"}, ForgetsAtStep4, {}),
     "stop-by-one": ({"every": 4, "action": stop_if_rank_1}, Probe, {}),
     "clock": ({"every": 1, "max_overhead": 0.05}, SlowClockOnRank1, {}),
     "failing": ({"every": 2}, FailsOnRank1, {}),
+    "raising": ({"every": 2, "action": raise_on_rank_1}, Probe, {}),
     "batch-of-4": (None, Probe, SGD | {"per_device_train_batch_size": 4}),
     "batch-of-8": (None, Probe, SGD | {"per_device_train_batch_size": 8}),  # for one process
 }
@@ -72,6 +89,8 @@ def train(folder, scenario, output):
     task = Task("colours", load_from_disk(folder / "colours"), templates="a {}", probe_size=32)
     shapes = Task("shapes", load_from_disk(folder / "shapes"), templates="a {}", probe_size=24)
     model = CLIPModel.from_pretrained(folder / "model")
+    if arguments is BUSY:
+        wake_dropout(model)
     processor = CLIPProcessor.from_pretrained(folder / "model")
     callbacks = []
     if settings is not None:
@@ -94,6 +113,7 @@ def train(folder, scenario, output):
         PromptClassifier(model, task, processor),
         TrainingArguments(**arguments),
         train_dataset=task.dataset,
+        eval_dataset=task.dataset.select(range(10)),
         data_collator=ImageCollator(processor),
         processing_class=processor,
         callbacks=callbacks,
@@ -106,7 +126,9 @@ def train(folder, scenario, output):
         "world_size": trainer.args.world_size,
         "ended": callbacks[0].outcome.ended if callbacks else "",
         "history": [row["step"] for row in callbacks[0].monitor.history] if callbacks else [],
+        "optimizer": trainer.optimizer.state_dict(),
         "dropped": callbacks[0].record()["looks_dropped"] if callbacks else 0,
+        "run_files": sorted(path.name for path in output.glob("*.json*")),
     }
 
 
@@ -118,7 +140,7 @@ def main():
     transformers_logging.set_verbosity_error()
     distributed.init_process_group("gloo", timeout=timedelta(seconds=20))
     for name in names:
-        result = train(folder, name, folder / "out")
+        result = train(folder, name, folder / f"out-{name}-{distributed.get_rank()}")
         torch.save(result, folder / f"{name}-{distributed.get_rank()}.pt")
     distributed.destroy_process_group()
 

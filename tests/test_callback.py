@@ -482,9 +482,11 @@ def test_weights_that_turn_nan_give_no_number(make_trainer, guard, caplog):
     trainer = make_trainer([Poison(), callback], max_steps=9)
     trainer.train()
     assert [r["step"] for r in rows(trainer)] == [0, 3]
-    assert "must be finite" in caplog.text
+    assert "training has diverged, which is not forgetting: `text_embeds` must be finite" in (
+        caplog.text
+    )
     # What was seen at step 3 is not how the run ended.
-    assert (callback.outcome.complete, callback.outcome.ended) == (False, "the last look failed")
+    assert (callback.outcome.complete, callback.outcome.ended) == (False, "training diverged")
 
 
 def test_the_first_measurement_is_not_forgiven(make_trainer, guard, tiny_clip):
@@ -557,7 +559,8 @@ def test_a_checkpoint_without_the_guard_is_never_taken_for_the_baseline(
     trainer = make_trainer([guard()], output_dir=str(tmp_path / "b"), **arguments)
     trainer.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-3"))
     assert rows(trainer) == []
-    assert "resumes at step 3 from a checkpoint that was written without the guard" in caplog.text
+    assert "The IIMM guard is off: this run resumes at step 3 and" in caplog.text
+    assert "written without the guard, so the untouched model was never measured" in caplog.text
 
 
 def test_under_adapters_the_untouched_model_is_measured_at_any_step(
@@ -585,13 +588,28 @@ def test_under_adapters_the_untouched_model_is_measured_at_any_step(
         assert one["eval_iimm_forgetting_observed"] == other["eval_iimm_forgetting_observed"]
 
 
-def test_resuming_with_other_images_is_refused(make_trainer, guard, tmp_path, shapes):
+def test_resuming_with_other_images_turns_the_guard_off_and_keeps_what_was_recorded(
+    make_trainer, guard, tmp_path, shapes, caplog
+):
     arguments = {"max_steps": 6, "save_strategy": "steps", "save_steps": 3}
     make_trainer([guard()], output_dir=str(tmp_path / "a"), **arguments).train()
-    other = guard(off_target=[Task("shapes", shapes, templates="{}", probe_size=24)])
-    trainer = make_trainer([other], output_dir=str(tmp_path / "b"), **arguments)
+    start = str(tmp_path / "a" / "checkpoint-3")
+    other = [Task("shapes", shapes, templates="{}", probe_size=24)]
+    trainer = make_trainer([guard(off_target=other)], output_dir=str(tmp_path / "b"), **arguments)
+    trainer.train(resume_from_checkpoint=start)
+    assert trainer.state.global_step == 6
+    assert "The IIMM guard is off" in caplog.text
+    assert "['shapes'] have other images" in caplog.text
+    states = [
+        json.loads((folder / "trainer_state.json").read_text())["stateful_callbacks"]
+        for folder in (tmp_path / "a" / "checkpoint-3", tmp_path / "b" / "checkpoint-6")
+    ]
+    assert states[0]["IIMMCallback/colours"] == states[1]["IIMMCallback/colours"]
+    strict = make_trainer(
+        [guard(off_target=other, strict=True)], output_dir=str(tmp_path / "c"), **arguments
+    )
     with pytest.raises(ValueError, match=r"\['shapes'\] have other images"):
-        trainer.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-3"))
+        strict.train(resume_from_checkpoint=start)
 
 
 # Bad settings

@@ -182,8 +182,7 @@ def test_damaged_lines_are_skipped(path, caplog):
 
 @pytest.mark.parametrize(("rank", "written"), [(0, True), (1, False)])
 def test_of_several_ranks_the_first_one_writes(path, monkeypatch, rank, written):
-    monkeypatch.setattr("torch.distributed.is_initialized", lambda: True)
-    monkeypatch.setattr("torch.distributed.get_rank", lambda: rank)
+    monkeypatch.setattr("iimm_callbacks.ranks.world", lambda: (rank, 2))
     ledger = Ledger(path)
     ledger.draft(RUN)
     ledger.close()
@@ -191,10 +190,9 @@ def test_of_several_ranks_the_first_one_writes(path, monkeypatch, rank, written)
 
 
 def test_another_rank_does_not_write_when_the_process_group_is_gone_either(path, monkeypatch):
-    monkeypatch.setattr("torch.distributed.is_initialized", lambda: True)
-    monkeypatch.setattr("torch.distributed.get_rank", lambda: 1)
+    monkeypatch.setattr("iimm_callbacks.ranks.world", lambda: (1, 2))
     ledger = Ledger(path)
     ledger.draft(INTERRUPTED)
-    monkeypatch.setattr("torch.distributed.is_initialized", lambda: False)
+    monkeypatch.setattr("iimm_callbacks.ranks.world", lambda: (0, 1))
     ledger.close()
     assert not path.exists()

@@ -100,7 +100,7 @@ def test_a_wrecked_model_is_told_from_the_untouched_one(tiny_clip, make_monitor)
     assert monitor.verdict is verdict
 
 
-@pytest.mark.parametrize("call", [lambda m, x: m.check(x, 1, 2), lambda m, x: m.end()])
+@pytest.mark.parametrize("call", [lambda m, x: m.check(x, 1, 2), lambda m, x: m.end(x)])
 def test_nothing_can_be_said_before_the_untouched_model_was_seen(tiny_clip, make_monitor, call):
     with pytest.raises(RuntimeError, match=r"call `begin\(model\)` on the untouched model"):
         call(make_monitor(), tiny_clip())
@@ -183,16 +183,16 @@ def test_a_finite_state_even_where_there_is_no_standard_error(tiny_clip, make_mo
     monitor.begin(tiny_clip())
     state = json.loads(json.dumps(monitor.state_dict(), allow_nan=False))
     assert "eval_iimm_se" not in monitor.row()
-    assert monitor.end().standard_error is None
+    assert monitor.end(tiny_clip()).standard_error is None
     again = make_monitor()
     again.load_state_dict(state)
     again.begin(tiny_clip())
-    assert again.end().standard_error is None
+    assert again.end(tiny_clip()).standard_error is None
 
 
 def test_the_outcome_is_read_back_from_file_as_it_was(tiny_clip, make_monitor, train, tmp_path):
     monitor = train(tiny_clip(), make_monitor(), recipe={"learning_rate": 0.05})
-    outcome = monitor.end()
+    outcome = monitor.end(tiny_clip())
     assert outcome.recipe["learning_rate"] == 0.05
     assert outcome.versions["torch"] == torch.__version__
     assert 0 < outcome.recipe["trainable_share"] <= 1
@@ -212,9 +212,9 @@ def test_a_run_that_goes_on_does_not_learn_from_what_ended_since(
     tiny_clip, make_monitor, train, own_store
 ):
     def past(i):
-        return replace(outcome, task=f"t{i}", task_fingerprint=f"{i}", iimm=0.3 + 0.05 * i)
+        return replace(outcome, run=f"r{i}", task=f"t{i}", task_fingerprint=f"{i}", iimm=0.3 + i / 20)
 
-    outcome = train(tiny_clip(), make_monitor(store=None)).end()
+    outcome = train(tiny_clip(), make_monitor(store=None)).end(tiny_clip())
     for i in range(4):
         append_outcome(own_store, past(i))
     monitor = make_monitor()
@@ -245,8 +245,8 @@ def test_a_run_without_off_target_tasks_has_an_outcome_too(
 ):
     monitor = train(tiny_clip(), make_monitor(off_target=[]))
     assert not any("forgetting" in key for key in monitor.row())
-    append_outcome(tmp_path / "runs.jsonl", monitor.end())
-    assert read_outcomes(tmp_path / "runs.jsonl") == [monitor.end()]
+    append_outcome(tmp_path / "runs.jsonl", monitor.end(tiny_clip()))
+    assert read_outcomes(tmp_path / "runs.jsonl") == [monitor.end(tiny_clip())]
 
 
 def test_a_failing_look_leaves_history_and_verdict_as_they_were(tiny_clip, make_monitor, caplog):

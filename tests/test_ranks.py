@@ -75,6 +75,11 @@ def test_the_run_is_bit_identical_with_and_without_the_guard(ranks):
     plain, guarded = ranks["plain"][0], ranks["guarded"][0]
     assert_same_weights(plain["weights"], guarded["weights"])
     assert losses(plain) == losses(guarded)
+    assert len(losses(plain)) == 6
+    moments = [plain["optimizer"]["state"], guarded["optimizer"]["state"]]
+    assert moments[0].keys() == moments[1].keys() != set()
+    for one, other in zip(moments[0].values(), moments[1].values(), strict=True):
+        assert_same_weights(one, other)
     assert [row["step"] for row in looks(guarded)] == [0, 2, 4, 6]
 
 
@@ -100,6 +105,19 @@ def test_a_look_that_fails_on_one_rank_counts_on_none_and_the_run_goes_on(ranks)
     for rank in ranks["failing"]:
         assert rank["steps"] == 6
         assert rank["history"] == [0, 4]
+
+
+def test_an_action_that_raises_on_one_rank_harms_none(ranks):
+    for rank in ranks["raising"]:
+        assert rank["steps"] == 6
+        assert rank["history"] == [0, 2, 4, 6]
+        assert rank["ended"] == "finished"
+
+
+def test_the_first_rank_alone_writes_files(ranks):
+    first, second = ranks["guarded"]
+    assert first["run_files"] == ["iimm_colours.json"]
+    assert second["run_files"] == []
 
 
 def test_two_ranks_with_batches_of_4_train_as_one_process_with_batches_of_8(ranks):

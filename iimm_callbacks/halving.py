@@ -1,0 +1,70 @@
+"""Forward passes in smaller parts where memory does not suffice."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
+from torch import Tensor
+
+logger = logging.getLogger(__name__)
+
+
+class Halving:
+    """Runs batches through a function, in halves, quarters and so on once memory has run out.
+
+    What is out of memory is what accelerate takes for it (`should_reduce_batch_size`).
+
+    Attributes:
+        parts: Into how many parts a batch is cut by now.
+    """
+
+    def __init__(self) -> None:
+        self.parts = 1
+
+    def __call__(self, embed: Callable[[Any], Tensor], batch: Any) -> Tensor:
+        """`embed(batch)`, where needed put together from parts.
+
+        Args:
+            embed: Model inputs of n items -> [n, D].
+            batch: Model inputs: tensors by name, each with the items in its first dimension, or a
+                list of items.
+
+        Raises:
+            Exception: What `embed` raises, if it is not out of memory, or is so for a single item.
+        """
+        while True:
+            try:
+                return torch.cat([embed(part) for part in _split(batch, self.parts)])
+            except RuntimeError as error:
+                if not should_reduce_batch_size(error) or self.parts >= _size(batch):
+                    raise
+            self.parts *= 2  # not in `except`, where the traceback holds on to the tensors
+            clear_device_cache()
+            logger.warning(
+                "The IIMM probe ran out of memory; it goes on in batches of %d",
+                -(-_size(batch) // self.parts),
+            )
+
+
+def _split(batch: Any, parts: int) -> Iterator[Any]:
+    if parts == 1:
+        yield batch
+        return
+    size = _size(batch)
+    step = -(-size // parts)
+    for start in range(0, size, step):
+        rows = slice(start, start + step)
+        if isinstance(batch, Mapping):
+            yield {k: v[rows] if isinstance(v, Tensor) else v for k, v in batch.items()}
+        else:
+            yield batch[rows]
+
+
+def _size(batch: Any) -> int:
+    if isinstance(batch, Mapping):
+        return next((len(v) for v in batch.values() if isinstance(v, Tensor)), 1)
+    return len(batch)

@@ -1,0 +1,314 @@
+"""What `test_probe_ranks.py` runs on several ranks: all in one process that forks, which is fast.
+
+    python probe_worker.py FOLDER
+
+Each scenario of a world size leaves what its ranks came back with in `<scenario>-<world>.pt`.
+"""
+
+import copy
+import logging
+import os
+import sys
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+from conftest import make_dataset
+from tiny import FAMILIES
+from torch import distributed
+
+from iimm_callbacks import IIMMMonitor, Task, ranks
+from iimm_callbacks.probe import Probe
+from iimm_callbacks.wrappers import model_fingerprint
+
+WORLDS = (1, 2, 3, 7)
+COLOURS, SHAPES = make_dataset("colour", 40, seed=1), make_dataset("shape", 30, seed=2)
+PICTURES = [row["image"] for row in COLOURS]
+
+
+def colour_task(n=24, data=COLOURS, **more):
+    return Task("colours", data, templates="a {} thing", probe_size=n, **more)
+
+
+def shape_task(n=15):
+    return Task("shapes", SHAPES, templates="a photo of the {}", probe_size=n)
+
+
+def told(look):
+    """A look without its wall time."""
+    return look.measurement, {name: list(bits) for name, bits in look.correct.items()}
+
+
+def raised(function):
+    """What it raises, as text."""
+    try:
+        function()
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return ""
+
+
+class Encode:
+    """`encode=` functions of the tiny CLIP that fail where and as they are told to."""
+
+    def __init__(self, fails=lambda images: None):
+        self.model, self.processor = FAMILIES["CLIP"]()
+        self.fails = fails
+
+    def images(self, model, images):
+        if error := self.fails(images):
+            raise error
+        pixels = self.processor(images=images, return_tensors="pt")["pixel_values"]
+        return vec(self.model.get_image_features(pixel_values=pixels))
+
+    def texts(self, model, prompts):
+        tokens = self.processor(text=prompts, return_tensors="pt", padding=True)
+        return vec(self.model.get_text_features(**tokens))
+
+    def probe(self, **settings):
+        pair = (self.images, self.texts)
+        return Probe(colour_task(), [shape_task()], encode=pair, progress=False, **settings)
+
+
+def vec(output):
+    return output if torch.is_tensor(output) else output.pooler_output
+
+
+def equal():
+    model, processor = FAMILIES["CLIP"]()
+    captions = Task("captions", [(p, f"thing {i}") for i, p in enumerate(PICTURES[:9])])
+    found = {}
+    for n, batch_size in ((2, 1), (3, 64), (17, 4), (24, 5)):
+        tasks = colour_task(n), [shape_task(max(n // 2, 2))]
+        probe = Probe(*tasks, processor=processor, batch_size=batch_size, progress=False)
+        found[n, batch_size] = told(probe.look(model, 0)), probe.fingerprints
+    for limit in (0, 2**31):
+        settings = {"batch_size": 2, "cache_limit": limit, "progress": False}
+        probe = Probe(captions, processor=processor, **settings)
+        found["captions", limit] = told(probe.look(model, 0)), probe.fingerprints
+    return found
+
+
+def one_reduction():
+    model, processor = FAMILIES["CLIP"]()
+    probe = Probe(colour_task(), [shape_task()], processor=processor, batch_size=4, progress=False)
+    probe.prepare(model)
+    calls = []
+    for name in ("all_reduce", "all_gather_object", "broadcast_object_list", "all_gather"):
+        original = getattr(distributed, name)
+        setattr(
+            distributed, name, lambda *a, o=original, n=name, **k: (calls.append(n), o(*a, **k))[1]
+        )
+    probe.look(model, 1)
+    return calls
+
+
+def bad_images():
+    model, processor = FAMILIES["CLIP"]()
+    names = COLOURS.features["label"].names
+    pairs = [(row["image"], row["label"]) for row in COLOURS]
+    for i in (1, 7, 20):
+        pairs[i] = (b"\x89PNG no picture", pairs[i][1])
+    task = colour_task(data=pairs, n=40, class_names=names)
+    probe = Probe(task, [shape_task()], processor=processor, batch_size=4, progress=False)
+    messages = []
+    handler = logging.Handler()
+    handler.emit = lambda record: messages.append(record.getMessage())
+    logger = logging.getLogger("iimm_callbacks")
+    logger.addHandler(handler)
+    look = probe.look(model, 0)
+    logger.removeHandler(handler)
+    return told(look), probe.fingerprints, messages
+
+
+def no_images():
+    model, processor = FAMILIES["CLIP"]()
+    names = COLOURS.features["label"].names
+    task = colour_task(data=[(b"no", i % 4) for i in range(40)], class_names=names)
+    return raised(lambda: Probe(task, processor=processor, progress=False).look(model, 0))
+
+
+def one_fails():
+    broken = [False]
+
+    def fails(images):
+        return OSError("disk on fire") if broken[0] and ranks.world()[0] == 1 else None
+
+    encode = Encode(fails)
+    probe = encode.probe(batch_size=4)
+    before = told(probe.look(encode.model, 0))
+    broken[0] = True
+    error = raised(lambda: probe.look(encode.model, 1))
+    broken[0] = False
+    return before, error, told(probe.look(encode.model, 2))
+
+
+def one_diverges():
+    def fails(images):
+        from iimm_callbacks.embeddings import NotFiniteError
+
+        return NotFiniteError("norm nan") if ranks.world()[0] == 1 else None
+
+    encode = Encode(fails)
+    return raised(lambda: encode.probe(batch_size=4).look(encode.model, 5))
+
+
+def one_has_little_memory():
+    def fails(images):
+        if ranks.world()[0] == 1 and len(images) > 2:
+            return torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+        return None
+
+    encode = Encode(fails)
+    return told(encode.probe(batch_size=8).look(encode.model, 0))
+
+
+def one_has_another_task():
+    model, processor = FAMILIES["CLIP"]()
+    n = 24 if ranks.world()[0] != 1 else 23
+    return raised(lambda: Probe(colour_task(n), processor=processor, progress=False).prepare(model))
+
+
+def shard(model, kind):
+    if kind == "plain":
+        return model
+    if kind == "fsdp1":
+        from torch.distributed.fsdp import FullyShardedDataParallel
+        from torch.distributed.fsdp.wrap import ModuleWrapPolicy
+
+        layer = type(model.vision_model.encoder.layers[0])
+        return FullyShardedDataParallel(
+            model,
+            auto_wrap_policy=ModuleWrapPolicy({layer}),
+            use_orig_params=True,
+            device_id=torch.device("cpu"),
+        )
+    from torch.distributed.fsdp import fully_shard
+
+    for tower in (model.vision_model, model.text_model):
+        for layer in tower.encoder.layers:
+            fully_shard(layer)
+    return fully_shard(model)
+
+
+def loss_of(model, inputs, labels):
+    return torch.nn.functional.cross_entropy(model(**inputs).logits_per_image, labels)
+
+
+def sharded_run(kind):
+    """A guarded run of a SigLIP: same batches on all ranks, so that all kinds train alike."""
+    torch.manual_seed(0)
+    bare, processor = FAMILIES["SigLIP"]()
+    fingerprint = model_fingerprint(bare)
+    model = shard(copy.deepcopy(bare), kind)
+    task = colour_task()
+    monitor = IIMMMonitor(
+        task, [shape_task()], processor=processor, store=None, progress=False,
+        batch_size=5, every=2, max_overhead=None,
+    )  # fmt: skip
+    model.train()
+    monitor.begin(model, recipe={"steps": 4})
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.02)
+    inputs = processor(text=task.prompts([]), images=PICTURES[:8], return_tensors="pt",
+                       padding="max_length")  # fmt: skip
+    labels = torch.tensor([row["label"] for row in COLOURS.select(range(8))])
+    losses = []
+    for step in range(1, 5):
+        loss = loss_of(model, inputs, labels)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+        if monitor.is_due(step, 4):
+            monitor.check(model, step, 4)
+    outcome = monitor.end(model)
+    timeless = [
+        {k: v for k, v in row.items() if k not in ("time", "eval_iimm_runtime")}
+        for row in monitor.history
+    ]
+    return {
+        "losses": losses,
+        "history": timeless,
+        "fingerprint": (fingerprint, outcome.model_fingerprint),
+        "method": outcome.method,
+        "share": outcome.recipe["trainable_share"],
+        "failures": monitor.failures,
+        "run": outcome.run,
+        "training": model.training,
+        "model": outcome.model,
+    }
+
+
+def sharded_bad_image(kind):
+    """One image that can no longer be read when it is read again, under FSDP."""
+    bare, processor = FAMILIES["SigLIP"]()
+    model = shard(bare, kind)
+    pairs = [(row["image"], row["label"]) for row in COLOURS]
+    names = COLOURS.features["label"].names
+    task = colour_task(data=pairs, n=20, class_names=names)
+    probe = Probe(task, processor=processor, batch_size=3, cache_limit=0, progress=False)
+    probe.look(model, 0)
+    position = task.subset()[4]  # of the second batch, rank 1's
+    good, pairs[position] = pairs[position], (b"gone", pairs[position][1])
+    error = raised(lambda: probe.look(model, 1))
+    pairs[position] = good
+    return error, told(probe.look(model, 2))[0]
+
+
+ANY = {"equal": equal, "bad_images": bad_images, "no_images": no_images}
+SEVERAL = {
+    "one_reduction": one_reduction,
+    "one_fails": one_fails,
+    "one_diverges": one_diverges,
+    "one_has_little_memory": one_has_little_memory,
+    "one_has_another_task": one_has_another_task,
+}
+TWO = {
+    f"{kind}_{name}": (lambda f=function, k=kind: f(k))
+    for kind in ("plain", "fsdp1", "fsdp2")
+    for name, function in (("run", sharded_run), ("bad_image", sharded_bad_image))
+}
+SCENARIOS = {1: ANY, 2: ANY | SEVERAL | TWO, 3: ANY | SEVERAL, 7: ANY}
+
+
+def on_rank(rank, world, folder):
+    distributed.init_process_group(
+        "gloo",
+        init_method=f"file://{folder}/store-{world}",
+        rank=rank,
+        world_size=world,
+        timeout=timedelta(seconds=60),
+    )
+    for name, scenario in SCENARIOS[world].items():
+        torch.save(scenario(), folder / f"{name}-{world}-{rank}.pt")
+    distributed.destroy_process_group()
+
+
+def main():
+    folder = Path(sys.argv[1])
+    torch.set_num_threads(1)
+    logging.getLogger("iimm_callbacks").setLevel(logging.WARNING)
+    failed = []
+    for world in WORLDS:
+        children = []
+        for rank in range(world):
+            child = os.fork()
+            if child == 0:
+                status = 1
+                try:
+                    on_rank(rank, world, folder)
+                    status = 0
+                except BaseException:
+                    import traceback
+
+                    traceback.print_exc()
+                finally:
+                    sys.stderr.flush()
+                    os._exit(status)
+            children.append(child)
+        failed += [(world, child) for child in children if os.waitpid(child, 0)[1]]
+    sys.exit(f"failed: {failed}" if failed else 0)
+
+
+if __name__ == "__main__":
+    main()

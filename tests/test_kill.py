@@ -1,0 +1,110 @@
+"""Killed at random moments and resumed, a run ends as if it had never been interrupted."""
+
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from iimm_callbacks import read_outcomes
+from iimm_callbacks.outcomes import one_of_each_run
+from iimm_callbacks.run_file import read_run
+
+WORKER = Path(__file__).with_name("resume_worker.py")
+SEED = os.environ.get("IIMM_KILL_SEED", "0")
+WALL_TIMES = ("time", "_runtime", "_per_second", "total_flos", "run")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("killed")
+
+
+@pytest.fixture
+def runs(folder, tiny_clip, processor, colours, shapes):
+    """Folders of the killed runs."""
+    if not (folder / "model").exists():
+        tiny_clip().save_pretrained(folder / "model")
+        processor.save_pretrained(folder / "model")
+        colours.save_to_disk(folder / "colours")
+        shapes.save_to_disk(folder / "shapes")
+        done = subprocess.run(
+            [sys.executable, str(WORKER), str(folder), SEED],
+            env=os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+            capture_output=True, text=True, timeout=300,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr[-4000:]
+    return sorted(folder.glob("run-*"))
+
+
+def done(folder):
+    return torch.load(folder / "done.pt", weights_only=False)
+
+
+def pair(run):
+    """A killed run, and the one in one piece on the same schedule."""
+    return done(run), done(run.parent / f"reference-{run.name[-1]}")
+
+
+def timeless(value):
+    """Without wall times, and without the name that tells a run from all others."""
+    if isinstance(value, dict):
+        kept = {k: v for k, v in value.items() if not str(k).endswith(WALL_TIMES)}
+        return {k: timeless(v) for k, v in kept.items()}
+    return [timeless(v) for v in value] if isinstance(value, list) else value
+
+
+def test_runs_were_killed_and_finished(runs, folder):
+    assert int((folder / "kills.txt").read_text()) >= 10
+    assert len(list(folder.glob("run-*/done.pt"))) == len(runs)
+
+
+def test_the_history_has_no_gaps_and_no_doubles(runs):
+    for run in runs:
+        killed, whole = pair(run)
+        assert timeless(killed["history"]) == timeless(whole["history"])
+        steps = [row["step"] for row in killed["history"]]
+        assert steps[0] == 0
+        assert steps == sorted(set(steps))
+        assert [row["level"] for row in killed["history"]] == [
+            row["level"] for row in whole["history"]
+        ]
+
+
+def test_the_trainers_log_is_that_of_a_run_in_one_piece(runs):
+    for run in runs:
+        killed, whole = (timeless(result["log"][:-1]) for result in pair(run))
+        if run.name[-1] == "2":  # the Trainer itself skips an epoch's evaluation when it resumes
+            killed, whole = (
+                [r for r in rows if "eval_loss" not in r] for rows in (killed, whole)
+            )  # from a checkpoint of the epoch's last step
+        assert killed == whole
+
+
+def test_the_final_weights_are_those_of_a_run_in_one_piece(runs):
+    for run in runs:
+        killed, whole = pair(run)
+        for name, value in whole["weights"].items():
+            assert torch.equal(killed["weights"][name], value)
+
+
+def test_exactly_one_outcome_counts_and_it_is_that_of_a_run_in_one_piece(runs):
+    for run in runs:
+        killed, whole = pair(run)
+        on_record = read_outcomes(run / "store.jsonl")
+        assert len({outcome.run for outcome in on_record}) == 1
+        (outcome,) = one_of_each_run(on_record)
+        assert outcome == killed["outcome"]
+        assert replace(outcome, run="") == replace(whole["outcome"], run="")
+
+
+def test_the_run_file_is_whole_and_complete(runs):
+    for run in runs:
+        killed, whole = pair(run)
+        record = read_run(run / "iimm_colours.json")
+        assert record == killed["record"]
+        assert timeless(record) == timeless(whole["record"])
+        assert not list(run.glob("*.unfinished"))

@@ -1,0 +1,169 @@
+"""The probe on 1, 2, 3 and 7 ranks: the same numbers everywhere, and nobody waits forever."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from iimm_callbacks.probe import Probe
+from iimm_callbacks.sharded import check_measurable
+
+WORKER = Path(__file__).with_name("probe_worker.py")
+SEVERAL = (2, 3)
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    """(scenario, number of ranks) -> what each rank came back with.
+
+    A rank that waits for another is ended by the worker's own timeout, and fails the test.
+    """
+    folder = tmp_path_factory.mktemp("ranks")
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(
+        [sys.executable, str(WORKER), str(folder)],
+        env=environment, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-4000:]
+
+    def of(scenario, world):
+        paths = [folder / f"{scenario}-{world}-{rank}.pt" for rank in range(world)]
+        return [torch.load(path, weights_only=False) for path in paths]
+
+    return of
+
+
+def assert_close(one, other, atol):
+    """Measurements and correct images of two looks."""
+    for name in ("iimm", "inter", "intra", "standard_error"):
+        ours, theirs = getattr(one[0], name), getattr(other[0], name)
+        assert ours == pytest.approx(theirs, rel=0, abs=atol, nan_ok=True)
+    assert (one[0].n_images, one[0].n_classes) == (other[0].n_images, other[0].n_classes)
+    assert one[1] == other[1]
+
+
+@pytest.mark.parametrize("world", [2, 3, 7])
+def test_every_rank_has_the_numbers_of_one_process(results, world):
+    (alone,) = results("equal", 1)
+    several = results("equal", world)
+    for case, (look, fingerprints) in alone.items():
+        for rank in several:
+            assert_close(rank[case][0], look, atol=1e-9)
+            assert repr(rank[case][0]) == repr(several[0][case][0])  # bit for bit
+            assert rank[case][1] == fingerprints
+
+
+@pytest.mark.parametrize("world", SEVERAL)
+def test_a_look_is_one_all_reduce(results, world):
+    assert results("one_reduction", world) == [["all_reduce"]] * world
+
+
+@pytest.mark.parametrize("world", [2, 3, 7])
+def test_images_that_cannot_be_read_are_left_out_on_all_ranks_with_one_warning(results, world):
+    (look, fingerprints, messages), *_ = results("bad_images", 1)
+    assert look[0].n_images == 37
+    assert len(messages) == 1
+    assert messages[0].startswith("3 of the IIMM probe's images cannot be read and are left out")
+    for rank, (ours, prints, said) in enumerate(results("bad_images", world)):
+        assert_close(ours, look, atol=1e-9)
+        assert prints == fingerprints
+        assert len(said) == (rank == 0)
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 7])
+def test_no_image_at_all_is_an_error_on_all_ranks(results, world):
+    for error in results("no_images", world):
+        assert "at least 2 images that can be read, got 0 of 24" in error
+
+
+@pytest.mark.parametrize("world", SEVERAL)
+def test_a_failure_of_one_rank_is_an_error_on_all_and_the_next_look_is_as_before(results, world):
+    for rank, (before, error, after) in enumerate(results("one_fails", world)):
+        expected = "OSError: disk on fire"
+        if rank != 1:
+            expected = f"RuntimeError: rank 1 failed ({expected})"
+        assert error == expected
+        assert_close(before, after, atol=0)
+
+
+@pytest.mark.parametrize("world", SEVERAL)
+def test_all_ranks_know_that_training_diverged_on_one(results, world):
+    first, second, *_ = results("one_diverges", world)
+    assert second == ("NotFiniteError: training has diverged, which is not forgetting: norm nan")
+    assert first == f"NotFiniteError: rank 1 failed ({second})"
+
+
+@pytest.mark.parametrize("world", SEVERAL)
+def test_a_rank_short_of_memory_goes_on_in_smaller_batches(results, world):
+    expected = results("one_fails", world)[0][0]
+    for look in results("one_has_little_memory", world):
+        assert_close(look, expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("world", SEVERAL)
+def test_ranks_that_were_given_other_tasks_are_told_so(results, world):
+    for error in results("one_has_another_task", world):
+        assert error.startswith("ValueError: `task`, `off_target` and `batch_size` must be the")
+
+
+@pytest.mark.parametrize("kind", ["fsdp1", "fsdp2"])
+def test_a_run_sharded_by_fsdp_measures_as_one_that_is_not(results, kind):
+    plain, *_ = results("plain_run", 2)
+    assert plain["losses"][-1] < plain["losses"][0]
+    for rank in results(f"{kind}_run", 2):
+        assert rank["failures"] == 0
+        assert rank["losses"] == pytest.approx(plain["losses"], abs=1e-4)
+        assert rank["fingerprint"][1] == plain["fingerprint"][0]
+        assert rank["share"] == plain["share"] == 1.0
+        assert (rank["method"], rank["model"]) == ("full", "SiglipModel")
+        assert rank["training"]
+        assert rank["history"][0] == plain["history"][0]  # the same weights: bit for bit
+        assert [row["step"] for row in rank["history"]] == [0, 2, 4]
+        for ours, theirs in zip(rank["history"], plain["history"], strict=True):
+            assert ours["eval_iimm"] == pytest.approx(theirs["eval_iimm"], abs=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["plain", "fsdp1", "fsdp2"])
+def test_all_ranks_of_a_run_have_one_name_for_it(results, kind):
+    first, second = results(f"{kind}_run", 2)
+    assert first["run"] == second["run"] != ""
+    assert first["history"] == second["history"]
+
+
+@pytest.mark.parametrize("kind", ["plain", "fsdp1", "fsdp2"])
+def test_an_image_that_vanishes_is_an_error_on_all_ranks_sharded_or_not(results, kind):
+    first, second = results(f"{kind}_bad_image", 2)
+    assert "cannot be read (UnidentifiedImageError" in second[0]
+    assert first[0] == f"RuntimeError: rank 1 failed ({second[0]})"
+    assert first[1] == second[1]
+
+
+def test_zero_3_is_refused_with_the_reason(tiny_clip, colour_task, processor):
+    model = tiny_clip()
+    next(model.parameters()).ds_id = 0  # what DeepSpeed marks its split weights with
+    probe = Probe(colour_task, processor=processor, progress=False)
+    with pytest.raises(ValueError, match=r"got DeepSpeed ZeRO-3: .*use ZeRO-2 or FSDP"):
+        probe.prepare(model)
+
+
+def test_tensor_parallelism_is_refused_with_the_reason():
+    class Split(nn.Parameter):
+        placements = ()
+
+    model = nn.Linear(2, 2)
+    model.weight = Split(torch.ones(2, 2))
+    with pytest.raises(ValueError, match="got 'weight' split by tensor parallelism"):
+        check_measurable(model)
+
+
+def test_data_parallel_is_looked_through(tiny_clip, colour_task, processor):
+    model = tiny_clip()
+    looks = [
+        Probe(colour_task, processor=processor, progress=False).look(m, 0)
+        for m in (model, nn.DataParallel(model))
+    ]
+    assert looks[0].measurement == looks[1].measurement
