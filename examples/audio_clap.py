@@ -35,7 +35,7 @@ from transformers import (
 )
 
 from iimm_callbacks import IIMMCallback, ImageCollator, PromptClassifier, Task
-from iimm_callbacks.report import save_run
+from iimm_callbacks.run_file import save_run
 from iimm_callbacks.tuning import prepare
 
 TEMPLATE = "the sound of {}"

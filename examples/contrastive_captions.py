@@ -34,7 +34,7 @@ from transformers import (
 )
 
 from iimm_callbacks import IIMMCallback, Task, sample
-from iimm_callbacks.report import save_run
+from iimm_callbacks.run_file import save_run
 from iimm_callbacks.tuning import prepare
 
 COLOURS = ("red", "pink", "yellow", "green", "blue", "purple", "black", "grey")

@@ -24,7 +24,7 @@ import torch
 from transformers import HfArgumentParser, PrinterCallback, Trainer, TrainingArguments
 
 from iimm_callbacks import IIMMCallback, ImageCollator, PromptClassifier, sample
-from iimm_callbacks.report import save_run
+from iimm_callbacks.run_file import save_run
 from iimm_callbacks.tuning import prepare
 
 # What open_clip keeps in `model_configs/ViT-B-32.json`, smaller. The vocabulary is that of its own

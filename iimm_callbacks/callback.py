@@ -16,6 +16,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from . import host, keys, ranks, report
 from .encoders import EncodePair
+from .forgiving import Forgiving
 from .guard import LEVELS, Limits, Verdict
 from .monitor import IIMMMonitor
 from .outcomes import Outcome
@@ -159,7 +160,7 @@ class IIMMCallback(TrainerCallback):  # type: ignore[misc]  # transformers is un
         self._model: Callable[[], Any] = lambda: None  # that the latest run trains
         self._stop_reason = ""
         self._hold_first_step = False
-        self._warned: set[str] = set()
+        self._forgiving = Forgiving(strict)
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -168,7 +169,8 @@ class IIMMCallback(TrainerCallback):  # type: ignore[misc]  # transformers is un
         model = kwargs["model"]
         broken_off = self.outcome is None and self._model() is model
         self._model = weakref.ref(model)
-        self._stop_reason, self._hold_first_step, self._warned = "", False, set()
+        self._stop_reason, self._hold_first_step = "", False
+        self._forgiving = Forgiving(self.strict)
         self.outcome = None
         if state.global_step > 0:
             self._resume(args, state, control, model, kwargs.get("processing_class"))
@@ -375,7 +377,7 @@ class IIMMCallback(TrainerCallback):  # type: ignore[misc]  # transformers is un
         stop = self.action == "stop" and verdict.level == "stop"
         if callable(self.action):
             action = self.action
-            stop = self._safely("`action`", lambda: action(verdict)) is True
+            stop = self._forgiving("`action`", lambda: action(verdict)) is True
         elif LEVELS.index(verdict.level) > LEVELS.index(alarm) and state.is_world_process_zero:
             logger.warning("IIMM guard, step %d: %s", step, verdict.reason)
         if ranks.any_rank(stop) and step < state.max_steps:
@@ -393,36 +395,11 @@ class IIMMCallback(TrainerCallback):  # type: ignore[misc]  # transformers is un
         }
 
     def _emit(self, state: TrainerState, control: TrainerControl, row: dict[str, float]) -> None:
-        # Trackers see only what goes through `Trainer.log`, which no hook is handed; it also
-        # clears `should_log`, and with it the Trainer's own row of this step.
-        keep = control.should_log
-        trainer = host.find_trainer()
-        if trainer is None:
-            state.log_history.append({**row, "step": state.global_step})
-        else:
-            self._safely("a tracker", lambda: trainer.log(dict(row)))
-        control.should_log = keep
+        self._forgiving("a tracker", lambda: host.log(state, control, row))
 
     def _show(self, state: TrainerState, text: Callable[[], str]) -> None:
         if self.verbose and state.is_world_process_zero:
-            self._safely("printing", lambda: tqdm.write(text()))
-
-    def _safely(self, what: str, do: Callable[[], Any]) -> Any:
-        """`do()`; where it raises, None, with one warning a run."""
-        try:
-            return do()
-        except Exception as error:
-            if self.strict:
-                raise
-            if what not in self._warned:
-                logger.warning(
-                    "IIMM guard: %s raised %s: %s. Training goes on; more of it is not told.",
-                    what,
-                    type(error).__name__,
-                    error,
-                )
-            self._warned.add(what)
-            return None
+            self._forgiving("printing", lambda: tqdm.write(text()))
 
 
 def _step(state: TrainerState) -> int:

@@ -6,7 +6,7 @@ import sys
 from typing import Any
 
 import torch
-from transformers import Trainer, TrainerState, TrainingArguments
+from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
 
 
 def find_trainer() -> Trainer | None:
@@ -18,6 +18,23 @@ def find_trainer() -> Trainer | None:
             return caller
         frame = frame.f_back  # type: ignore[assignment]
     return None
+
+
+def log(state: TrainerState, control: TrainerControl, row: dict[str, float]) -> None:
+    """Put a row into the history and before all trackers: these see only what `Trainer.log` gets.
+
+    Raises:
+        Exception: What a tracker raises; the row is in the history by then.
+    """
+    keep = control.should_log  # `Trainer.log` clears it, and with it the Trainer's own row
+    trainer = find_trainer()
+    try:
+        if trainer is None:
+            state.log_history.append({**row, "step": state.global_step})
+        else:
+            trainer.log(dict(row))
+    finally:
+        control.should_log = keep
 
 
 def can_hold_step(args: TrainingArguments) -> bool:

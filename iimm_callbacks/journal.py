@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, field
 from typing import Any
+
+from torch import nn
 
 from . import keys
 from .checks import (
@@ -20,8 +23,9 @@ from .checks import (
     text,
 )
 from .guard import LEVELS, Verdict
-from .outcomes import Outcome, parse_outcome
-from .probe import Look
+from .look import Look
+from .outcomes import Outcome, library_versions, parse_outcome
+from .wrappers import model_fingerprint, model_name
 
 
 @dataclass
@@ -91,6 +95,50 @@ class Journal:
         if not journal.history:
             raise ValueError("`history` must hold the look before training, got none")
         return journal
+
+
+def opening(
+    look: Look,
+    model: nn.Module,
+    *,
+    method: str,
+    fingerprint: str,
+    recipe: dict[str, Any],
+    run: str,
+) -> Outcome:
+    """The outcome of a run before its first step: nothing gained, nothing lost.
+
+    Args:
+        look: At the untouched model; the task being learnt comes first in it.
+        model: The untouched model.
+        method: As `Outcome`.
+        fingerprint: Of the task.
+        recipe: As `Outcome`.
+        run: As `Outcome`.
+    """
+    m = look.measurement
+    task, *off_target = look.correct
+    accuracies = {name: look.accuracy(name) for name in off_target}
+    return Outcome(
+        model=model_name(model),
+        model_fingerprint=model_fingerprint(model),
+        method=method,
+        task=task,
+        task_fingerprint=fingerprint,
+        iimm=m.iimm,
+        inter=m.inter,
+        intra=m.intra,
+        standard_error=None if math.isnan(m.standard_error) else m.standard_error,
+        n_images=m.n_images,
+        n_classes=m.n_classes,
+        zero_shot_accuracy=look.accuracy(task),
+        final_accuracy=look.accuracy(task),
+        off_target_before=accuracies,
+        off_target_after=accuracies,
+        recipe=recipe,
+        versions=library_versions(),
+        run=run,
+    )
 
 
 _ROW = {

@@ -10,8 +10,8 @@ from typing import Any
 from .accuracy import Forgetting
 from .forecast import Forecast, Prediction
 from .guard import Verdict
+from .look import Look
 from .outcomes import Outcome
-from .probe import Look
 
 PREFIX = "eval_iimm"
 INTER = f"{PREFIX}_inter"
@@ -41,7 +41,6 @@ def forecast_key(name: str) -> str:
 def look_row(
     look: Look,
     baseline: Look,
-    task: str,
     forecast: Forecast,
     observed: Forgetting | None,
     verdict: Verdict,
@@ -49,14 +48,14 @@ def look_row(
     """All logged numbers of one look, Python floats; what there is no number of is left out.
 
     Args:
-        look: The look.
+        look: The look; the first task in it is being learnt, the others are off-target.
         baseline: The look at the untouched model.
-        task: Name of the task being learnt; the others of the look are off-target.
         forecast: At this look.
         observed: Forgetting so far; ``None`` at the baseline and without off-target tasks.
         verdict: At this look.
     """
     m = look.measurement
+    task, *off_target = look.correct
     row = {
         PREFIX: m.iimm,
         INTER: m.inter,
@@ -67,7 +66,6 @@ def look_row(
     }
     if not math.isnan(m.standard_error):
         row[STANDARD_ERROR] = m.standard_error
-    off_target = [name for name in look.correct if name != task]
     if off_target:
         row[observed_key("forgetting")] = observed.mean.value if observed else 0.0
         row[WORST] = observed.worst.value if observed else 0.0

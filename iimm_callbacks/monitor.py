@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 import time
 import uuid
 from collections.abc import Iterable, Mapping, Sequence
@@ -12,27 +11,25 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
 from . import keys, ranks
-from .accuracy import Forgetting, forgetting, paired_drop
 from .embeddings import NotFiniteError
 from .encoders import EncodePair
 from .forecast import Forecast
 from .forecaster import Forecaster
-from .guard import Limits, Verdict, judge
-from .journal import Journal
+from .guard import Limits, Verdict
+from .journal import Journal, opening
+from .judging import Judged, judge_first, judge_look
 from .ledger import Ledger
-from .outcomes import Outcome, library_versions
-from .probe import Look, Probe
+from .outcomes import Outcome
+from .probe import Probe
 from .schedule import Budget, Every, check_every, is_due, next_share
 from .sources import kind
 from .store import as_outcomes
 from .tasks import Task, check_tasks
 from .tuning import detect, trainable_share
-from .wrappers import model_fingerprint, model_name
 
 logger = logging.getLogger(__name__)
 
@@ -214,10 +211,7 @@ class IIMMMonitor:
             next_share=next_share(self.every, 0, total, 0) if isinstance(total, int) else None,
         )
         if not journal.history:
-            verdict = judge(prior, None, self.limits)
-            journal.history.append(
-                self._row(journal.baseline, journal.baseline, 0.0, prior, verdict)
-            )
+            self._note(journal, judge_first(journal.baseline, prior, self.limits))
         self._journal, self._prior, self.method = journal, prior, start.method
         self.verdict = journal.verdict
         self.forecast = self.forecast or prior
@@ -274,11 +268,19 @@ class IIMMMonitor:
             Exception: What the look raised, if `strict`.
         """
         journal = self._require_begun("check")
+        assert self._prior is not None
         self._now = step, total_steps
         started = time.perf_counter()
         try:
-            look = self.probe.look(model, step, self.autocast_dtype)
-            self._judge(journal, look, min(step / max(total_steps, 1), 1.0))
+            judged = judge_look(
+                self.probe.look(model, step, self.autocast_dtype),
+                journal.baseline,
+                self._prior,
+                self._forecaster,
+                self.limits,
+                share=min(step / max(total_steps, 1), 1.0),
+                coming=next_share(self.every, step, total_steps, journal.history[-1]["step"]),
+            )
         except Exception as error:
             journal.failures += 1
             if self.strict:
@@ -286,6 +288,7 @@ class IIMMMonitor:
             self._warn(step, error)
             self.ended = "training diverged" if isinstance(error, NotFiniteError) else "running"
         else:
+            self._note(journal, judged)
             self.ended = "running"
         self._budget.took(time.perf_counter() - started)
         self._keep("interrupted")
@@ -398,72 +401,19 @@ class IIMMMonitor:
         inside = untouched if isinstance(untouched, AbstractContextManager) else nullcontext()
         with inside:
             look = self.probe.look(before, 0, self.autocast_dtype)
-        m, name = look.measurement, self.probe.task.name
-        accuracies = {task.name: look.accuracy(task.name) for task in self.probe.off_target}
-        start = Outcome(
-            model=model_name(before),
-            model_fingerprint=model_fingerprint(before),
+        start = opening(
+            look,
+            before,
             method=self.method or detect(model),
-            task=name,
-            task_fingerprint=self.probe.fingerprints[name],
-            iimm=m.iimm,
-            inter=m.inter,
-            intra=m.intra,
-            standard_error=None if math.isnan(m.standard_error) else m.standard_error,
-            n_images=m.n_images,
-            n_classes=m.n_classes,
-            zero_shot_accuracy=look.accuracy(name),
-            final_accuracy=look.accuracy(name),
-            off_target_before=accuracies,
-            off_target_after=accuracies,
+            fingerprint=self.probe.fingerprints[self.probe.task.name],
             recipe={"trainable_share": trainable_share(model), **recipe},
-            versions=library_versions(),
             run=ranks.from_first(lambda: uuid.uuid4().hex),
         )
         return Journal(start, look, self.probe.fingerprints, n_outcomes)
 
-    def _judge(self, journal: Journal, look: Look, share: float) -> None:
-        """Forecast and verdict at a look; the run's state is as before should anything fail."""
-        baseline, name = journal.baseline, self.probe.task.name
-        before, after = self._off_target(baseline), self._off_target(look)
-        observed = forgetting(before, after) if before else None
-        gain = paired_drop(baseline.correct[name], look.correct[name])
-        seen = {"gain": (-gain.value, gain.standard_error)}
-        if observed is not None:
-            seen["forgetting"] = (observed.mean.value, observed.mean.standard_error)
-            seen["worst"] = (observed.worst.value, observed.worst.standard_error)
-        assert self._prior is not None
-        step, total = self._now
-        coming = next_share(self.every, step, total, journal.history[-1]["step"])
-        forecast = self._forecaster.update(self._prior, share=share, seen=seen, next_share=coming)
-        # At the end there is nothing left to forecast.
-        verdict = judge(forecast if share < 1 else None, observed, self.limits)
-        row = self._row(look, baseline, share, forecast, verdict, observed, seen)
-        journal.history.append(row)
-        self.forecast, self.verdict = forecast, verdict
-
-    def _row(
-        self,
-        look: Look,
-        baseline: Look,
-        share: float,
-        forecast: Forecast,
-        verdict: Verdict,
-        observed: Forgetting | None = None,
-        seen: Mapping[str, tuple[float, float]] | None = None,
-    ) -> dict[str, Any]:
-        name = self.probe.task.name
-        return keys.look_row(look, baseline, name, forecast, observed, verdict) | {
-            "step": look.step,
-            "share": share,
-            "level": verdict.level,
-            "reason": verdict.reason,
-            "standard_errors": {name: error for name, (_, error) in (seen or {}).items()},
-            "time": time.time(),
-        }
-
-    def _off_target(self, look: Look) -> dict[str, np.ndarray]:
-        return {task.name: look.correct[task.name] for task in self.probe.off_target}
+    def _note(self, journal: Journal, judged: Judged) -> None:
+        journal.history.append(judged.row | {"time": time.time()})  # seconds since 1970
+        self.forecast, self.verdict = judged.forecast, judged.verdict
 
     def _keep(self, ended: str, complete: bool = False) -> Outcome:
         """Put the run so far on disk, and what goes on record should it end here."""

@@ -1,20 +1,28 @@
-"""A run's record -> table, line, plot, file. People get points, everything else fractions."""
+"""A run's record -> table, line, plot. People get points, everything else fractions.
+
+Names and reasons may come from anyone's data: `page` is the one place that turns them into what a
+terminal is shown.
+"""
 
 from __future__ import annotations
 
 import io
-import json
-import os
+import re
 from pathlib import Path
 from textwrap import wrap
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from . import keys
 
 _WIDTH = 96
+# What moves the cursor, ends a line, turns the writing direction or is half a character.
+_UNPRINTABLE = re.compile(
+    r"[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]"
+)
 
 
 def preflight_table(record: dict[str, Any]) -> str:
@@ -51,7 +59,7 @@ def preflight_table(record: dict[str, Any]) -> str:
         table.add_row(f"{name} {label}", interval(forecast.get(name)), meaning)
     table.add_row("limit", *_limit(record))
     table.add_row("verdict", row["level"], row["reason"])
-    return "\n".join([render(table), *forecast_lines(forecast)])
+    return page(table, *forecast_lines(forecast))
 
 
 def forecast_lines(forecast: dict[str, Any]) -> list[str]:
@@ -65,7 +73,7 @@ def forecast_lines(forecast: dict[str, Any]) -> list[str]:
     """
     notes = [note for note in forecast["notes"] if note not in forecast["basis"]]
     sentences = [words[:1].upper() + words[1:] for words in (forecast["basis"], *notes)]
-    lines = wrap(". ".join(sentences) + ".", _WIDTH)
+    lines = wrap(printable(". ".join(sentences)) + ".", _WIDTH)
     for name, found in forecast["evidence"].items():
         predictors = [f"{k} {v:.0%}" for k, v in found["predictors"].items() if v >= 0.1]
         beside = [
@@ -81,7 +89,7 @@ def forecast_lines(forecast: dict[str, Any]) -> list[str]:
             f"{points(found['error']).removeprefix('+')} points on {found['n_tasks']} tasks left "
             f"out in turn ({', '.join(beside)}){seen}; 90 % intervals held {found['coverage']:.0%}"
         )
-        lines += wrap(text, _WIDTH, initial_indent="  ", subsequent_indent="    ")
+        lines += wrap(printable(text), _WIDTH, initial_indent="  ", subsequent_indent="    ")
     return lines
 
 
@@ -97,7 +105,7 @@ def look_line(row: dict[str, Any]) -> str:
         parts.append(f"forecast {_forecast(row, 'forgetting')}")
     if keys.EXCEED in row:
         parts.append(f"P(exceed) {row[keys.EXCEED]:.2f}")
-    return " | ".join([*parts, row["level"]])
+    return page(" | ".join([*parts, row["level"]]))
 
 
 def summary_table(record: dict[str, Any]) -> str:
@@ -135,7 +143,7 @@ def summary_table(record: dict[str, Any]) -> str:
         notes.append(f"{record['looks_dropped']} looks were dropped to keep to `max_overhead`.")
     if record["failures"]:
         notes.append(f"{record['failures']} looks failed; see the warning above.")
-    return render(table) + "\n" + "\n".join(notes)
+    return page(table, *notes)
 
 
 def plot_run(record: dict[str, Any], path: str | Path) -> None:
@@ -170,29 +178,9 @@ def plot_run(record: dict[str, Any], path: str | Path) -> None:
     for axis in axes:
         axis.legend(fontsize=8)
     ended = record["ended"].split(":")[0]
-    # A "$" in a task's name is no formula.
-    figure.suptitle(f"{record['task']}, {record['method']}: {ended}", parse_math=False)
+    title = printable(f"{record['task']}, {record['method']}: {ended}")
+    figure.suptitle(title, parse_math=False)  # a "$" in a task's name is no formula
     figure.savefig(path, dpi=150)
-
-
-def save_run(record: dict[str, Any], path: str | Path) -> None:
-    """Write a run's record as JSON; a crash leaves the old file or the new one.
-
-    Args:
-        record: `IIMMCallback.record`.
-        path: Of the JSON file; its folder must exist.
-
-    Raises:
-        OSError: The file cannot be written.
-    """
-    path = Path(path)
-    text = json.dumps(record, indent=1, allow_nan=False)
-    unfinished = path.with_name(f"{path.name}.{os.getpid()}.unfinished")
-    with unfinished.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(unfinished, path)
 
 
 def _plot_outcome(axis: Any, record: dict[str, Any], name: str) -> None:
@@ -225,14 +213,39 @@ def _plot_outcome(axis: Any, record: dict[str, Any], name: str) -> None:
     axis.set_ylabel(f"{name} (points)")
 
 
-def render(table: Table) -> str:
-    """A table as plain text of 96 columns."""
-    console = Console(
+def page(*parts: Table | str) -> str:
+    """Tables and lines as plain text of 96 columns, one below the other, without a control code.
+
+    Args:
+        parts: Whatever a part holds is shown as it is written, and a `str` stays one line.
+    """
+    console = _Console(
         width=_WIDTH, file=io.StringIO(), color_system=None, markup=False, emoji=False
     )
-    with console.capture() as capture:
-        console.print(table)
-    return capture.get().rstrip()
+    shown = []
+    for part in parts:
+        if isinstance(part, str):
+            shown.append(printable(part))
+            continue
+        with console.capture() as capture:
+            console.print(part)
+        shown.append(capture.get().rstrip())
+    return "\n".join(shown)
+
+
+def printable(text: str) -> str:
+    r"""`text` with its control codes, line breaks and turns of direction written out.
+
+    Example:
+        >>> print(printable("digits\x1b[2J\n[red]größe"))
+        digits\x1b[2J\n[red]größe
+    """
+    return _UNPRINTABLE.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+
+
+class _Console(Console):
+    def render_str(self, text: str, **settings: Any) -> Text:  # of each cell and title
+        return super().render_str(printable(text), **settings)
 
 
 def _has(row: dict[str, Any], name: str) -> bool:

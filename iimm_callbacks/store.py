@@ -15,8 +15,10 @@ from filelock import FileLock, Timeout
 from platformdirs import user_cache_path
 
 from .outcomes import Outcome, parse_outcome
+from .saved import read_table
 
 if TYPE_CHECKING:
+    import pyarrow as pa
     from datasets import Dataset
 
 logger = logging.getLogger(__name__)
@@ -85,6 +87,7 @@ def read_outcomes(path: str | Path) -> list[Outcome]:
     Raises:
         OSError: The file cannot be read.
         TypeError: It is a folder of several splits.
+        ValueError: It is a folder that is damaged as a whole, or names files outside of it.
     """
     return _report(_scan(path), str(path))
 
@@ -100,7 +103,7 @@ def check_store(path: str | Path) -> list[str]:
 
     Raises:
         OSError: The file cannot be read.
-        TypeError: As `read_outcomes`.
+        TypeError, ValueError: As `read_outcomes`.
     """
     return [f"{where}: {found}" for where, found in _scan(path) if isinstance(found, ValueError)]
 
@@ -118,6 +121,7 @@ def as_outcomes(source: str | Path | Dataset | Iterable[Outcome] | None) -> list
     Raises:
         OSError: The file cannot be read.
         TypeError: It holds something else than `Outcome` records, or a folder of several splits.
+        ValueError: As `read_outcomes`.
     """
     if source is None:
         return []
@@ -185,12 +189,8 @@ def _line(outcome: Outcome) -> bytes:
 def _scan(path: str | Path) -> Iterator[tuple[str, Outcome | ValueError]]:
     """Each line of a file, or row of a folder: where it is, and the outcome or what is wrong."""
     if Path(path).is_dir():
-        from datasets import load_from_disk
-
-        state = Path(path) / "state.json"
-        if state.exists() and not json.loads(state.read_bytes())["_data_files"]:
-            return  # no rows: datasets 5.2 saves that, and fails with an IndexError to load it
-        yield from _scan_dataset(load_from_disk(str(path)))
+        table = read_table(Path(path))
+        yield from _scan_tables([] if table is None else [table])
         return
     with Path(path).open(encoding="utf-8", errors="surrogateescape") as file:
         lines = ((f"line {n}", line) for n, line in enumerate(file, start=1) if line.strip())
@@ -205,15 +205,20 @@ def _scan_dataset(dataset: Dataset) -> Iterator[tuple[str, Outcome | ValueError]
             f"`dataset` must be one datasets.Dataset, got {type(dataset).__name__}; "
             "of several splits pass one, such as dataset['train']"
         )
-    rows = ((f"row {n} (from 0)", row) for n, row in enumerate(dataset.with_format(None)))
-    yield from _parse_each(rows, _decode)
+    # As they are stored: another format opens the files that a column of images names.
+    yield from _scan_tables(dataset.with_format("arrow").iter(1000))
 
 
-def _decode(row: dict[str, Any]) -> dict[str, Any]:
-    decoded = dict(row)
-    for name in row.keys() & set(_AS_JSON):
+def _scan_tables(tables: Iterable[pa.Table]) -> Iterator[tuple[str, Outcome | ValueError]]:
+    rows = (table.slice(n, 1) for table in tables for n in range(table.num_rows))
+    yield from _parse_each(((f"row {n} (from 0)", row) for n, row in enumerate(rows)), _decode)
+
+
+def _decode(row: pa.Table) -> dict[str, Any]:
+    decoded: dict[str, Any] = row.to_pylist()[0]
+    for name in decoded.keys() & set(_AS_JSON):
         try:
-            decoded[name] = json.loads(row[name])
+            decoded[name] = json.loads(decoded[name])
         except (TypeError, ValueError) as error:
             raise ValueError(f"`{name}` must be a JSON string: {error}") from error
     return decoded

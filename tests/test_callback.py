@@ -4,19 +4,23 @@ import gc
 import json
 import logging
 import math
+import random
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainingArguments
 
 from iimm_callbacks import IIMMCallback, Outcome, Task, append_outcome, read_outcomes
 from iimm_callbacks.probe import Probe
 from iimm_callbacks.tuning import prepare
 from iimm_callbacks.wrappers import model_fingerprint
 
+CHECKPOINTING = "activation_checkpointing"  # its name since transformers 5
+if CHECKPOINTING not in TrainingArguments.__dataclass_fields__:
+    CHECKPOINTING = "gradient_checkpointing"
 EVERY_LOOK = {
     "eval_iimm",
     "eval_iimm_inter",
@@ -99,6 +103,12 @@ def rows(trainer):
 
 def weights(trainer):
     return {k: v.clone() for k, v in trainer.model.state_dict().items()}
+
+
+def turned_at_random(batch):
+    angles = [random.choice([0, 90, 180, 270]) for _ in batch["image"]]
+    turned = [image.rotate(a) for image, a in zip(batch["image"], angles, strict=True)]
+    return batch | {"image": turned}
 
 
 def assert_same_weights(one, other):
@@ -234,19 +244,36 @@ def test_the_summary_is_of_the_best_model_where_that_is_loaded(make_trainer, gua
         {"dataloader_num_workers": 2, "gradient_accumulation_steps": 2},
         {"bf16": True},
         {"eval_strategy": "steps", "eval_steps": 3},
+        {CHECKPOINTING: True},
+        {"torch_compile": True, "torch_compile_backend": "eager"},
+        {"method": "lora"},
+        {"transform": True},
     ],
-    ids=["plain", "workers-accumulation", "bf16", "evaluating"],
-)
+    ids=["plain", "workers-accumulation", "bf16", "evaluating", "gradient-checkpointing",
+         "compiled", "lora", "random-transform"],
+)  # fmt: skip
 def test_the_run_is_bit_identical_with_and_without_the_guard(
     make_trainer, guard, tiny_clip, arguments
 ):
-    plain = make_trainer(model=tiny_clip(dropout=0.3), **arguments)
-    plain.train()
-    guarded = make_trainer([guard(every=2)], model=tiny_clip(dropout=0.3), **arguments)
-    guarded.train()
+    arguments = dict(arguments)
+    method, transform = arguments.pop("method", "full"), arguments.pop("transform", False)
+    trainers = []
+    for callbacks in ([], [guard(every=2)]):
+        torch.manual_seed(0)
+        model = prepare(tiny_clip(dropout=0.3), method)
+        trainer = make_trainer(callbacks, model=model, **arguments)
+        if transform:
+            trainer.train_dataset = trainer.train_dataset.with_transform(turned_at_random)
+        trainer.train()
+        trainers.append(trainer)
+    plain, guarded = trainers
     assert_same_weights(weights(plain), weights(guarded))
-    losses = [[r["loss"] for r in t.state.log_history if "loss" in r] for t in (plain, guarded)]
+    losses = [[r["loss"] for r in t.state.log_history if "loss" in r] for t in trainers]
     assert losses[0] == losses[1]
+    moments = [trainer.optimizer.state_dict()["state"] for trainer in trainers]
+    assert moments[0].keys() == moments[1].keys() != set()
+    for one, other in zip(moments[0].values(), moments[1].values(), strict=True):
+        assert_same_weights(one, other)
     assert len(rows(guarded)) == 6
 
 

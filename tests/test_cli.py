@@ -3,17 +3,21 @@
 import inspect
 import json
 import re
+import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from test_report import HOSTILE, PREDICTED, RAW, SHOWN, lines_with, shows_no_control_code
 from typer.testing import CliRunner
 
 from iimm_callbacks import Forecaster, Outcome, append_outcome, cli, read_outcomes, sample
+from iimm_callbacks.cli import tables
 from iimm_callbacks.cli.loading import load_model
 from iimm_callbacks.grading import grade
 from iimm_callbacks.probe import Probe
@@ -457,6 +461,76 @@ def test_check_names_the_damaged_line(record, store):
     assert len(found["problems"]) == 1
     assert found["problems"][0].startswith("line 2: ")
     assert f"{store} line 2: " in run("outcomes", "check", code=1).stdout
+
+
+# --- what comes from anyone's data ---
+
+
+def test_names_on_record_are_listed_as_they_are_written_and_in_json_as_they_are(store):
+    hostile = replace(outcome("t", method="m"), task=HOSTILE, model="a\nb", ended="\x1b[31m[b]")
+    append_outcome(store, hostile)
+    append_outcome(store, replace(hostile, task="b", method=HOSTILE, complete=False))
+    shown = run("outcomes", "list").stdout
+    assert shows_no_control_code(shown)
+    assert lines_with(shown, r"a\nb", r"\x1b[31m[b]")
+    rows = ask("outcomes", "list")["outcomes"]
+    assert [(row["task"], row["method"]) for row in rows] == [(HOSTILE, "m"), ("b", HOSTILE)]
+
+
+def test_grade_shows_methods_as_they_are_written(store):
+    for i, drop in enumerate((0.02, 0.04, 0.06, 0.08)):
+        append_outcome(store, outcome(f"{HOSTILE}{i}", drop, x=0.3 + 0.02 * i, method=HOSTILE))
+    shown = run("grade", "--limit", 0.05, "--method", HOSTILE).stdout
+    assert shows_no_control_code(shown)
+    told = fails("grade", "--method", "no")
+    assert "\x1b" not in told
+    assert r"must be one of all, x\x1b[2J [red]:bomb:\u202e\x9b, got 'no'" in told
+
+
+@pytest.mark.parametrize("methods", [["m\x1b\n[b]"], ["m\x1b\n[b]", "full"]])
+def test_the_tables_of_forecasts_show_names_as_they_are_written(methods):
+    row = PREDICTED | {"basis": HOSTILE, "notes": [f"note {HOSTILE}"], "exceed_probability": 0.2}
+    data = {
+        "forecasts": dict.fromkeys(methods, row),
+        "limits": {"max_forgetting": 0.05, "limit_on": "mean"},
+        "recommended": methods[0],
+        "verdict": {"exceed_probability": 0.2, "level": "continue", "reason": HOSTILE},
+        "go": True,
+    }
+    text = tables.forecasts(data)
+    assert not RAW & set(text)
+    assert lines_with(text, r"m\x1b\n[b]", "+30.0 [+10.0, +50.0]")
+    assert len(methods) == 1 or r"Choose m\x1b\n[b]: of the" in text.splitlines()[-1]
+    assert tables.verdict(data) == f"Verdict: go (continue): {SHOWN}."
+
+
+def test_errors_and_tracebacks_are_shown_without_control_codes(tmp_path):
+    rows = tmp_path / "runs.csv"
+    rows.write_text("model,\x1b[2J\n")
+    assert r"unknown column `\x1b[2J`" in fails("outcomes", "add", rows)
+    result = run("outcomes", "add", rows, "--debug", code=1)
+    assert "Traceback (most recent call last):\n" in result.stderr
+    assert "\x1b" not in result.stderr
+
+
+@pytest.mark.parametrize("named", ["AutoTokenizer", "pipeline", "__doc__", 5])
+def test_a_class_that_is_no_model_is_never_used_whatever_a_config_names(tmp_path, model, named):
+    folder = tmp_path / "model"
+    shutil.copytree(model, folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"architectures": [named]}))
+    loaded, _ = load_model(str(folder), device="cpu")
+    assert model_fingerprint(loaded) == model_fingerprint(sample.load_model())
+
+
+def test_data_sets_that_name_files_elsewhere_are_refused(tmp_path, colours):
+    folder = tmp_path / "saved"
+    colours.save_to_disk(folder)
+    state = json.loads((folder / "state.json").read_text())
+    elsewhere = {"_data_files": [{"filename": f"../saved/{state['_data_files'][0]['filename']}"}]}
+    (folder / "state.json").write_text(json.dumps(state | elsewhere))
+    assert "must be the name of a file beside it" in fails("measure", "sample", folder)
+    assert "must be the name of a file beside it" in fails("outcomes", "import", folder)
 
 
 # --- grade ---

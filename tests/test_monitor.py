@@ -212,7 +212,8 @@ def test_a_run_that_goes_on_does_not_learn_from_what_ended_since(
     tiny_clip, make_monitor, train, own_store
 ):
     def past(i):
-        return replace(outcome, run=f"r{i}", task=f"t{i}", task_fingerprint=f"{i}", iimm=0.3 + i / 20)
+        other = replace(outcome, run=f"r{i}", task=f"t{i}", task_fingerprint=f"{i}")
+        return replace(other, iimm=0.3 + 0.05 * i)
 
     outcome = train(tiny_clip(), make_monitor(store=None)).end(tiny_clip())
     for i in range(4):

@@ -1,6 +1,7 @@
 """The probe: what it measures, and that it leaves no trace."""
 
 import copy
+import gc
 import random
 
 import numpy as np
@@ -126,6 +127,21 @@ def test_a_look_within_autocast_leaves_no_weights_without_gradient_behind(tiny_c
         out = out if isinstance(out, torch.Tensor) else out.pooler_output
         out.float().sum().backward()
     assert all(p.grad is not None for p in model.visual_projection.parameters())
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_a_look_leaves_no_tensor_behind(tiny_clip, make_probe, frozen):
+    def alive():
+        gc.collect()
+        tensors = [o for o in gc.get_objects() if issubclass(type(o), torch.Tensor)]
+        return len(tensors), sum(t.nbytes for t in tensors)
+
+    model, probe = tiny_clip().requires_grad_(not frozen), make_probe()
+    probe.look(model, 0)  # reads the images, which stay
+    before = alive()
+    look = probe.look(model, 1)
+    assert alive() == before
+    assert look.step == 1
 
 
 # What it measures

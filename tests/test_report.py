@@ -1,11 +1,17 @@
-"""What a person sees: tables and lines of a small record made by hand, a file, a picture."""
+"""What a person sees: tables and lines of a small record made by hand, a picture."""
 
 import copy
-import json
 
 import pytest
 
-from iimm_callbacks.report import look_line, plot_run, preflight_table, save_run, summary_table
+from iimm_callbacks.report import (
+    look_line,
+    page,
+    plot_run,
+    preflight_table,
+    printable,
+    summary_table,
+)
 
 FIRST = {
     "eval_iimm": 0.4321,
@@ -68,30 +74,25 @@ LAST = FIRST | {
 ALONE = [key for key in FIRST if "forgetting" in key or "emoji" in key or "[v2]" in key]
 
 
-@pytest.fixture
-def make_record():
-    """(forecast=True, off_target=True, limit=0.05) -> a record of two looks."""
-
-    def build(forecast=True, off_target=True, limit=0.05):
-        looks = [row | (FORECAST if forecast else {}) for row in (FIRST, LAST)]
-        if not off_target:
-            looks = [{k: v for k, v in row.items() if k not in ALONE} for row in looks]
-        return {
-            "task": "digits",
-            "off_target": ["emoji", "[v2]"] if off_target else [],
-            "method": "full",
-            "recipe": {"trainable_share": 0.0291},
-            "limits": {"max_forgetting": limit, "limit_on": "mean", "confidence": 0.8},
-            "n_images": 512,
-            "n_classes": 10,
-            "forecast": PREDICTED if forecast else ABSENT,
-            "failures": 0,
-            "looks": looks,
-            "ended": "finished",
-            "looks_dropped": 0,
-        }
-
-    return build
+def make_record(forecast=True, off_target=True, limit=0.05):
+    """A record of two looks."""
+    looks = [row | (FORECAST if forecast else {}) for row in (FIRST, LAST)]
+    if not off_target:
+        looks = [{k: v for k, v in row.items() if k not in ALONE} for row in looks]
+    return {
+        "task": "digits",
+        "off_target": ["emoji", "[v2]"] if off_target else [],
+        "method": "full",
+        "recipe": {"trainable_share": 0.0291},
+        "limits": {"max_forgetting": limit, "limit_on": "mean", "confidence": 0.8},
+        "n_images": 512,
+        "n_classes": 10,
+        "forecast": copy.deepcopy(PREDICTED if forecast else ABSENT),
+        "failures": 0,
+        "looks": looks,
+        "ended": "finished",
+        "looks_dropped": 0,
+    }
 
 
 def lines_with(text, *words):
@@ -100,7 +101,7 @@ def lines_with(text, *words):
     return [line for line in lines if all(word in line for word in words)]
 
 
-def test_the_table_before_training_shows_measure_forecast_limit_and_verdict(make_record):
+def test_the_table_before_training_shows_measure_forecast_limit_and_verdict():
     text = preflight_table(make_record())
     assert "IIMM before training: digits (full)" in text
     assert lines_with(text, "trainable 2.91 % of the parameters, method 'full'")
@@ -126,14 +127,14 @@ def test_the_table_before_training_shows_measure_forecast_limit_and_verdict(make
     assert max(map(len, text.splitlines())) <= 96
 
 
-def test_an_absent_forecast_is_shown_with_its_reason(make_record):
+def test_an_absent_forecast_is_shown_with_its_reason():
     text = preflight_table(make_record(forecast=False))
     for name in ("gain", "forgetting"):
         assert lines_with(text, f"{name} forecast none")
     assert lines_with(text, "No forecast: nothing on record.")
 
 
-def test_base_rates_are_labelled_and_are_no_prediction(make_record):
+def test_base_rates_are_labelled_and_are_no_prediction():
     record = make_record()
     record["forecast"] = PREDICTED | {"base_rate": True}
     record["looks"] = [FIRST, LAST]
@@ -143,11 +144,11 @@ def test_base_rates_are_labelled_and_are_no_prediction(make_record):
     assert lines_with(summary_table(record), "gain none +41.5")
 
 
-def test_without_a_limit_the_table_says_so(make_record):
+def test_without_a_limit_the_table_says_so():
     assert lines_with(preflight_table(make_record(limit=None)), "limit none only measuring")
 
 
-def test_an_unknown_standard_error_is_left_out(make_record):
+def test_an_unknown_standard_error_is_left_out():
     record = make_record()
     del record["looks"][0]["eval_iimm_se"]
     assert lines_with(preflight_table(record), "IIMM 0.432 512 images")
@@ -166,7 +167,7 @@ def test_the_last_look_has_nothing_left_to_forecast():
     assert "forecast" not in look_line(LAST | FORECAST | {"share": 1.0})
 
 
-def test_the_summary_sets_predicted_beside_observed(make_record):
+def test_the_summary_sets_predicted_beside_observed():
     text = summary_table(make_record())
     for line in (
         "gain +30.0 [+10.0, +50.0] +41.5",
@@ -181,42 +182,98 @@ def test_the_summary_sets_predicted_beside_observed(make_record):
     assert "failed" not in text
 
 
-def test_the_summary_without_forecast_and_off_target_shows_the_gain(make_record):
+def test_the_summary_without_forecast_and_off_target_shows_the_gain():
     text = summary_table(make_record(forecast=False, off_target=False))
     assert lines_with(text, "gain none +41.5")
     assert "forgetting" not in text
 
 
-def test_the_summary_owns_up_to_dropped_and_failed_looks(make_record):
+def test_the_summary_owns_up_to_dropped_and_failed_looks():
     text = summary_table(make_record() | {"looks_dropped": 3, "failures": 2})
     assert "3 looks were dropped" in text
     assert "2 looks failed" in text
 
 
-def test_a_saved_run_is_json_and_replaces_the_old_file(make_record, tmp_path):
-    path = tmp_path / "run.json"
-    path.write_text("old")
-    save_run(make_record(), path)
-    assert json.loads(path.read_text()) == make_record()
-    assert [file.name for file in tmp_path.iterdir()] == ["run.json"]
-
-
-@pytest.mark.parametrize("value", [float("nan"), object()])
-def test_a_run_that_cannot_be_saved_leaves_the_old_file_and_no_other(make_record, tmp_path, value):
-    path = tmp_path / "run.json"
-    path.write_text("old")
-    with pytest.raises((ValueError, TypeError)):
-        save_run(make_record() | {"bad": value}, path)
-    assert path.read_text() == "old"
-    assert [file.name for file in tmp_path.iterdir()] == ["run.json"]
-
-
 @pytest.mark.parametrize(
     "settings", [{}, {"forecast": False}, {"off_target": False}, {"limit": None}], ids=str
 )
-def test_a_plot_is_a_picture_and_leaves_the_record_alone(make_record, tmp_path, settings):
+def test_a_plot_is_a_picture_and_leaves_the_record_alone(tmp_path, settings):
     record = make_record(**settings)
     before = copy.deepcopy(record)
     plot_run(record, tmp_path / "run.png")
     assert (tmp_path / "run.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     assert record == before
+
+
+# --- what comes from anyone's data ---
+
+# Clears the screen, breaks the line, is markup and an emoji code of rich, turns the direction.
+HOSTILE = "x\x1b[2J\n[red]:bomb:\u202e\x9b"
+SHOWN = r"x\x1b[2J\n[red]:bomb:\u202e\x9b"
+RAW = set("\x1b\u202e\x9b")
+
+
+def hostile_record():
+    """`make_record` with every text in it hostile; the off-target tasks and their keys as well."""
+
+    def spoil(value):
+        if isinstance(value, dict):
+            return {k.replace("emoji", HOSTILE): spoil(v) for k, v in value.items()}
+        if isinstance(value, list):
+            return [spoil(v) for v in value]
+        kept = ("mean", "[v2]", "warn")
+        return HOSTILE if isinstance(value, str) and value not in kept else value
+
+    record = spoil(make_record())
+    record["forecast"]["notes"] = [f"another {HOSTILE}"]
+    record["forecast"]["evidence"]["gain"]["predictors"] = {HOSTILE: 1.0}
+    return record
+
+
+def shows_no_control_code(text):
+    return not RAW & set(text) and all(len(line) <= 96 for line in text.splitlines())
+
+
+def test_names_in_tables_are_shown_as_they_are_written():
+    record = hostile_record()
+    text = preflight_table(record)
+    assert shows_no_control_code(text)
+    for line in (
+        f"IIMM before training: {SHOWN} ({SHOWN})",
+        f"zero-shot accuracy 25.0 % {SHOWN}",
+        f"50.0 % {SHOWN} (off-target)",
+        f"verdict warn {SHOWN}",
+        f"{SHOWN[:1].upper()}{SHOWN[1:]}. Another {SHOWN}.",
+        f"gain: by {SHOWN} 100%; off by 4.6 points",
+    ):
+        assert lines_with(text, line), (line, text)
+
+
+def test_names_in_the_summary_are_shown_as_they_are_written():
+    record = hostile_record()
+    record["looks"][-1]["level"] = HOSTILE
+    text = summary_table(record | {"ended": f"by {HOSTILE}"})
+    assert shows_no_control_code(text)
+    assert text.splitlines()[-1] == f"Run: by {SHOWN}."
+    assert lines_with(text, SHOWN, "50.0 % -> 37.5 %")
+    assert f"observed: {SHOWN} ({SHOWN})" in text
+    last = summary_table(record | {"ended": "finished"}).splitlines()[-1]
+    assert last == f"Run: finished. Last verdict: {SHOWN} ({SHOWN})."
+
+
+def test_a_look_stays_one_line_whatever_it_holds():
+    assert look_line(LAST | {"level": HOSTILE}).endswith(f" | {SHOWN}")
+
+
+def test_a_plot_is_titled_whatever_the_names(tmp_path):
+    record = hostile_record() | {"method": "$\\frac{", "ended": f"stopped {HOSTILE}: why"}
+    plot_run(record, tmp_path / "run.png")
+    assert (tmp_path / "run.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+
+
+def test_only_what_a_terminal_would_obey_is_written_out():
+    plain = "größe ☃ 数字 👩‍🔬 \\x1b [bold] :smile:"
+    assert printable(plain) == plain
+    assert printable(HOSTILE) == printable(SHOWN) == SHOWN
+    assert printable("\x00\t\x7f\u2028\u2066\udc80") == r"\x00\t\x7f\u2028\u2066\udc80"
+    assert page("a\nb", "c") == "a\\nb\nc"

@@ -181,7 +181,7 @@ def test_a_warning_that_was_given_is_not_given_again_after_resuming(
         def on_step_end(self, args, state, control, **kwargs):
             step[0] = state.global_step
 
-    monkeypatch.setattr("iimm_callbacks.monitor.judge", scripted)
+    monkeypatch.setattr("iimm_callbacks.judging.judge", scripted)
     monkeypatch.setattr("iimm_callbacks.schedule.DEFAULT_SHARES", (1 / 3, 1 / 2, 2 / 3, 1))
     arguments = SAVING | {"output_dir": str(tmp_path / "out")}
     with pytest.raises(KeyboardInterrupt):

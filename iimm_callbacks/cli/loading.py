@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..processors import is_complete
+from ..saved import check_names
 from ..store import from_dataset, read_outcomes
 from ..tasks import Task
 
@@ -158,7 +159,10 @@ def _load_transformers(name: str) -> Any:
     try:
         config = transformers.AutoConfig.from_pretrained(name)
         # `AutoModel` would read e.g. BLIP's retrieval model as another class, with random parts.
-        kind = getattr(transformers, (config.architectures or [""])[0], transformers.AutoModel)
+        named = getattr(transformers, str((config.architectures or [""])[0]), None)
+        # What a file names is taken for a model only: other classes read other files.
+        is_model = isinstance(named, type) and issubclass(named, transformers.PreTrainedModel)
+        kind: Any = named if is_model else transformers.AutoModel
         model, report = kind.from_pretrained(name, output_loading_info=True)
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(
@@ -225,6 +229,7 @@ def _load_dataset(name: str, argument: str = "DATASET") -> dict[str, Any]:
     path = Path(name)
     try:
         if (path / "dataset_dict.json").exists() or (path / "state.json").exists():
+            check_names(path)
             loaded = datasets.load_from_disk(name)
         elif path.is_dir():
             loaded = datasets.load_dataset(name)

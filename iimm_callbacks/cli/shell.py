@@ -15,6 +15,8 @@ from typing import Annotated, Any, get_type_hints
 import typer
 from typer.core import TyperGroup
 
+from ..report import page
+
 _AS_JSON = Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else")]
 _DEBUG = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error")]
 
@@ -45,8 +47,8 @@ class Commands(TyperGroup):
             code = super().main(args, *others, **settings)
         except (Exception, typer.Abort) as error:
             if "--debug" in args:
-                traceback.print_exc()
-            typer.echo(f"iimm: error: {_one_line(error)}", err=True)
+                typer.echo(_shown(traceback.format_exc()), err=True, nl=False)
+            typer.echo(_shown(f"iimm: error: {_one_line(error)}"), err=True)
             code = 1
         sys.exit(code if isinstance(code, int) else 0)
 
@@ -74,7 +76,7 @@ def command(group: typer.Typer, name: str) -> Callable[[Callable[..., Answer]], 
             with contextlib.redirect_stdout(sys.stderr):
                 answer = function(**given)
             data = json.dumps(_plain(answer.data), indent=1, allow_nan=False)
-            typer.echo(data if as_json else answer.text)
+            typer.echo(data if as_json else _shown(answer.text))
             raise typer.Exit(answer.exit_code)
 
         # What typer reads a function's options from.
@@ -110,6 +112,11 @@ def _options(function: Callable[..., Any]) -> tuple[dict[str, Any], list[inspect
         )
         for name, kind, default in options
     ]
+
+
+def _shown(text: str) -> str:
+    """What a terminal is shown: errors too may quote anyone's data."""
+    return page(*text.split("\n"))
 
 
 def _plain(value: Any) -> Any:

@@ -7,7 +7,7 @@ from typing import Any
 
 from rich.table import Table
 
-from ..report import forecast_lines, interval, percent, points, render
+from ..report import forecast_lines, interval, page, percent, points
 
 _WIDTH = 96
 _QUANTITIES = {"gain": "gain", "forgetting": "mean forgetting", "worst": "worst forgetting"}
@@ -34,7 +34,7 @@ def measured(data: dict[str, Any]) -> str:
     split = f", split {data['split']}" if data["split"] else ""
     accuracy = percent(data["zero_shot_accuracy"])
     table.add_row("zero-shot accuracy", accuracy, f"{data['dataset']}{split}")
-    return render(table)
+    return page(table)
 
 
 def forecasts(data: dict[str, Any]) -> str:
@@ -53,12 +53,14 @@ def forecasts(data: dict[str, Any]) -> str:
         above = row["exceed_probability"]
         cells = [interval(row.get(q)) for q in _QUANTITIES]
         table.add_row(names[method], *cells, "" if above is None else f"{above:.2f}")
-    parts = [render(table), f"P(exceed): of {limits['limit_on']} forgetting above {limit}."]
+    parts: list[Table | str] = [table]
+    parts.append(f"P(exceed): of {limits['limit_on']} forgetting above {limit}.")
     if len(rows) == 1:
-        return "\n".join(parts + [line for row in rows.values() for line in forecast_lines(row)])
+        return page(*parts, *(line for row in rows.values() for line in forecast_lines(row)))
     if any(row["evidence"] for row in rows.values()):
         parts.append(_evidence(rows, names))
-    return "\n".join([*parts, *_words(rows, names), _choice(data, names, limit)])
+        parts.append("Of gain, mean and worst forgetting; beside it simpler forecasts.")
+    return page(*parts, *_words(rows, names), _choice(data, names, limit))
 
 
 def verdict(data: dict[str, Any]) -> str:
@@ -72,8 +74,8 @@ def verdict(data: dict[str, Any]) -> str:
     if found["exceed_probability"] is None:
         (row,) = data["forecasts"].values()
         why = "base rates of other models judge nobody's run" if row["base_rate"] else row["basis"]
-        return f"Verdict: {go}, as there is nothing to judge by ({why})."
-    return f"Verdict: {go} ({found['level']}): {found['reason']}."
+        return page(f"Verdict: {go}, as there is nothing to judge by ({why}).")
+    return page(f"Verdict: {go} ({found['level']}): {found['reason']}.")
 
 
 def outcomes(data: dict[str, Any]) -> str:
@@ -90,7 +92,7 @@ def outcomes(data: dict[str, Any]) -> str:
         ended = row["ended"] if row["complete"] else f"incomplete: {row['ended']}"
         about = [row[name] for name in ("model", "method", "task")]
         table.add_row(*about, percent(row["zero_shot_accuracy"]), *numbers, ended)
-    return f"{render(table)}\nGain, mean and worst forgetting in points."
+    return page(table, "Gain, mean and worst forgetting in points.")
 
 
 def grades(data: dict[str, Any], methods: Sequence[str]) -> str:
@@ -134,10 +136,10 @@ def grades(data: dict[str, Any], methods: Sequence[str]) -> str:
             points(row["gain_of_oracle"]),
         )
     left = f"{data['n_left_out']} runs could not be replayed."
-    return "\n".join([render(table), render(guard), *[left] * (data["n_left_out"] > 0)])
+    return page(table, guard, *[left] * (data["n_left_out"] > 0))
 
 
-def _evidence(rows: dict[str, Any], names: dict[str, str]) -> str:
+def _evidence(rows: dict[str, Any], names: dict[str, str]) -> Table:
     narrow = ("error", "plain mean", "zero- shot", "in 90 %", "runs/ tasks")
     table = Table(title="What they rest on: mean error in points, task left out", width=_WIDTH)
     table.add_column("method")
@@ -158,7 +160,7 @@ def _evidence(rows: dict[str, Any], names: dict[str, str]) -> str:
             covered = f"{found['coverage']:.0%}"
             table.add_row(names[method], what, *errors, covered, size, ", ".join(shares))
         table.add_section()
-    return f"{render(table)}\nOf gain, mean and worst forgetting; beside it simpler forecasts."
+    return table
 
 
 def _words(rows: dict[str, Any], names: dict[str, str]) -> list[str]:
