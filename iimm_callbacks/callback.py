@@ -243,7 +243,7 @@ class IIMMCallback(TrainerCallback):  # type: ignore[misc]  # transformers is un
         wanted = f"eval_{(args.metric_for_best_model or '').removeprefix('eval_')}"
         over = self.outcome is not None  # the user evaluates after training
         if wanted.startswith(keys.PREFIX):
-            if self.monitor.history[-1]["step"] != _step(state) and not over:
+            if self.monitor.looked_at != _step(state) and not over:
                 self._look(state, control, kwargs["model"])
         elif not over:
             self._look_if_due(state, control, kwargs["model"], "evaluate")
@@ -262,7 +262,7 @@ class IIMMCallback(TrainerCallback):  # type: ignore[misc]  # transformers is un
             return
         if not self._hold_first_step:
             swapped = args.load_best_model_at_end and state.best_model_checkpoint is not None
-            if swapped or monitor.history[-1]["step"] != _step(state):
+            if swapped or monitor.looked_at != _step(state):
                 self._look(state, control, model)
         step = 0 if self._hold_first_step else _step(state)
         self.outcome = monitor.end(model, step, ended=self._stop_reason)

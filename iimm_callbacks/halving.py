@@ -36,18 +36,23 @@ class Halving:
         Raises:
             Exception: What `embed` raises, if it is not out of memory, or is so for a single item.
         """
+        parts = self.parts
         while True:
             try:
-                return torch.cat([embed(part) for part in _split(batch, self.parts)])
+                embeds = torch.cat([embed(part) for part in _split(batch, parts)])
+                break
             except RuntimeError as error:
-                if not should_reduce_batch_size(error) or self.parts >= _size(batch):
+                if not should_reduce_batch_size(error) or parts >= _size(batch):
                     raise
-            self.parts *= 2  # not in `except`, where the traceback holds on to the tensors
+            parts *= 2  # not in `except`, where the traceback holds on to the tensors
             clear_device_cache()
+        if parts > self.parts:
+            self.parts = parts
             logger.warning(
                 "The IIMM probe ran out of memory; it goes on in batches of %d",
-                -(-_size(batch) // self.parts),
+                -(-_size(batch) // parts),
             )
+        return embeds
 
 
 def _split(batch: Any, parts: int) -> Iterator[Any]:

@@ -57,10 +57,10 @@ def recipe(args: TrainingArguments, state: TrainerState) -> dict[str, Any]:
     """What is worth knowing of a run's settings years later, JSON-ready."""
     return {
         "optimizer": str(getattr(args.optim, "value", args.optim)),
-        "learning_rate": args.learning_rate,
+        "learning_rate": float(args.learning_rate),
         "schedule": str(getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)),
         "warmup_steps": args.get_warmup_steps(state.max_steps),
-        "weight_decay": args.weight_decay,
+        "weight_decay": float(args.weight_decay),
         "steps": state.max_steps,
         "batch_size": args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
         "seed": args.seed,

@@ -230,7 +230,9 @@ class IIMMAccumulator:
 
         def terms(s: np.ndarray, k: float, m: float) -> tuple[float, float]:
             inter = (s @ tau - k) / (m * (self.n_classes - 1))
-            return float(inter), float((s @ s - m) / (m * (m - 1)))
+            intra = (s @ s - m) / (m * (m - 1))
+            # Means of cosines: rounding must not carry them out of their range.
+            return float(np.clip(inter, -1, 1)), float(np.clip(intra, -1, 1))
 
         s, k = sums.sum(0), correct.sum()
         inter, intra = terms(s, k, n)

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from . import keys, ranks
+from .checks import anything, dict_of
 from .embeddings import NotFiniteError
 from .encoders import EncodePair
 from .forecast import Forecast
@@ -26,7 +27,6 @@ from .ledger import Ledger
 from .outcomes import Outcome
 from .probe import Probe
 from .schedule import Budget, Every, check_every, is_due, next_share
-from .sources import kind
 from .store import as_outcomes
 from .tasks import Task, check_tasks
 from .tuning import detect, trainable_share
@@ -80,6 +80,7 @@ class IIMMMonitor:
     Attributes:
         verdict: The latest `Verdict`.
         forecast: The latest `Forecast`.
+        looked_at: Steps done at the latest look, whether or not it failed.
         ended: Why the run ended, in words; ``"running"`` before.
 
     Raises:
@@ -111,7 +112,7 @@ class IIMMMonitor:
         if off_target is None:
             from .sample import canaries
 
-            if (found := kind(task.images([0])[0])) != "image":
+            if (found := task.kind()) != "image":
                 raise ValueError(
                     f"`off_target` must be given for a task of {found}s, got None: the shipped "
                     "tasks are pictures; pass tasks of your own, or [] to measure the gain only"
@@ -136,6 +137,8 @@ class IIMMMonitor:
         self.verdict = Verdict("continue", None, "nothing measured yet")
         self.forecast: Forecast | None = None
         self.ended = "running"
+        self.looked_at = -1
+        self._failure: Exception | None = None  # of the latest look
         self._budget = Budget(max_overhead)
         self._ledger = Ledger(store, run_file)
         self._outcomes = outcomes
@@ -215,7 +218,8 @@ class IIMMMonitor:
         self._journal, self._prior, self.method = journal, prior, start.method
         self.verdict = journal.verdict
         self.forecast = self.forecast or prior
-        self._now = (self.history[-1]["step"], total if isinstance(total, int) else 0)
+        self.looked_at = self.history[-1]["step"]
+        self._now = (self.looked_at, total if isinstance(total, int) else 0)
         self._budget.took(journal.baseline.runtime, counts=False)
         self._began = time.perf_counter()
         self._keep("interrupted")
@@ -238,7 +242,7 @@ class IIMMMonitor:
             self._first_step = step - 1
         last = step >= total_steps
         scheduled = self.every == event if event else is_due(self.every, step, total_steps)
-        if journal.history[-1]["step"] == step or not (scheduled or last):
+        if self.looked_at == step or not (scheduled or last):
             return False
         elapsed = time.perf_counter() - self._began
         done = step - self._first_step
@@ -270,6 +274,7 @@ class IIMMMonitor:
         journal = self._require_begun("check")
         assert self._prior is not None
         self._now = step, total_steps
+        self.looked_at, self._failure = step, None
         started = time.perf_counter()
         try:
             judged = judge_look(
@@ -285,11 +290,10 @@ class IIMMMonitor:
             journal.failures += 1
             if self.strict:
                 raise
+            self._failure = error
             self._warn(step, error)
-            self.ended = "training diverged" if isinstance(error, NotFiniteError) else "running"
         else:
             self._note(journal, judged)
-            self.ended = "running"
         self._budget.took(time.perf_counter() - started)
         self._keep("interrupted")
         return self.verdict
@@ -312,19 +316,18 @@ class IIMMMonitor:
         Raises:
             RuntimeError: `begin` was not called.
         """
-        journal = self._require_begun("end")
+        self._require_begun("end")
         now, total = self._now
         now = now if step is None else step
-        if journal.history[-1]["step"] != now:
+        if self.looked_at != now:
             self.check(model, now, total)
         # Numbers of an earlier step are no outcome, where the last look failed.
-        seen = journal.history[-1]["step"] == now
-        complete = seen and now >= total and not ended
-        if not ended and not complete:
-            diverged = self.ended == "training diverged"
-            ended = self.ended if diverged else "the last look failed"
-            ended = "stopped early" if seen else ended
-        self.ended = ended or "finished"
+        complete = self._failure is None and now >= total and not ended
+        if isinstance(self._failure, NotFiniteError):
+            ended = ended or "training diverged"
+        elif self._failure is not None:
+            ended = ended or "the last look failed"
+        self.ended = ended or ("finished" if complete else "stopped early")
         outcome = self._keep(self.ended, complete)
         self._ledger.close()
         return outcome
@@ -401,12 +404,13 @@ class IIMMMonitor:
         inside = untouched if isinstance(untouched, AbstractContextManager) else nullcontext()
         with inside:
             look = self.probe.look(before, 0, self.autocast_dtype)
+        check = dict_of(anything)  # a file must be able to hold it
         start = opening(
             look,
             before,
             method=self.method or detect(model),
             fingerprint=self.probe.fingerprints[self.probe.task.name],
-            recipe={"trainable_share": trainable_share(model), **recipe},
+            recipe={"trainable_share": trainable_share(model)} | check(dict(recipe), "recipe"),
             run=ranks.from_first(lambda: uuid.uuid4().hex),
         )
         return Journal(start, look, self.probe.fingerprints, n_outcomes)

@@ -221,6 +221,7 @@ class Probe:
                 embed = partial(_embed_images, model, encoder, inputs, run)
                 images = adapt(model, self._frozen_images.get(key, embed))
             try:
+                _check_rows(images, len(batch.positions), "image")
                 # Not in autocast, which would round cosines until classes tie.
                 self._add(sums, model, batch, images, classes, share.tasks[batch.task].labels)
             except Exception as error:
@@ -291,6 +292,14 @@ class _Sums:
         return _Sums(sums[0].reshape(self.state.shape), list(sums[1:-1]), sums[-1])
 
 
+def _check_rows(embeds: Tensor, n: int, kind: str) -> None:
+    if len(embeds) != n:
+        raise ValueError(
+            f"the model must give one embedding per {kind}, [{n}, D], got {list(embeds.shape)}; "
+            "correct `encode`, or the family's entry"
+        )
+
+
 _Run = Callable[[Callable[[Any], Tensor], Any], Tensor]
 
 
@@ -305,4 +314,5 @@ def _embed_images(model: nn.Module, encoder: Encoder, inputs: Any, run: _Run) ->
 def _embed_classes(model: nn.Module, encoder: Encoder, shown: ProbeTask, run: _Run) -> Tensor:
     embed = partial(encoder.embed_texts, model)
     prompts = torch.cat([run(embed, move(p, model)) for p in shown.prompts])
+    _check_rows(prompts, shown.n_prompts, "prompt")
     return class_embeddings(prompts, len(shown.task.templates))

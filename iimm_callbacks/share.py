@@ -30,12 +30,14 @@ class ProbeTask:
         task: The task.
         labels: [N], of the images in the probe.
         prompts: Tokenized, in batches; every rank embeds all of them.
+        n_prompts: How many they are.
         fingerprint: Hash of images, labels, prompts and preprocessing.
     """
 
     task: Task
     labels: Tensor
     prompts: list[Any]
+    n_prompts: int
     fingerprint: str
 
 
@@ -256,7 +258,8 @@ def _finish(
             encoder.tokenize(prompts[i : i + TEXT_BATCH])
             for i in range(0, len(prompts), TEXT_BATCH)
         ]
-        shown.append(ProbeTask(task, torch.tensor(labels), tokenized, whole.hexdigest()[:16]))
+        fingerprint = whole.hexdigest()[:16]
+        shown.append(ProbeTask(task, torch.tensor(labels), tokenized, len(prompts), fingerprint))
     image = _preprocess(encoder, tasks[0].images(readable[0][:1]))
     prompt = encoder.tokenize(tasks[0].prompts(readable[0])[:1])
     return Share(encoder, shown, batches, image, prompt)

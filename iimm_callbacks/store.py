@@ -67,6 +67,8 @@ def append_outcome(path: str | Path, outcome: Outcome) -> None:
             f"cannot append to {path}: others have held {error.lock_file} for "
             f"{LOCK_SECONDS:g} seconds; try again, or append to a file of your own"
         ) from error
+    except NotImplementedError as error:  # filelock before 3.24, where there are no locks
+        raise OSError(f"cannot append to {path}: {error}") from error
     except OSError as error:
         raise OSError(
             error.errno, f"cannot append an outcome ({error.strerror or error})", str(path)

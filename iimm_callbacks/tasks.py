@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
-from .sources import as_image, open_source
+from .sources import as_image, kind, open_source
 
 TASK_PROBE_SIZE = 512
 OFF_TARGET_PROBE_SIZE = 256
@@ -143,13 +146,23 @@ class Task:
         images = []
         for position in positions:
             try:
-                images.append(as_image(self._source.image(position)))
+                with warnings.catch_warnings():
+                    # What Pillow only warns of it reads: here it does so whatever the filters.
+                    warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+                    images.append(as_image(self._source.image(position)))
             except Exception as error:
                 raise ValueError(
                     f"`dataset` of task {self.name!r}: image {position} cannot be read "
                     f"({type(error).__name__}: {error}); remove or repair it"
                 ) from error
         return images
+
+    def kind(self) -> str:
+        """What its images are: ``"image"``, ``"sound"`` or ``"video"``."""
+        for position in self.subset():
+            with suppress(ValueError):  # of those that cannot be read the probe will tell
+                return kind(self.images([position])[0])
+        return "image"
 
     def labels(self, positions: Sequence[int]) -> list[int]:
         """Class indices of these images; for captions 0, 1, 2, ... (text i belongs to image i)."""
