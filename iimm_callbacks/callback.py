@@ -157,7 +157,7 @@ class IIMMCallback(TrainerCallback):  # type: ignore[misc]  # transformers is un
         self.verbose = verbose
         self.monitor: IIMMMonitor | None = None
         self.outcome: Outcome | None = None
-        self._model: Callable[[], Any] = lambda: None  # that the latest run trains
+        self._model: weakref.ref[nn.Module] | None = None  # that the latest run trains
         self._stop_reason = ""
         self._hold_first_step = False
         self._forgiving = Forgiving(strict)
@@ -167,7 +167,7 @@ class IIMMCallback(TrainerCallback):  # type: ignore[misc]  # transformers is un
     ) -> None:
         """Measure the untouched model; a model that cannot be measured raises before training."""
         model = kwargs["model"]
-        broken_off = self.outcome is None and self._model() is model
+        broken_off = self.outcome is None and self._model is not None and self._model() is model
         self._model = weakref.ref(model)
         self._stop_reason, self._hold_first_step = "", False
         self._forgiving = Forgiving(self.strict)

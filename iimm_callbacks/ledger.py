@@ -10,7 +10,7 @@ from typing import Any
 
 from . import ranks
 from .outcomes import Outcome
-from .run_file import save_run
+from .run_file import save_run, sweep
 from .store import append_outcome, default_store, read_outcomes
 
 logger = logging.getLogger(__name__)
@@ -31,7 +31,7 @@ class Ledger:
     def __init__(self, store: str | Path | None, run_file: str | Path | None = None) -> None:
         self.path = default_store() if store == "default" else Path(store) if store else None
         self.run_file = None if run_file is None else Path(run_file)
-        self._warned = False
+        self._begun = self._warned = False
         self._drafts: list[Outcome] = []
         self._finalizer = weakref.finalize(self, _write, self.path, self._drafts, os.getpid())
 
@@ -57,7 +57,10 @@ class Ledger:
         if record is None or self.run_file is None:
             return
         try:
-            self.run_file.parent.mkdir(parents=True, exist_ok=True)
+            if not self._begun:
+                self.run_file.parent.mkdir(parents=True, exist_ok=True)
+                sweep(self.run_file)
+            self._begun = True
             save_run(record, self.run_file)
         except (OSError, ValueError) as error:
             if not self._warned:

@@ -7,7 +7,7 @@ import time
 import uuid
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -199,7 +199,10 @@ class IIMMMonitor:
                 )
             outcomes = outcomes[: resumed.n_outcomes]
         self._forecaster.fit(outcomes)
-        journal = resumed or self._first_look(model, recipe or {}, untouched, len(outcomes))
+        settings = dict_of(anything)(dict(recipe or {}), "recipe")  # a file must be able to hold it
+        journal = resumed or self._first_look(model, untouched, len(outcomes))
+        if not journal.history:  # tried anew, maybe with other settings
+            journal.start = replace(journal.start, recipe=journal.start.recipe | settings)
         start = journal.start
         total = start.recipe.get("steps")
         prior = self._forecaster.predict(
@@ -396,7 +399,6 @@ class IIMMMonitor:
     def _first_look(
         self,
         model: nn.Module,
-        recipe: Mapping[str, Any],
         untouched: nn.Module | AbstractContextManager[Any] | None,
         n_outcomes: int,
     ) -> Journal:
@@ -404,13 +406,12 @@ class IIMMMonitor:
         inside = untouched if isinstance(untouched, AbstractContextManager) else nullcontext()
         with inside:
             look = self.probe.look(before, 0, self.autocast_dtype)
-        check = dict_of(anything)  # a file must be able to hold it
         start = opening(
             look,
             before,
             method=self.method or detect(model),
             fingerprint=self.probe.fingerprints[self.probe.task.name],
-            recipe={"trainable_share": trainable_share(model)} | check(dict(recipe), "recipe"),
+            recipe={"trainable_share": trainable_share(model)},
             run=ranks.from_first(lambda: uuid.uuid4().hex),
         )
         return Journal(start, look, self.probe.fingerprints, n_outcomes)

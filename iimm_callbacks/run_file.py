@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
 import os
@@ -85,6 +86,20 @@ def save_run(record: dict[str, Any], path: str | Path) -> None:
         raise
 
 
+def sweep(path: str | Path) -> None:
+    """Remove what `save_run` had begun beside a run file when its process was killed.
+
+    Args:
+        path: As `save_run`; of a file that no other process is writing.
+
+    Raises:
+        OSError: It cannot be removed.
+    """
+    path = Path(path)
+    for unfinished in path.parent.glob(f"{glob.escape(path.name)}.*.unfinished"):
+        unfinished.unlink(missing_ok=True)
+
+
 def read_run(path: str | Path) -> dict[str, Any]:
     """The record in a file of `save_run`: all that `report` shows is there and of its kind.
 
@@ -100,7 +115,7 @@ def read_run(path: str | Path) -> dict[str, Any]:
             came.
     """
     try:
-        return _checked(json.loads(Path(path).read_text(encoding="utf-8")))
+        return check_run(json.loads(Path(path).read_text(encoding="utf-8")))
     except RecursionError:
         raise ValueError(f"{path} is no run file: it is nested too deep") from None
     except ValueError as error:
@@ -109,7 +124,15 @@ def read_run(path: str | Path) -> dict[str, Any]:
         ) from error
 
 
-def _checked(data: Any) -> dict[str, Any]:
+def check_run(data: Any) -> dict[str, Any]:
+    """A copy of a run's record: all that `report` and `pages` show is there and of its kind.
+
+    Args:
+        data: `IIMMCallback.record`, from wherever.
+
+    Raises:
+        ValueError: It is none; the message names the field, what was expected and what came.
+    """
     record = fields(data, "", _RECORD, rest=anything)
     for position, look in enumerate(record["looks"]):
         for key in _lacking(look, record["off_target"]):

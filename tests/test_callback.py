@@ -1,9 +1,11 @@
 """The callback in real Trainer runs of a tiny CLIP."""
 
+import copy
 import gc
 import json
 import logging
 import math
+import pickle
 import random
 from dataclasses import replace
 
@@ -680,3 +682,9 @@ def test_the_tasks_own_images_under_another_name_are_found_out(make_trainer, col
     trainer = make_trainer([IIMMCallback(colour_task, [copy], verbose=False)])
     with pytest.raises(ValueError, match="'copy' is the task itself"):
         trainer.train()
+
+
+def test_a_callback_can_be_copied_and_pickled_before_training(guard, make_trainer):
+    callback = pickle.loads(pickle.dumps(copy.deepcopy(guard())))
+    make_trainer([callback], max_steps=2).train()
+    assert callback.outcome.complete

@@ -13,7 +13,7 @@ from test_report import make_record
 
 from iimm_callbacks import report
 from iimm_callbacks.monitor import IIMMMonitor
-from iimm_callbacks.run_file import file_name, read_run, save_run
+from iimm_callbacks.run_file import file_name, read_run, save_run, sweep
 
 
 @pytest.fixture
@@ -76,6 +76,18 @@ def test_a_full_disk_leaves_the_old_file_and_no_other(path, monkeypatch):
     assert caught.value.errno == errno.ENOSPC
     assert path.read_text() == "old"
     assert names_in(path.parent) == ["run.json"]
+
+
+def test_what_a_killed_process_had_begun_is_swept_away_and_nothing_else(path):
+    save_run({}, path)
+    begun = path.with_name(f"{path.name}.12ab34cd.unfinished")
+    other = path.with_name("other.json.12ab34cd.unfinished")
+    for file in (begun, other):
+        file.write_text("{")
+    sweep(path)
+    assert path.exists()
+    assert other.exists()
+    assert not begun.exists()
 
 
 def test_links_are_replaced_and_not_followed(path, tmp_path):
