@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from .embeddings import ArrayLike, as_labels, as_matrix, row_norms, unit_rows
 
@@ -43,8 +44,35 @@ def zero_shot_correct(
         >>> zero_shot_correct(torch.eye(2), torch.eye(2), torch.tensor([0, 0])).tolist()
         [True, False]
     """
+    n_images = len(as_matrix(image_embeds, "image_embeds"))
+    index = as_labels(labels, n_images, len(as_matrix(text_embeds, "text_embeds")))
+    scores = zero_shot_scores(image_embeds, text_embeds)
+    return (scores.argmax(1) == index.to(scores.device)).cpu().numpy()
+
+
+@torch.no_grad()
+def zero_shot_scores(image_embeds: ArrayLike, text_embeds: ArrayLike) -> Tensor:
+    """How near each text is to each image: ``x_i·t_c / ‖t_c‖``.
+
+    They order the texts of one image. They are not for comparing two images: the length of
+    an image's embedding is in them.
+
+    Args:
+        image_embeds: [N, D] float.
+        text_embeds: [C, D] float, one per class.
+
+    Returns:
+        [N, C], float32 or wider, where the images are.
+
+    Raises:
+        TypeError: Embeddings are not float.
+        ValueError: Shapes do not match, or an embedding is zero or not finite.
+
+    Example:
+        >>> zero_shot_scores(torch.eye(2), 9 * torch.eye(2)).tolist()
+        [[1.0, 0.0], [0.0, 1.0]]
+    """
     images, texts = as_matrix(image_embeds, "image_embeds"), as_matrix(text_embeds, "text_embeds")
-    index = as_labels(labels, len(images), len(texts)).to(images.device)
     if len(texts) == 0 or images.ndim != 2 or images.shape[1:] != texts.shape[1:]:
         raise ValueError(
             "`image_embeds` and `text_embeds` must have the same width and at least one text, got "
@@ -53,8 +81,7 @@ def zero_shot_correct(
     images = images.to(torch.promote_types(images.dtype, torch.float32))
     row_norms(images, "image_embeds")  # a zero row would count as class 0
     unit = unit_rows(texts, "text_embeds").to(images.device, images.dtype)
-    scores = images @ unit.T  # [N, C]
-    return (scores.argmax(1) == index).cpu().numpy()
+    return images @ unit.T  # [N, C]
 
 
 def zero_shot_accuracy(image_embeds: ArrayLike, text_embeds: ArrayLike, labels: ArrayLike) -> float:
@@ -92,11 +119,27 @@ def gain_over_zero_shot_error(before: float, after: float) -> float | None:
 
 
 @dataclass(frozen=True)
+class Score:
+    """A task's score by a metric that is no mean over its images, such as macro-F1.
+
+    Attributes:
+        value: In [0, 1], higher is better.
+        images: [n] float, what each image adds to it: its jackknife pseudo-value
+            ``n·value - (n-1)·value without image i``. For accuracy that is 1 where the image is
+            right and 0 where not. Their mean is *not* the value, unless the metric is linear.
+    """
+
+    value: float
+    images: np.ndarray
+
+
+@dataclass(frozen=True)
 class Drop:
     """Forgetting on one off-target task, or on the mean of several, with its sampling error.
 
     Attributes:
-        value: Zero-shot accuracy before minus after, in [-1, 1]; positive means loss.
+        value: Zero-shot accuracy, or the task's own metric, before minus after, in [-1, 1];
+            positive means loss.
         standard_error: Of `value` over the drawing of the images. Before and after are measured
             on the *same* images, so only images that changed sides count.
     """
@@ -129,44 +172,57 @@ class Forgetting:
         return sum(d.value > limit for d in self.tasks.values()) / len(self.tasks)
 
 
-def paired_drop(before: np.ndarray, after: np.ndarray) -> Drop:
+def paired_drop(before: np.ndarray | Score, after: np.ndarray | Score) -> Drop:
     """Accuracy before minus after on the same images, with its paired standard error.
 
     ``value = mean(before_i - after_i)``, ``SE = sd(before_i - after_i)/√n``; one half image is
-    counted on either side, so that a probe where nothing changed is not taken for certainty.
+    counted on either side, so that a probe where nothing changed is not taken for certainty. Of two
+    scores by a metric the value is their difference, and the standard error the jackknife's, which
+    is the same formula on what each image adds to them.
 
     Args:
-        before: [n] bool, which images were right.
-        after: [n] bool, the same images in the same order.
+        before: [n] bool, which images were right; or the `Score` by a metric.
+        after: The same of the same images in the same order.
 
     Returns:
         The `Drop`; gain is its negative.
 
     Raises:
-        ValueError: The shapes differ, or there are no images.
+        ValueError: The shapes differ, there are no images, or only one of them is a `Score`.
 
     Example:
         >>> paired_drop(np.array([True, True]), np.array([True, False])).value
         0.5
     """
-    before, after = np.asarray(before), np.asarray(after)
-    if before.shape != after.shape or before.ndim != 1 or len(before) == 0:
+    if isinstance(before, Score) != isinstance(after, Score):
+        raise ValueError(
+            "`before` and `after` must be measured by the same metric, got which images are right "
+            "on one side and a `Score` on the other"
+        )
+    then, now = (np.asarray(s.images if isinstance(s, Score) else s) for s in (before, after))
+    if then.shape != now.shape or then.ndim != 1 or len(then) == 0:
         raise ValueError(
             "`after` must hold the same images as `before`, at least one, expected shape "
-            f"{before.shape}, got {after.shape}"
+            f"{then.shape}, got {now.shape}"
         )
-    change = before.astype(float) - after.astype(float)
+    change = then.astype(float) - now.astype(float)
     padded = np.concatenate([change, [0.5, -0.5]])
-    return Drop(float(change.mean()), float(padded.std() / np.sqrt(len(change))))
+    error = float(padded.std() / np.sqrt(len(change)))
+    if isinstance(before, Score) and isinstance(after, Score):
+        return Drop(before.value - after.value, error)
+    return Drop(float(change.mean()), error)
 
 
-def forgetting(before: Mapping[str, np.ndarray], after: Mapping[str, np.ndarray]) -> Forgetting:
+def forgetting(
+    before: Mapping[str, np.ndarray | Score], after: Mapping[str, np.ndarray | Score]
+) -> Forgetting:
     """Forgetting per off-target task, its mean and its worst, each with a paired standard error.
 
-    Each task's drop is `paired_drop`; the mean of K tasks has ``SE = √(Σ SE_k²)/K``.
+    Each task's drop is `paired_drop`; the mean of K tasks has ``SE = √(Σ SE_k²)/K``. Where tasks
+    are measured by different metrics the mean mixes their units: read each task's own drop.
 
     Args:
-        before: Task name -> [n] bool, which images the untouched model had right.
+        before: Task name -> [n] bool, which images the untouched model had right; or its `Score`.
         after: The same tasks and the same images in the same order.
 
     Returns:

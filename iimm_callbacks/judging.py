@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from . import keys
-from .accuracy import Forgetting, forgetting, paired_drop
+from .accuracy import Forgetting, Score, forgetting, paired_drop
 from .forecast import Forecast
 from .forecaster import Forecaster
 from .guard import Limits, Verdict, judge
@@ -66,7 +66,7 @@ def judge_look(
         coming: Share of the steps at which the next look is due.
     """
     task, *off_target = look.correct
-    gain = paired_drop(baseline.correct[task], look.correct[task])
+    gain = paired_drop(baseline.seen(task), look.seen(task))
     seen = {"gain": (-gain.value, gain.standard_error)}
     observed = None
     if off_target:
@@ -79,8 +79,8 @@ def judge_look(
     return Judged(forecast, verdict, _row(look, baseline, share, forecast, verdict, observed, seen))
 
 
-def _some(look: Look, tasks: list[str]) -> dict[str, np.ndarray]:
-    return {task: look.correct[task] for task in tasks}
+def _some(look: Look, tasks: list[str]) -> dict[str, np.ndarray | Score]:
+    return {task: look.seen(task) for task in tasks}
 
 
 def _row(

@@ -29,7 +29,7 @@ def observed_key(name: str) -> str:
 
 
 def accuracy_key(task: str) -> str:
-    """Key of an off-target task's accuracy."""
+    """Key of an off-target task's accuracy, or of its own metric in its place."""
     return f"{PREFIX}_{task}_accuracy"
 
 

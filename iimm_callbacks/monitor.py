@@ -406,12 +406,15 @@ class IIMMMonitor:
         inside = untouched if isinstance(untouched, AbstractContextManager) else nullcontext()
         with inside:
             look = self.probe.look(before, 0, self.autocast_dtype)
+        tasks = [self.probe.task, *self.probe.off_target]
+        metrics = {task.name: task.metric.name for task in tasks if task.metric}
+        recipe = {"trainable_share": trainable_share(model)}
         start = opening(
             look,
             before,
             method=self.method or detect(model),
             fingerprint=self.probe.fingerprints[self.probe.task.name],
-            recipe={"trainable_share": trainable_share(model)},
+            recipe=recipe | ({"metrics": metrics} if metrics else {}),
             run=ranks.from_first(lambda: uuid.uuid4().hex),
         )
         return Journal(start, look, self.probe.fingerprints, n_outcomes)

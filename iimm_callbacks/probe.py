@@ -8,19 +8,19 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
 from accelerate.utils.memory import clear_device_cache
 from torch import Tensor, nn
 
 from . import ranks
-from .accuracy import zero_shot_correct
+from .accuracy import zero_shot_correct, zero_shot_scores
 from .embeddings import NotFiniteError
 from .encoders import EncodePair, Encoder, class_embeddings, find_encoder, move
 from .frozen import FrozenPart
 from .halving import Halving
 from .look import Look
 from .measure import GROUPS, IIMMAccumulator
+from .scoring import fingerprint, score, warn_of_mixed_units
 from .sharded import check_measurable, inside_forward, is_sharded
 from .share import Batch, ProbeTask, Share, read_share
 from .tasks import Task
@@ -33,7 +33,8 @@ class Probe:
 
     Of several ranks each shows its model a share of the images; only sums travel, in one
     all-reduce per look, and all ranks have the same `Look`. All of them must look together. Towers
-    that are frozen are run once: see `frozen.FrozenPart`.
+    that are frozen are run once: see `frozen.FrozenPart`. A task's own metric is computed by the
+    first rank, which tells the others.
 
     Args:
         task: The task being learnt; its IIMM and accuracy are measured.
@@ -72,11 +73,11 @@ class Probe:
 
     @property
     def fingerprints(self) -> dict[str, str]:
-        """Task name -> hash of its images, labels, prompts and preprocessing.
+        """Task name -> hash of its images, labels, prompts, preprocessing and metric.
 
         Two measurements compare only where these are equal. Empty before `prepare`.
         """
-        return {t.task.name: t.fingerprint for t in self._share.tasks} if self._share else {}
+        return {t.task.name: fingerprint(t) for t in self._share.tasks} if self._share else {}
 
     def prepare(self, model: nn.Module) -> None:
         """Find the model's encoder, then read and preprocess the probe images; done once.
@@ -106,6 +107,7 @@ class Probe:
                     )
             self._width = ranks.together(lambda: self._measure_width(model, share))
         self._share = share
+        warn_of_mixed_units(self.off_target)
 
     def _measure_width(self, model: nn.Module, share: Share) -> int:
         def embed() -> int:
@@ -130,8 +132,8 @@ class Probe:
             changed = sorted(k for k in then.keys() | now.keys() if then.get(k) != now.get(k))
             raise ValueError(
                 f"`task` and `off_target` must be those the run began with, but {changed} have "
-                "other images, prompts or preprocessing now, so the recorded baseline does not "
-                "compare; restore them, or start a new run"
+                "other images, prompts, preprocessing or another metric now, so the recorded "
+                "baseline does not compare; restore them, or start a new run"
             )
 
     def look(self, model: nn.Module, step: int, autocast_dtype: torch.dtype | None = None) -> Look:
@@ -149,7 +151,8 @@ class Probe:
             The same on all ranks, and as a single process would have it to 1e-9.
 
         Raises:
-            ValueError: An image cannot be read any more, or an embedding is zero.
+            ValueError: An image cannot be read any more, an embedding is zero, or a metric failed
+                or left [0, 1].
             NotFiniteError: An embedding is not finite.
             RuntimeError: Another rank failed.
         """
@@ -181,9 +184,9 @@ class Probe:
         sums = sums.of_all_ranks(failure)
         accumulator = IIMMAccumulator(classes.cpu())
         accumulator.state = sums.state
-        names = [t.task.name for t in share.tasks]
-        correct = {n: bits.numpy() > 0.5 for n, bits in zip(names, sums.correct, strict=True)}
-        return Look(step, accumulator.compute(), correct, float(sums.seconds.max()))
+        scored = score(share.tasks, sums.seen)
+        runtime = float(sums.seconds.max()) + scored.seconds
+        return Look(step, accumulator.compute(), scored.correct, runtime, scored.scores)
 
     def _show(
         self, model: nn.Module, share: Share, autocast_dtype: torch.dtype | None, sums: _Sums
@@ -223,7 +226,7 @@ class Probe:
             try:
                 _check_rows(images, len(batch.positions), "image")
                 # Not in autocast, which would round cosines until classes tie.
-                self._add(sums, model, batch, images, classes, share.tasks[batch.task].labels)
+                self._add(sums, model, batch, images, classes, share.tasks[batch.task])
             except Exception as error:
                 failure = error
         return classes[0], failure
@@ -235,20 +238,26 @@ class Probe:
         batch: Batch,
         images: Tensor,
         classes: list[Tensor],
-        labels: Tensor,
+        shown: ProbeTask,
     ) -> None:
         """Add one batch's embeddings to the sums."""
         rows = slice(batch.first, batch.first + len(images))
-        labels = labels[rows]
-        right = None
+        labels, metric = shown.labels[rows], shown.task.metric
+        texts = classes[batch.task]
+        scores = None
         if batch.task == 0:
-            accumulator = IIMMAccumulator(classes[0], offset=batch.first)
+            accumulator = IIMMAccumulator(texts, offset=batch.first)
             accumulator.update(images, labels)
             sums.state += accumulator.state.cpu()
-            right = self._classify(model, images, labels, len(classes[0]))
-        if right is None:
-            right = zero_shot_correct(images, classes[batch.task], labels)
-        sums.correct[batch.task][rows] = torch.as_tensor(right, dtype=torch.float64)
+            scores = self._classify(model, images, len(texts))
+        if metric is not None:
+            scores = zero_shot_scores(images, texts) if scores is None else scores
+            seen = metric.see(scores, labels).cpu()
+        elif scores is not None:
+            seen = scores.argmax(1).cpu() == labels
+        else:
+            seen = torch.from_numpy(zero_shot_correct(images, texts, labels))
+        sums.seen[batch.task][rows] = seen.double()
 
     def _find_frozen(
         self, model: nn.Module, share: Share, autocast_dtype: torch.dtype | None
@@ -261,10 +270,8 @@ class Probe:
             self._frozen_images.update(model, lambda: encoder.embed_backbone(model, image))
             self._frozen_texts.update(model, lambda: encoder.embed_texts(model, prompt))
 
-    def _classify(
-        self, model: nn.Module, images: Tensor, labels: Tensor, n_classes: int
-    ) -> np.ndarray | None:
-        """Which images the model's linear probe has right; None where it has none."""
+    def _classify(self, model: nn.Module, images: Tensor, n_classes: int) -> Tensor | None:
+        """Logits of the model's linear probe [n, C]; None where it has none."""
         head = find_head(model)
         logits = None if head is None else head.classify(images)
         if logits is None:
@@ -274,19 +281,22 @@ class Probe:
                 f"`task` {self.task.name!r} must have the {logits.shape[1]} classes of the model's "
                 f"linear probe, got {n_classes}"
             )
-        return (logits.argmax(1).cpu() == labels).numpy()
+        return logits
 
 
 @dataclass
 class _Sums:
-    """What the ranks add up: of the task `IIMMAccumulator.state`; right images [N] of each task."""
+    """What the ranks add up: of the task `IIMMAccumulator.state`; of each task [N] numbers.
+
+    These are 1 where an image is right, or what the task's metric sees of it.
+    """
 
     state: Tensor
-    correct: list[Tensor]
+    seen: list[Tensor]
     seconds: Tensor  # [ranks]
 
     def of_all_ranks(self, failure: Exception | None) -> _Sums:
-        parts = [self.state.flatten(), *self.correct, self.seconds]
+        parts = [self.state.flatten(), *self.seen, self.seconds]
         added = ranks.add_up(torch.cat(parts), failure)
         sums = torch.split(added, [len(part) for part in parts])
         return _Sums(sums[0].reshape(self.state.shape), list(sums[1:-1]), sums[-1])

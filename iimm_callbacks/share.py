@@ -156,7 +156,8 @@ def _agree_on_subsets(tasks: Sequence[Task], batch_size: int) -> list[list[int]]
         sizes = [TASK_PROBE_SIZE] + [OFF_TARGET_PROBE_SIZE] * (len(tasks) - 1)
         subsets = [task.subset(size) for task, size in zip(tasks, sizes, strict=True)]
         shown = [
-            (t.name, s, t.labels(s), t.prompts(s)) for t, s in zip(tasks, subsets, strict=True)
+            (t.name, s, t.labels(s), t.prompts(s), t.metric and t.metric.name)
+            for t, s in zip(tasks, subsets, strict=True)
         ]
         return subsets, _digest(repr((shown, batch_size)).encode())
 

@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from .streams import STREAM_SIZE, is_stream, read_stream
+
 _IMAGES = ("Image", "Audio")  # features of `datasets`
 
 
@@ -15,40 +17,9 @@ class _HubSource:
     """A `datasets.Dataset`, read without its transform and without decoding for the labels."""
 
     def __init__(self, name: str, dataset: Any, image: str | None, label: str | None) -> None:
-        from datasets import ClassLabel, Value
-
         self._dataset = dataset.with_format(None)
-        features = dataset.features
-
-        def pick(argument: str, given: str | None, *kinds: Any) -> str:
-            if given is not None:
-                if given not in features:
-                    raise ValueError(
-                        f"`{argument}` of task {name!r} must be one of {list(features)}, "
-                        f"got {given!r}"
-                    )
-                return given
-            for is_kind in kinds:
-                found = [str(k) for k, f in features.items() if is_kind(f)]
-                if len(found) == 1:
-                    return found[0]
-                if found:
-                    break
-            raise ValueError(
-                f"`dataset` of task {name!r} must have one column for `{argument}`, got features "
-                f"{dict(features)}; name the column"
-            )
-
-        self._image = pick("image_column", image, lambda f: type(f).__name__ in _IMAGES)
-        self._label = pick(
-            "label_column",
-            label,
-            lambda f: isinstance(f, ClassLabel),
-            lambda f: isinstance(f, Value) and "int" in f.dtype,
-            lambda f: isinstance(f, Value) and "string" in f.dtype,
-        )
-        feature = features[self._label]
-        self.class_names = feature.names if isinstance(feature, ClassLabel) else None
+        self._image, self._label = _columns(name, dataset.features, image, label)
+        self.class_names = getattr(dataset.features[self._label], "names", None)
 
     def __len__(self) -> int:
         return len(self._dataset)
@@ -80,7 +51,67 @@ class _PairSource:
         return self._pairs[position][0]
 
 
-def open_source(name: str, dataset: Any, image: str | None, label: str | None) -> Any:
+def _columns(name: str, features: Any, image: str | None, label: str | None) -> tuple[str, str]:
+    """Names of the columns of images and of labels."""
+    from datasets import ClassLabel, Value
+
+    def pick(argument: str, given: str | None, *kinds: Any) -> str:
+        if given is not None:
+            if given not in features:
+                raise ValueError(
+                    f"`{argument}` of task {name!r} must be one of {list(features)}, got {given!r}"
+                )
+            return given
+        for is_kind in kinds:
+            found = [str(k) for k, f in features.items() if is_kind(f)]
+            if len(found) == 1:
+                return found[0]
+            if found:
+                break
+        raise ValueError(
+            f"`dataset` of task {name!r} must have one column for `{argument}`, got features "
+            f"{dict(features)}; name the column"
+        )
+
+    return (
+        pick("image_column", image, lambda f: type(f).__name__ in _IMAGES),
+        pick(
+            "label_column",
+            label,
+            lambda f: isinstance(f, ClassLabel),
+            lambda f: isinstance(f, Value) and "int" in f.dtype,
+            lambda f: isinstance(f, Value) and "string" in f.dtype,
+        ),
+    )
+
+
+def _open_stream(
+    name: str, stream: Any, image: str | None, label: str | None, **draw: int
+) -> _PairSource:
+    features = stream.features
+    if features is None:
+        if image is None or label is None:
+            raise ValueError(
+                f"`dataset` of task {name!r} is a stream that does not say what its columns are; "
+                "name `image_column` and `label_column`"
+            )
+    else:
+        image, label = _columns(name, features, image, label)
+    source = _PairSource(read_stream(name, stream, image, label, **draw))
+    source.class_names = getattr((features or {}).get(label), "names", None)
+    return source
+
+
+def open_source(
+    name: str,
+    dataset: Any,
+    image: str | None,
+    label: str | None,
+    *,
+    size: int,
+    first: int = STREAM_SIZE,
+    seed: int = 0,
+) -> Any:
     """The source for a data set: ``len``, ``labels()``, ``image(position)``, ``class_names``.
 
     Args:
@@ -88,17 +119,17 @@ def open_source(name: str, dataset: Any, image: str | None, label: str | None) -
         dataset: As `Task`.
         image: Name of the image column, or None.
         label: Name of the label column, or None.
+        size: Of the draw from a stream, see `streams.read_stream`.
+        first: Likewise.
+        seed: Likewise.
 
     Raises:
         TypeError: The data set is of another kind.
-        ValueError: A column is missing or ambiguous.
+        ValueError: A column is missing or ambiguous, or a stream cannot be read.
     """
+    if is_stream(dataset):
+        return _open_stream(name, dataset, image, label, size=size, first=first, seed=seed)
     if hasattr(dataset, "features") and hasattr(dataset, "with_format"):
-        if not hasattr(dataset, "__len__"):
-            raise TypeError(
-                f"`dataset` of task {name!r} is a stream; the probe needs images at fixed "
-                "positions: pass e.g. `Dataset.from_list(list(stream.take(512)))`"
-            )
         return _HubSource(name, dataset, image, label)
     if isinstance(dataset, dict):
         raise TypeError(
@@ -114,6 +145,11 @@ def open_source(name: str, dataset: Any, image: str | None, label: str | None) -
                     f"type {type(item).__name__}"
                 )
         return _PairSource(dataset)
+    if hasattr(dataset, "__next__"):
+        raise TypeError(
+            f"`dataset` of task {name!r} is an iterator, which is used up by being read; pass a "
+            "list of its pairs, or `datasets.IterableDataset.from_generator` of what makes it"
+        )
     raise TypeError(
         f"`dataset` of task {name!r} must be a datasets.Dataset or a sequence of (image, label) "
         f"pairs, got {type(dataset).__name__}"

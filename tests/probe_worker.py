@@ -30,8 +30,8 @@ def colour_task(n=24, data=COLOURS, **more):
     return Task("colours", data, templates="a {} thing", probe_size=n, **more)
 
 
-def shape_task(n=15):
-    return Task("shapes", SHAPES, templates="a photo of the {}", probe_size=n)
+def shape_task(n=15, **more):
+    return Task("shapes", SHAPES, templates="a photo of the {}", probe_size=n, **more)
 
 
 def told(look):
@@ -87,6 +87,51 @@ def equal():
         probe = Probe(captions, processor=processor, **settings)
         found["captions", limit] = told(probe.look(model, 0)), probe.fingerprints
     return found
+
+
+def mean_recall(predictions, references):
+    """Right images of each class, averaged over the classes."""
+    right = predictions == references
+    return sum(right[references == c].mean() for c in set(references)) / len(set(references))
+
+
+def metrics():
+    """Tasks by metrics: scores, and what a metric that differs between ranks comes to."""
+    model, processor = FAMILIES["CLIP"]()
+    rank = ranks.world()[0]
+    captions = Task("captions", [(p, f"thing {i}") for i, p in enumerate(PICTURES[:9])],
+                    metric="recall@4")  # fmt: skip
+    told_apart = []
+
+    def of_rank(predictions, references):
+        told_apart.append(rank)
+        return mean_recall(predictions, references) / (1 + rank)
+
+    def probe(*off_target, metric=mean_recall):
+        return Probe(colour_task(metric=metric), off_target, processor=processor, batch_size=4,
+                     progress=False)  # fmt: skip
+
+    look = probe(shape_task(metric=of_rank), captions).look(model, 0)
+    asked = set(told_apart)
+    failing = [False]
+
+    def fails(predictions, references):
+        return 1 / 0 if failing[0] and rank == 0 else mean_recall(predictions, references)
+
+    later = probe(shape_task(metric=fails))
+    later.look(model, 0)
+    failing[0] = True
+    error = raised(lambda: later.look(model, 1))
+    failing[0] = False
+    after = later.look(model, 2)
+    scores = {n: (s.value, s.images.tolist()) for n, s in look.scores.items()}
+    return told(look), scores, asked, error, after.accuracy("shapes")
+
+
+def one_has_another_metric():
+    model, processor = FAMILIES["CLIP"]()
+    task = colour_task(metric=None if ranks.world()[0] == 1 else mean_recall)
+    return raised(lambda: Probe(task, processor=processor, progress=False).prepare(model))
 
 
 def one_reduction():
@@ -255,13 +300,14 @@ def sharded_bad_image(kind):
     return error, told(probe.look(model, 2))[0]
 
 
-ANY = {"equal": equal, "bad_images": bad_images, "no_images": no_images}
+ANY = {"equal": equal, "bad_images": bad_images, "no_images": no_images, "metrics": metrics}
 SEVERAL = {
     "one_reduction": one_reduction,
     "one_fails": one_fails,
     "one_diverges": one_diverges,
     "one_has_little_memory": one_has_little_memory,
     "one_has_another_task": one_has_another_task,
+    "one_has_another_metric": one_has_another_metric,
 }
 TWO = {
     f"{kind}_{name}": (lambda f=function, k=kind: f(k))

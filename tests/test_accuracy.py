@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from iimm_callbacks import forgetting, gain_over_zero_shot_error, zero_shot_accuracy
-from iimm_callbacks.accuracy import paired_drop, zero_shot_correct
+from iimm_callbacks.accuracy import paired_drop, zero_shot_correct, zero_shot_scores
 
 
 def bits(text):
@@ -20,6 +20,18 @@ def test_nearest_text_by_cosine_not_by_dot_product():
     images = torch.tensor([[5.0, 1.0], [0.1, 0.1], [0.0, 1.0]])
     assert zero_shot_correct(images, texts, [0, 1, 0]).tolist() == [True, True, False]
     assert zero_shot_accuracy(images, texts, [0, 1, 0]) == 2 / 3
+
+
+def test_the_scores_order_each_images_texts_by_cosine():
+    g = torch.Generator().manual_seed(0)
+    images, texts = torch.randn(20, 4, generator=g), torch.randn(6, 4, generator=g)
+    cosines = torch.nn.functional.cosine_similarity(images[:, None], texts[None], dim=-1)
+    scores = zero_shot_scores(images, texts)
+    lengths = images.norm(dim=1, keepdim=True)
+    torch.testing.assert_close(scores, cosines * lengths)
+    assert scores.argsort(1).tolist() == cosines.argsort(1).tolist()
+    with pytest.raises(ValueError, match=r"got shapes \(20, 4\) and \(6, 3\)"):
+        zero_shot_scores(images, texts[:, :3])
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str)

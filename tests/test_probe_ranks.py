@@ -57,6 +57,27 @@ def test_every_rank_has_the_numbers_of_one_process(results, world):
             assert rank[case][1] == fingerprints
 
 
+@pytest.mark.parametrize("world", [2, 3, 7])
+def test_a_metric_gives_every_rank_the_score_of_one_process(results, world):
+    ((look, scores, asked, _, shapes),) = results("metrics", 1)
+    assert list(scores) == ["colours", "shapes"]
+    for rank, (ours, our_scores, we_asked, error, our_shapes) in enumerate(
+        results("metrics", world)
+    ):
+        assert_close(ours, look, atol=1e-9)
+        assert our_scores == scores  # bit for bit, though the metric gives each rank another one
+        assert asked == {0}
+        assert 0 in we_asked or rank  # the check when a task is made is every rank's own
+        assert "`metric` 'fails()' of task 'shapes' failed (ZeroDivisionError" in error
+        assert our_shapes == shapes
+
+
+@pytest.mark.parametrize("world", SEVERAL)
+def test_ranks_that_were_given_other_metrics_are_told_so(results, world):
+    for error in results("one_has_another_metric", world):
+        assert error.startswith("ValueError: `task`, `off_target` and `batch_size` must be the")
+
+
 @pytest.mark.parametrize("world", SEVERAL)
 def test_a_look_is_one_all_reduce(results, world):
     assert results("one_reduction", world) == [["all_reduce"]] * world

@@ -204,7 +204,7 @@ CHOICE = hub([0, 1], age=[1, 0], size=[2, 3]).remove_columns("label")
         (pairs([0, 1]), TWO | {"probe_size": 1}, ValueError, "at least 2, got 1"),
         (pairs([0, 1]), TWO | {"probe_size": 9.5}, ValueError, "got 9.5"),
         (datasets.DatasetDict(test=hub([0, 1])), {}, TypeError, "dict of ['test']; pick one"),
-        (hub([0, 1]).to_iterable_dataset(), {}, TypeError, "task 't' is a stream"),
+        (iter(pairs([0, 1])), TWO, TypeError, "task 't' is an iterator, which is used up"),
         (hub([0, 1]), {"label_column": "labels"}, ValueError, "['image', 'label'], got 'labels'"),
         (hub([0, 1]), {"image_column": "pixels"}, ValueError, "got 'pixels'"),
         (UNLABELLED, {}, ValueError, "must have one column for `label_column`"),

@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .. import hub
+from ..folders import has_class_folders
 from ..processors import is_complete
-from ..saved import check_names
 from ..store import from_dataset, read_outcomes
 from ..tasks import Task
 
@@ -55,8 +56,8 @@ def load_model(
             )
         model, found = _load_open_clip(name.removeprefix(_OPEN_CLIP))
     else:
-        model = _load_transformers(_local(name, "MODEL"))
-        found = _load_processor(_local(processor or name, "--processor"))
+        model = _load_transformers(hub.local_name(name, "MODEL"))
+        found = _load_processor(hub.local_name(processor or name, "--processor"))
     return model.float().eval().to(at), found
 
 
@@ -72,8 +73,9 @@ def load_task(
 
     Args:
         name: A Hub name (``"NAME:CONFIG"`` for one of its configurations), a local folder written
-            by `Dataset.save_to_disk`, a folder that `datasets.load_dataset` reads, such as one with
-            a folder of images per class, or ``"sample:NAME"`` for a shipped task.
+            by `Dataset.save_to_disk`, one with a folder of images per class (or per split with
+            those in it), another that `datasets.load_dataset` reads, or ``"sample:NAME"`` for a
+            shipped task.
         split: Of the data set; ``None``: "test", or the only one.
         task_name: Name of the task; ``None``: the last part of `name`.
         templates: Prompt templates; ``None``: those of a shipped task, else as `Task`.
@@ -98,8 +100,19 @@ def load_task(
         dataset: Any = sample.load_dataset(own, split)
         templates = templates or sample.templates(own)
     else:
-        own = Path(name).expanduser().resolve().name.partition(":")[0]
-        dataset, split = _pick(_load_dataset(_local(name, "DATASET")), split, name)
+        settings["templates"] = templates or None
+        own = task_name or hub.short_name(name).partition(":")[0]
+        path = Path(name).expanduser()
+        if has_class_folders(path):
+            hub.pick(path, split, name, splits="--split")
+            return Task.from_folder(path, name=own, **settings), ""
+        if has_class_folders(path / (split or "test")):
+            path = path / (split or "test")
+            return Task.from_folder(path, name=own, **settings), path.name
+        dataset, split = hub.pick(
+            _load_dataset(name, "DATASET"), split, name, default="test", splits="--split"
+        )
+        return Task(own, dataset, **settings), split
     return Task(task_name or own, dataset, templates=templates or None, **settings), split
 
 
@@ -117,14 +130,15 @@ def load_recorded(source: str) -> list[Outcome]:
         return read_outcomes(path)
     if path.is_dir() and not (path / "dataset_dict.json").exists():
         return read_outcomes(path)
-    splits = _load_dataset(_local(source, "SOURCE"), argument="SOURCE")
-    for split in splits.values():
+    loaded = _load_dataset(source, "SOURCE")
+    splits = list(loaded.values()) if isinstance(loaded, dict) else [loaded]
+    for split in splits:
         if "schema_version" not in split.column_names:
             raise ValueError(
                 f"`SOURCE` must hold outcomes, got {source!r} with columns {split.column_names}; "
                 "share a record with `iimm outcomes export`"
             )
-    return [outcome for split in splits.values() for outcome in from_dataset(split)]
+    return [outcome for split in splits for outcome in from_dataset(split)]
 
 
 def _device(device: str | None) -> torch.device:
@@ -140,17 +154,6 @@ def _device(device: str | None) -> torch.device:
             f"({_first_line(error)})"
         ) from error
     return torch.device(device)
-
-
-def _local(name: str, argument: str) -> str:
-    """`name` with a folder's `~` expanded; what looks like a folder must be one."""
-    path = Path(name).expanduser()
-    if path.is_dir():
-        return str(path)
-    if path.exists() or path.is_absolute() or name.startswith((".", "~")):
-        got = "a file" if path.exists() else "which does not exist"
-        raise ValueError(f"`{argument}` must be a folder or a name on the Hub, got {name!r}, {got}")
-    return name
 
 
 def _load_transformers(name: str) -> Any:
@@ -222,35 +225,11 @@ def _load_open_clip(name: str) -> tuple[Any, Any]:
         ) from error
 
 
-def _load_dataset(name: str, argument: str = "DATASET") -> dict[str, Any]:
-    """Split -> data set."""
-    import datasets
-
-    path = Path(name)
-    try:
-        if (path / "dataset_dict.json").exists() or (path / "state.json").exists():
-            check_names(path)
-            loaded = datasets.load_from_disk(name)
-        elif path.is_dir():
-            loaded = datasets.load_dataset(name)
-        else:
-            repository, _, config = name.partition(":")
-            loaded = datasets.load_dataset(repository, config or None)
-    except Exception as error:  # of whatever kind: it is told
-        raise ValueError(
-            f"`{argument}` must be a data set on the Hub or a folder that `datasets` reads, got "
-            f"{name!r}: {_first_line(error)}"
-        ) from error
-    return dict(loaded) if isinstance(loaded, dict) else {"": loaded}
-
-
-def _pick(splits: dict[str, Any], split: str | None, name: str) -> tuple[Any, str]:
-    only = next(iter(splits)) if len(splits) == 1 else None
-    chosen = split if split is not None else "test" if "test" in splits else only
-    if chosen is None or chosen not in splits:
-        choices = f"one of {', '.join(splits)}" if any(splits) else "left out, as there are none,"
-        raise ValueError(f"`--split` must be {choices} for {name!r}, got {split or 'none'}")
-    return splits[chosen], chosen
+def _load_dataset(name: str, argument: str) -> Any:
+    """The data set, or a dict of splits."""
+    is_folder = Path(name).expanduser().is_dir()
+    repository, _, config = (name, "", "") if is_folder else name.partition(":")
+    return hub.load(repository, config=config or None, argument=argument)
 
 
 def _first_line(error: BaseException) -> str:

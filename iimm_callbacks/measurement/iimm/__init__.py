@@ -1,0 +1,1 @@
+"""A Space: the measurement (`iimm.py`), its card, requirements, tests and page."""

@@ -1,0 +1,194 @@
+"""A stream of examples -> the few that a probe needs, in one pass and in little memory."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import closing
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+STREAM_SIZE = 4096  # examples read, eight for each of a default probe
+
+logger = logging.getLogger(__name__)
+
+
+def is_stream(dataset: Any) -> bool:
+    """Whether this is a `datasets.IterableDataset`, by what it can do."""
+    return (
+        hasattr(dataset, "features")
+        and hasattr(dataset, "with_format")
+        and not hasattr(dataset, "__len__")
+    )
+
+
+def read_stream(
+    name: str, stream: Any, image: str, label: str, *, size: int, first: int, seed: int
+) -> list[tuple[Any, Any]]:
+    """The examples that a balanced draw from the first of a stream takes, in their order.
+
+    The stream is read once, from its start, in its order, on each rank for itself; neither it nor
+    any global random stream is changed. Of images the encoded bytes are kept, or the path of a
+    local file; those at an address are fetched last, and only those that were drawn. The same
+    stream gives the same examples. One that `shuffle` was called on without a seed does not, nor
+    does one over an iterator that is used up.
+
+    Args:
+        name: Of the task, for errors.
+        stream: A `datasets.IterableDataset`; it may be endless.
+        image: Its column of images.
+        label: Its column of labels, or captions.
+        size: Examples kept at the most.
+        first: Examples read at the most.
+        seed: Of the draw.
+
+    Returns:
+        Pairs of image and label, or caption; each caption once.
+
+    Raises:
+        TypeError: A label is neither an integer nor a string.
+        ValueError: It is a rank's part of a stream, a column is missing, it fails while being
+            read, or all that was read is of one of several classes.
+    """
+    if getattr(stream, "_distributed", None) is not None:
+        raise ValueError(
+            f"`dataset` of task {name!r} is one rank's part of a stream; all ranks must probe the "
+            "same images: pass the stream as it was before `split_dataset_by_node`"
+        )
+    plain = stream.with_format(None)
+    features = stream.features or {}
+    if type(features.get(image)).__name__ == "Image":
+        plain = plain.cast_column(image, replace(features[image], decode=False))
+    examples = (
+        (_column(name, example, image), _label(name, _column(name, example, label), position))
+        for position, example in _read(name, plain, first)
+    )
+    drawn = draw_balanced(examples, size, seed)
+    _check_classes(name, [y for _, y in drawn], features.get(label), size, first)
+    return [(_fetched(name, x), y) for x, y in drawn]
+
+
+def draw_balanced(
+    examples: Iterable[tuple[Any, int | str]], size: int, seed: int
+) -> list[tuple[Any, Any]]:
+    """A seeded, class-balanced draw from examples that pass by once, in their order.
+
+    Every example gets a random number. Its turn is how many of its class have a lower one, and the
+    first `size` by turn, then number, are drawn: classes take turns, until one runs out. A further
+    example can only raise the turn of others or come before them. So what once is beyond the first
+    `size` stays there and can be let go at once: the draw is that from all examples together, and
+    never more than twice its size is in memory.
+
+    Args:
+        examples: Pairs of anything and a class; with a string for a class, the first of each only.
+        size: Pairs drawn at the most.
+        seed: Of the numbers.
+
+    Returns:
+        The pairs drawn, in the order they came.
+    """
+    rng = np.random.default_rng(seed)
+    kept: list[tuple[float, int, Any, int | str]] = []
+    captions: set[str] = set()
+    for position, (item, label) in enumerate(examples):
+        if isinstance(label, str):
+            if label in captions:
+                continue
+            captions.add(label)
+        kept.append((rng.random(), position, item, label))
+        if len(kept) >= 2 * size:
+            kept = _first(kept, size)
+    return [(item, label) for _, _, item, label in sorted(_first(kept, size), key=_position)]
+
+
+def _position(row: tuple[float, int, Any, int | str]) -> int:
+    return row[1]
+
+
+def _first(rows: list[Any], size: int) -> list[Any]:
+    turns: dict[int | str, int] = {}
+    ranked = []
+    for row in sorted(rows, key=lambda row: row[:2]):
+        turn = 0 if isinstance(row[3], str) else turns.get(row[3], 0)
+        turns[row[3]] = turn + 1
+        ranked.append((turn, *row[:2], row))
+    return [row for *_, row in sorted(ranked, key=lambda entry: entry[:3])[:size]]
+
+
+def _read(name: str, stream: Any, first: int) -> Iterator[tuple[int, dict[str, Any]]]:
+    with closing(iter(stream)) as examples:
+        for position in range(first):
+            try:
+                example = next(examples)
+            except StopIteration:
+                return
+            except Exception as error:  # of whatever kind: it is told
+                raise ValueError(
+                    f"`dataset` of task {name!r}: the stream failed at example {position} of the "
+                    f"first {first} ({type(error).__name__}: {error}); repair it, or read fewer by "
+                    "`stream_size`"
+                ) from error
+            yield position, example
+
+
+def _column(name: str, example: dict[str, Any], key: str) -> Any:
+    if key not in example:
+        raise ValueError(
+            f"`dataset` of task {name!r}: the stream must have a column {key!r}, got "
+            f"{list(example)}; name the column"
+        )
+    return example[key]
+
+
+def _label(name: str, label: Any, position: int) -> int | str:
+    if isinstance(label, str):
+        return label
+    if isinstance(label, bool) or not hasattr(label, "__index__"):
+        raise TypeError(
+            f"`dataset` of task {name!r}: label {position} of the stream must be an integer, or a "
+            f"caption, got {label!r} ({type(label).__name__})"
+        )
+    return int(label.__index__())
+
+
+def _check_classes(
+    name: str, labels: Sequence[int | str], feature: Any, size: int, first: int
+) -> None:
+    known, found = getattr(feature, "num_classes", 0), len(set(labels))
+    advice = "shuffle it with a seed, stream.shuffle(seed=0), or read more by `stream_size`"
+    if found == 1 < known and len(labels) > 1:
+        raise ValueError(
+            f"`dataset` of task {name!r}: the first {first} examples of the stream are all of one "
+            f"of its {known} classes, {feature.int2str(labels[0])!r}; {advice}"
+        )
+    if found < min(known, size) / 2:
+        logger.warning(
+            "the first %d examples of the stream of task %r hold %d of its %d classes, and so "
+            "does the probe; %s",
+            first,
+            name,
+            found,
+            known,
+            advice,
+        )
+
+
+def _fetched(name: str, image: Any) -> Any:
+    """The image with its bytes where only its address is known, as of a folder on the Hub."""
+    if not isinstance(image, dict) or image.get("bytes") is not None:
+        return image
+    path = str(image.get("path"))
+    if "://" not in path:
+        return image
+    import fsspec  # type: ignore[import-untyped]  # comes with `datasets`
+
+    try:
+        with fsspec.open(path, "rb") as file:
+            return {"bytes": file.read(), "path": path}
+    except Exception as error:  # of whatever kind: it is told
+        raise ValueError(
+            f"`dataset` of task {name!r}: an image of the stream cannot be fetched from {path!r} "
+            f"({type(error).__name__}: {error})"
+        ) from error
