@@ -7,6 +7,8 @@ Everything is a ratio of two things timed in turns in the same process, because 
 the best of several rounds counts. Expected: see "Speed" in README.md.
 """
 
+import statistics
+import subprocess
 import sys
 import time
 import tracemalloc
@@ -157,6 +159,31 @@ def run_row(settings):
     yield "of which looks after step 0", f"{looks / guarded:.1%} of the run", "5 % + the last look"
 
 
+def import_rows(settings):
+    """Fresh processes in turns: the package has no more to import than the Trainer has anyway."""
+    commands = {
+        "bare": "import torch, transformers",
+        "trainer": "import torch; from transformers import Trainer, TrainerCallback",
+        "package": "import iimm_callbacks",
+        "callback": "from iimm_callbacks import IIMMCallback",
+    }
+    seconds = {name: [] for name in commands}
+    for turn in range(2 if settings.smoke else 8):
+        for name, command in commands.items():
+            start = time.perf_counter()
+            subprocess.run([sys.executable, "-c", command], check=True)
+            if turn > 0:  # the first fills the disk's cache
+                seconds[name].append(time.perf_counter() - start)
+    middle = {name: statistics.median(values) for name, values in seconds.items()}
+
+    def against(name, other):
+        return f"{middle[name]:.1f} s, {middle[name] / middle[other]:.2f} of the time"
+
+    # transformers loads nothing of itself until it is asked for a name, so both are told.
+    yield "import of the package, against torch + transformers", against("package", "bare"), "1.1"
+    yield "import of IIMMCallback, against the Trainer", against("callback", "trainer"), "1.1"
+
+
 def main(argv=None):
     (settings,) = HfArgumentParser(Settings).parse_args_into_dataclasses(argv)
     if settings.smoke:
@@ -165,7 +192,7 @@ def main(argv=None):
     table = Table(title=f"{sizes}; {torch.get_num_threads()} threads; torch {torch.__version__}")
     for column in ("what", "measured", "aim"):
         table.add_column(column)
-    for rows in (measure_rows, probe_rows, run_row):
+    for rows in (measure_rows, probe_rows, run_row, import_rows):
         for row in rows(settings):
             table.add_row(*row)
     Console(width=100).print(table)

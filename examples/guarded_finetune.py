@@ -4,12 +4,17 @@
     python examples/guarded_finetune.py --method lora --task emoji_groups --action stop
     python examples/guarded_finetune.py --model openai/clip-vit-base-patch32 \
         --dataset ethz/food101 --test_split validation --method lora --learning_rate 1e-4
+    torchrun --nproc-per-node 2 examples/guarded_finetune.py --save_steps 10
+    accelerate launch --config_file examples/accelerate_configs/cpu_2.yaml \
+        examples/guarded_finetune.py --save_steps 10
 
 Offline and about a minute on two cores with the shipped sample. Prints the measure, the forecast
 and the verdict before training, a line per look, and predicted against observed at the end; writes
 `run.json`, `predicted_vs_observed.png` and the tuned model to the output folder. The forecast rests
 on the sample's recorded runs *on its other tasks* (examples/study made them); for a model of your
-own, on your own runs, which are put on record as you go.
+own, on your own runs, which are put on record as you go. Several processes each take a share of the
+probe; the first one prints and writes. After a kill `--resume` goes on to the very numbers of a run
+in one piece.
 """
 
 import sys
@@ -23,6 +28,7 @@ from transformers import (
     HfArgumentParser,
     PrinterCallback,
     Trainer,
+    TrainerState,
     TrainingArguments,
 )
 
@@ -33,7 +39,7 @@ from iimm_callbacks import (
     Task,
     sample,
 )
-from iimm_callbacks.report import plot_run, save_run
+from iimm_callbacks.report import plot_run
 from iimm_callbacks.tuning import prepare
 
 LEARNING_RATE = {
@@ -59,8 +65,10 @@ class Settings:
     max_forgetting: float = field(default=0.05, metadata={"help": "Limit, a fraction"})
     action: str = field(default="warn", metadata={"help": "warn or stop"})
     steps: int = field(default=100, metadata={"help": "Optimizer steps"})
-    batch_size: int = field(default=32, metadata={"help": "Images per step"})
+    batch_size: int = field(default=32, metadata={"help": "Images per step, of each process"})
     learning_rate: float = field(default=0.0, metadata={"help": "Default: by method"})
+    save_steps: int = field(default=0, metadata={"help": "Steps between checkpoints; 0: none"})
+    resume: bool = field(default=False, metadata={"help": "Go on from the newest checkpoint"})
     seed: int = field(default=0, metadata={"help": "Of the training"})
     output_dir: str = field(default="output/guarded_finetune", metadata={"help": "Where to write"})
     smoke: bool = field(default=False, metadata={"help": "A few steps, to see that it runs"})
@@ -69,7 +77,9 @@ class Settings:
 def load_data(settings):
     """The data to train on, and the task that is probed."""
     if not settings.dataset:
-        return sample.load_dataset(settings.task, "train"), sample.load_task(settings.task)
+        few = 32 if settings.smoke else None
+        task = sample.load_task(settings.task, probe_size=few)
+        return sample.load_dataset(settings.task, "train"), task
     from datasets import load_dataset
 
     data = load_dataset(settings.dataset)
@@ -92,17 +102,35 @@ def load_model(settings, task):
     return prepare(model, settings.method, **options.get(settings.method, {})), processor
 
 
+def last_complete_checkpoint(folder):
+    """The newest that can be read; of one that a kill cut short the state, written last, cannot."""
+    found = Path(folder).glob("checkpoint-*")
+    for path in sorted(found, key=lambda p: int(p.name.split("-")[1]), reverse=True):
+        try:
+            TrainerState.load_from_json(path / "trainer_state.json")
+        except (OSError, ValueError):
+            continue
+        return str(path)
+    return None
+
+
 def finetune(settings, outcomes):
-    """One guarded run; returns the guard and the trained classifier."""
+    """One guarded run; returns the Trainer, the guard and the trained classifier."""
+    checkpoint = last_complete_checkpoint(settings.output_dir)
+    if checkpoint and not settings.resume:
+        sys.exit(f"{checkpoint} is of another run: --resume it, or use another --output_dir")
     torch.manual_seed(settings.seed)
     train_dataset, task = load_data(settings)
     model, processor = load_model(settings, task)
     guard = IIMMCallback(
-        task,  # off_target=None: the shipped tasks, as canaries
+        task,
+        # None: the shipped tasks, as canaries
+        off_target=sample.canaries(task.name, probe_size=32) if settings.smoke else None,
         max_forgetting=settings.max_forgetting,
         action=settings.action,
         outcomes=outcomes,
         store="default" if settings.model else None,  # the sample is a toy: not on your record
+        run_file=Path(settings.output_dir) / "run.json",
         max_overhead=None,  # this run is so short that every look would be dropped
     )
     arguments = TrainingArguments(
@@ -111,11 +139,15 @@ def finetune(settings, outcomes):
         per_device_train_batch_size=settings.batch_size,
         learning_rate=settings.learning_rate or LEARNING_RATE[settings.method],
         logging_steps=50,
-        save_strategy="no",
+        save_strategy="steps" if settings.save_steps else "no",
+        save_steps=settings.save_steps or 500,
+        save_total_limit=2,
         report_to="none",
         remove_unused_columns=False,
         dataloader_pin_memory=torch.cuda.is_available(),
         disable_tqdm=True,
+        # Without a GPU each process would train alone otherwise (accelerate 1.15).
+        use_cpu=not torch.accelerator.is_available(),
         seed=settings.seed,
     )
     classifier = PromptClassifier(model, task, processor)
@@ -128,8 +160,8 @@ def finetune(settings, outcomes):
         callbacks=[guard],
     )
     trainer.remove_callback(PrinterCallback)  # the guard prints a line per look, that is enough
-    trainer.train()
-    return guard, classifier
+    trainer.train(resume_from_checkpoint=checkpoint)
+    return trainer, guard, classifier
 
 
 def main(argv=None):
@@ -138,13 +170,12 @@ def main(argv=None):
     if not settings.outcomes and not settings.model:
         # What was learnt from a task must not forecast that task.
         outcomes = [o for o in sample.load_outcomes() if o.task != settings.task]
-    guard, classifier = finetune(settings, outcomes)
+    trainer, guard, classifier = finetune(settings, outcomes)
     folder = Path(settings.output_dir)
-    folder.mkdir(parents=True, exist_ok=True)
-    save_run(guard.record(), folder / "run.json")
-    plot_run(guard.record(), folder / "predicted_vs_observed.png")
-    classifier.dual_encoder.save_pretrained(folder / "model")
-    print(f"Written to {folder}: run.json, predicted_vs_observed.png, model")
+    if trainer.is_world_process_zero():
+        plot_run(guard.record(), folder / "predicted_vs_observed.png")
+        classifier.dual_encoder.save_pretrained(folder / "model")
+        print(f"Written to {folder}: run.json, predicted_vs_observed.png, model")
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ import math
 import weakref
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,12 +15,16 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from . import host, keys, ranks, report
+from . import alerts, host, keys, ranks, report
+from .amended import amend_cards
+from .card import update_card
 from .encoders import EncodePair
 from .forgiving import Forgiving
 from .guard import LEVELS, Limits, Verdict
 from .monitor import IIMMMonitor
 from .outcomes import Outcome
+from .rescue_report import rescue_table
+from .rescuer import Rescuer
 from .run_file import file_name
 from .schedule import Budget, Every, check_every
 from .store import as_outcomes
@@ -68,6 +73,12 @@ class IIMMCallback(TrainerCallback):  # type: ignore[misc]  # transformers is un
             `guard.judge`; that may be so before training.
         action: ``"warn"``; ``"stop"`` to also stop training; or a callable that receives the
             `Verdict` of every look and returns True to stop.
+        on_exceed: ``"rescue"``: where the observed forgetting is over the limit when training ends,
+            leave the model with the mix of untouched and fine-tuned weights that gains most
+            within it, see `rescue.rescue`; the fine-tuned weights go to a file in the output
+            folder, and checkpoints hold them. Costs a copy of the weights that train in the memory
+            of each process, and as much on disk where checkpoints are written; with adapters
+            nothing. At the end it takes as long as eleven looks.
         every: When to look: ``None`` for 5, 10, 20, 30, 50, 70 and 100 % of the steps, a number of
             steps, a fraction, ``"epoch"`` or ``"evaluate"``. The last step is always looked at.
         max_overhead: Looks are dropped so that they take at most this share of the wall time;
@@ -81,6 +92,11 @@ class IIMMCallback(TrainerCallback):  # type: ignore[misc]  # transformers is un
             ``iimm_<task>.json`` in the output folder; ``None``: none.
         base_model: The untouched model, for a run that goes on from a checkpoint that was written
             without the guard: the model, its Hub name or folder, or a function that returns it.
+            To rescue with, too: then nothing is kept for that.
+        report: Write the run as a web page with pictures when it ends, into the folder
+            ``iimm_<task>_report`` in the output folder; needs matplotlib.
+        card: Where the Trainer writes a model card, such as to push it, add a section with the
+            numbers and a `model-index` entry for every task.
         method: Fine-tuning method; ``None``: recognised by `tuning.detect`.
         processor: ``None``: the Trainer's `processing_class`, else that of the `PromptClassifier`,
             else the one saved with the model. For open_clip the pair (transform, tokenizer).
@@ -110,12 +126,15 @@ class IIMMCallback(TrainerCallback):  # type: ignore[misc]  # transformers is un
         limit_on: Literal["mean", "worst"] = "mean",
         confidence: float = 0.8,
         action: Action = "warn",
+        on_exceed: Literal["rescue"] | None = None,
         every: Every = None,
         max_overhead: float | None = 0.05,
         outcomes: str | Path | Iterable[Outcome] | None = None,
         store: str | Path | None = "default",
         run_file: str | Path | None = "default",
         base_model: nn.Module | str | Path | Callable[[], nn.Module] | None = None,
+        report: bool = False,
+        card: bool = True,
         method: str | None = None,
         processor: Any = None,
         encode: EncodePair | None = None,
@@ -131,16 +150,24 @@ class IIMMCallback(TrainerCallback):  # type: ignore[misc]  # transformers is un
             raise TypeError(
                 f"`action` must be 'warn', 'stop' or a callable of the verdict, got {action!r}"
             )
+        if on_exceed not in (None, "rescue"):
+            raise ValueError(f"`on_exceed` must be 'rescue' or None, got {on_exceed!r}")
         unguarded = off_target is not None and len(off_target) == 0
-        if action == "stop" and (max_forgetting is None or unguarded):
+        if max_forgetting is None or unguarded:
             missing = "no `max_forgetting`" if max_forgetting is None else "no `off_target` task"
-            raise ValueError(
-                f"`action='stop'` has nothing to judge by: {missing}; give one, or use 'warn'"
-            )
+            if action == "stop":
+                raise ValueError(
+                    f"`action='stop'` has nothing to judge by: {missing}; give one, or use 'warn'"
+                )
+            if on_exceed == "rescue":
+                raise ValueError(
+                    f"`on_exceed='rescue'` has no limit to keep to: {missing}; give one, or None"
+                )
         self.task = task
         self.off_target = off_target
         self.limits = Limits(max_forgetting, limit_on, confidence)
         self.action = action
+        self.on_exceed = on_exceed
         self.every = every
         self.max_overhead = max_overhead
         reread = outcomes is None or isinstance(outcomes, str | Path)
@@ -148,6 +175,12 @@ class IIMMCallback(TrainerCallback):  # type: ignore[misc]  # transformers is un
         self.store = store
         self.run_file = run_file
         self.base_model = base_model
+        if report:  # better told now than at the end of a run
+            from .pages import require_matplotlib
+
+            require_matplotlib()
+        self.report = report
+        self.card = card
         self.method = method
         self.processor = processor
         self.encode = encode
@@ -160,7 +193,9 @@ class IIMMCallback(TrainerCallback):  # type: ignore[misc]  # transformers is un
         self._model: weakref.ref[nn.Module] | None = None  # that the latest run trains
         self._stop_reason = ""
         self._hold_first_step = False
+        self._rescuer: Rescuer | None = None
         self._forgiving = Forgiving(strict)
+        self._back_in_line: Callable[[], None] | None = None
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -172,11 +207,14 @@ class IIMMCallback(TrainerCallback):  # type: ignore[misc]  # transformers is un
         self._stop_reason, self._hold_first_step = "", False
         self._forgiving = Forgiving(self.strict)
         self.outcome = None
+        self._amend_card()
         if state.global_step > 0:
             self._resume(args, state, control, model, kwargs.get("processing_class"))
+            self._hold_if_stopped(args, control)
             return
         # `auto_find_batch_size` tries anew with the model as it was when memory ran out, and so
         # does a user after an exception: its baseline stays that of the first try.
+        again = self.monitor is not None and broken_off
         if self.monitor is not None and broken_off:
             self.monitor.restart()
         else:
@@ -184,6 +222,10 @@ class IIMMCallback(TrainerCallback):  # type: ignore[misc]  # transformers is un
             self.monitor = self._new_monitor(args, state, kwargs.get("processing_class"))
         monitor = self.monitor
         try:
+            if not again:  # else the model has been trained, and what is kept is of the first try
+                self._rescuer = self._new_rescuer(args)
+                if self._rescuer is not None:
+                    self._rescuer.begin(model, will_save=args.save_strategy != "no")
             verdict = monitor.begin(model, recipe=host.recipe(args, state))
         except BaseException:
             self.monitor = None
@@ -191,13 +233,7 @@ class IIMMCallback(TrainerCallback):  # type: ignore[misc]  # transformers is un
         self._show(state, lambda: report.preflight_table(monitor.record()))
         self._emit(state, control, monitor.row())
         self._act(state, control, verdict, "continue")
-        if control.should_training_stop:
-            self._hold_first_step = True
-            if not host.can_hold_step(args):
-                raise RuntimeError(
-                    f"{self._stop_reason}. It ends in this error because neither DeepSpeed nor "
-                    "fp16 without gradient clipping can be stopped otherwise before the first step"
-                )
+        self._hold_if_stopped(args, control)
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -253,10 +289,28 @@ class IIMMCallback(TrainerCallback):  # type: ignore[misc]  # transformers is un
             # The Trainer would end in a KeyError; NaN is never the best.
             metrics[wanted] = math.nan
 
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Go before the trackers: they end their runs in `on_train_end`, where we may still look.
+
+        The row with `train_runtime` is the Trainer's last one, and `on_train_end` the next hook.
+        """
+        if logs and "train_runtime" in logs:
+            self._back_in_line = host.first_in_line(self)
+
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Look at the model that the user is left with, and print predicted versus observed."""
+        if self._back_in_line is not None:
+            self._back_in_line()
+            self._back_in_line = None
         monitor, model = self.monitor, kwargs["model"]
         if monitor is None:
             return
@@ -264,9 +318,36 @@ class IIMMCallback(TrainerCallback):  # type: ignore[misc]  # transformers is un
             swapped = args.load_best_model_at_end and state.best_model_checkpoint is not None
             if swapped or monitor.looked_at != _step(state):
                 self._look(state, control, model)
-        step = 0 if self._hold_first_step else _step(state)
+        step = monitor.looked_at if self._hold_first_step else _step(state)
+        if not self._hold_first_step and self._rescuer is not None and monitor.is_exceeded():
+            self._rescue(state, monitor, self._rescuer, model)
         self.outcome = monitor.end(model, step, ended=self._stop_reason)
-        self._show(state, lambda: report.summary_table(monitor.record()))
+        self._card_of_checkpoints(state)
+        record = monitor.record()
+        self._show(state, lambda: report.summary_table(record))
+        if "rescue" in record:
+            self._show(state, lambda: rescue_table(record["rescue"], self.task.name))
+        if self.report and state.is_world_process_zero:
+            folder = Path(args.output_dir) / f"{self._file_stem}_report"
+            self._forgiving("the report", lambda: _write_report(record, folder, monitor))
+
+    def _rescue(
+        self, state: TrainerState, monitor: IIMMMonitor, rescuer: Rescuer, model: Any
+    ) -> None:
+        try:
+            found = monitor.rescue(model, rescuer)
+        except Exception as error:  # the model is as it was, on all ranks
+            if self.strict:
+                raise
+            if state.is_world_process_zero:
+                logger.warning("The model could not be rescued and is as trained: %s", error)
+            return
+        if found.alpha == 0 and state.is_world_process_zero:
+            logger.warning(
+                "The model is the UNTOUCHED one again, as %s; the fine-tuned weights are in %s",
+                found.reason,
+                rescuer.tuned_file,
+            )
 
     def record(self) -> dict[str, Any]:
         """The run as JSON-ready data, for `run_file.save_run` and `report.plot_run`.
@@ -278,9 +359,27 @@ class IIMMCallback(TrainerCallback):  # type: ignore[misc]  # transformers is un
             raise RuntimeError("no guarded run has begun; call `trainer.train()` first")
         return self.monitor.record()
 
+    def _amend_card(self) -> None:
+        trainer = host.find_trainer()
+        if self.card and trainer is not None:
+            amend_cards(trainer, self.task.name, self._update_card)
+
+    def _update_card(self, path: Path) -> None:
+        if self.monitor is not None:  # else the guard is off
+            self._forgiving("the model card", lambda: update_card(path, self.record()))
+
+    @property
+    def _file_stem(self) -> str:
+        return file_name(self.task.name).removesuffix(".json")
+
     @property
     def _state_key(self) -> str:
         return f"IIMMCallback/{self.task.name}"
+
+    def _new_rescuer(self, args: TrainingArguments) -> Rescuer | None:
+        if self.on_exceed is None:
+            return None
+        return Rescuer(Path(args.output_dir), self._file_stem, self.base_model)
 
     def _new_monitor(
         self, args: TrainingArguments, state: TrainerState, processor: Any
@@ -306,6 +405,17 @@ class IIMMCallback(TrainerCallback):  # type: ignore[misc]  # transformers is un
             autocast_dtype=host.autocast_dtype(args),
             strict=self.strict,
         )
+
+    def _hold_if_stopped(self, args: TrainingArguments, control: TrainerControl) -> None:
+        """Stopped in `on_train_begin`: the Trainer still does a step, which must change nothing."""
+        if not control.should_training_stop:
+            return
+        self._hold_first_step = True
+        if not host.can_hold_step(args):
+            raise RuntimeError(
+                f"{self._stop_reason}. It ends in this error because neither DeepSpeed nor "
+                "fp16 without gradient clipping can be stopped otherwise before the first step"
+            )
 
     def _resume(
         self,
@@ -343,9 +453,27 @@ class IIMMCallback(TrainerCallback):  # type: ignore[misc]  # transformers is un
                 )
             return
         self.monitor = monitor
+        self._rescuer = self._new_rescuer(args)
+        try:
+            if self._rescuer is not None:
+                self._rescuer.resume(model)
+        except Exception as error:
+            self._rescuer = None
+            if self.strict:
+                raise
+            if state.is_world_process_zero:
+                logger.warning("This run cannot be rescued at its end: %s", error)
         if saved is None:
             self._show(state, lambda: report.preflight_table(monitor.record()))
             self._look(state, control, model)  # the untouched model's numbers are not of this step
+        elif (
+            saved.get("stopped")
+            and self.action != "warn"
+            and saved.get("limits") == asdict(self.limits)
+        ):
+            # Of a run that was killed after it had been stopped.
+            self._stop_reason = str(saved["stopped"])
+            control.should_training_stop = True
         elif state.epoch == int(state.epoch or 0):
             # A checkpoint of an epoch's last step may have been written before the look there.
             event = "evaluate" if args.eval_strategy == "epoch" else None
@@ -380,6 +508,10 @@ class IIMMCallback(TrainerCallback):  # type: ignore[misc]  # transformers is un
             stop = self._forgiving("`action`", lambda: action(verdict)) is True
         elif LEVELS.index(verdict.level) > LEVELS.index(alarm) and state.is_world_process_zero:
             logger.warning("IIMM guard, step %d: %s", step, verdict.reason)
+        if state.is_world_process_zero and self.monitor is not None:
+            before = [row["level"] for row in self.monitor.history[-2:-1]] or ["continue"]
+            for tracker, alert in alerts.due(self.task.name, verdict, before[0]):
+                self._forgiving(f"an alert to {tracker}", alert)
         if ranks.any_rank(stop) and step < state.max_steps:
             self._stop_reason = f"stopped by the guard at step {step}: {verdict.reason}"
             control.should_training_stop = True
@@ -392,7 +524,16 @@ class IIMMCallback(TrainerCallback):  # type: ignore[misc]  # transformers is un
         state.stateful_callbacks[self._state_key] = {
             "args": {},
             "attributes": self.monitor.state_dict(),
+            "stopped": self._stop_reason,
+            "limits": asdict(self.limits),
         }
+        self._card_of_checkpoints(state)
+
+    def _card_of_checkpoints(self, state: TrainerState) -> None:
+        """Checkpoints are pushed with the card in the output folder; nobody writes one for them."""
+        trainer = host.find_trainer() if self.card and state.is_world_process_zero else None
+        if trainer is not None and trainer.args.push_to_hub:
+            self._update_card(Path(trainer.args.output_dir) / "README.md")
 
     def _emit(self, state: TrainerState, control: TrainerControl, row: dict[str, float]) -> None:
         self._forgiving("a tracker", lambda: host.log(state, control, row))
@@ -400,6 +541,12 @@ class IIMMCallback(TrainerCallback):  # type: ignore[misc]  # transformers is un
     def _show(self, state: TrainerState, text: Callable[[], str]) -> None:
         if self.verbose and state.is_world_process_zero:
             self._forgiving("printing", lambda: tqdm.write(text()))
+
+
+def _write_report(record: dict[str, Any], folder: Path, monitor: IIMMMonitor) -> None:
+    from .pages import write_report  # takes time to import
+
+    write_report(record, folder, monitor.outcomes())
 
 
 def _step(state: TrainerState) -> int:

@@ -18,7 +18,7 @@ from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import stats
+from scipy import special
 
 Floats = NDArray[np.float64]
 
@@ -243,7 +243,7 @@ def blend(
         residuals.append(table.target[rows] - left_out[rows])
     squares = np.array([np.mean(r**2) for r in residuals])  # [T]
     dof = max(len(tasks) - 1 - float(weights @ slopes), 1.0)
-    reach = float(stats.t.ppf((1 + coverage) / 2, dof))
+    reach = float(special.stdtrit(dof, (1 + coverage) / 2))
     held = []
     for t, residual in enumerate(residuals):
         others = float(np.sqrt(np.delete(squares, t).mean()))

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from numbers import Real
 from typing import Literal
 
-from scipy import stats
+from scipy import special
 
 from .accuracy import Forgetting
 from .forecast import Forecast, Prediction
@@ -109,7 +109,7 @@ def judge(forecast: Forecast | None, observed: Forgetting | None, limits: Limits
             candidates.append((predicted.probability_above(limit), text, now))
     if observed is not None:
         drop = observed.mean if limits.limit_on == "mean" else observed.worst
-        above = float(stats.norm.sf((limit - drop.value) / max(drop.standard_error, 1e-12)))
+        above = float(special.ndtr((drop.value - limit) / max(drop.standard_error, 1e-12)))
         real = drop.value > _NOISE * drop.standard_error
         where = f" on {observed.worst_task!r}" if limits.limit_on == "worst" else ""
         text = (

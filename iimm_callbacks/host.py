@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
+from transformers import (
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 
 
 def find_trainer() -> Trainer | None:
@@ -35,6 +42,35 @@ def log(state: TrainerState, control: TrainerControl, row: dict[str, float]) -> 
             trainer.log(dict(row))
     finally:
         control.should_log = keep
+
+
+def first_in_line(callback: TrainerCallback) -> Callable[[], None]:
+    """Let a callback have the hooks before all others, from the next one on.
+
+    Trackers come before a user's callbacks and end their runs in `on_train_end`; of a row that is
+    logged after that MLflow and Trackio make a run of its own, and TensorBoard a second file.
+
+    Args:
+        callback: One of the Trainer's; of another, or where no Trainer is calling, nothing changes.
+
+    Returns:
+        A function that puts the callback back in its place.
+    """
+    trainer = find_trainer()
+    if trainer is None or callback not in trainer.callback_handler.callbacks:
+        return lambda: None
+    handler = trainer.callback_handler
+    place = handler.callbacks.index(callback)
+
+    def move(to: int) -> None:
+        others = [other for other in handler.callbacks if other is not callback]
+        if len(others) == len(handler.callbacks):
+            return  # it was taken away in between
+        # A new list: the hook that is running goes through the old one, and skips nobody.
+        handler.callbacks = [*others[:to], callback, *others[to:]]
+
+    move(0)
+    return lambda: move(place)
 
 
 def can_hold_step(args: TrainingArguments) -> bool:

@@ -26,6 +26,8 @@ from .judging import Judged, judge_first, judge_look
 from .ledger import Ledger
 from .outcomes import Outcome
 from .probe import Probe
+from .rescue import Rescue
+from .rescuer import Rescuer, is_exceeded
 from .schedule import Budget, Every, check_every, is_due, next_share
 from .store import as_outcomes
 from .tasks import Task, check_tasks
@@ -149,6 +151,7 @@ class IIMMMonitor:
         self._began = 0.0  # on the clock
         self._first_step: int | None = None  # steps done when it began
         self._warned: set[str] = set()
+        self._rescue: Rescue | None = None
 
     @property
     def history(self) -> list[dict[str, Any]]:
@@ -187,7 +190,7 @@ class IIMMMonitor:
             raise RuntimeError("`begin` was called already; make a new IIMMMonitor for every run")
         self.probe.prepare(model)
         resumed = self._journal
-        outcomes = ranks.from_first(self._read_outcomes)  # files may differ between ranks
+        outcomes = ranks.from_first(self.outcomes)  # files may differ between ranks
         if resumed:
             self.probe.check_fingerprints(resumed.fingerprints)
             if len(outcomes) < resumed.n_outcomes:
@@ -335,6 +338,37 @@ class IIMMMonitor:
         self._ledger.close()
         return outcome
 
+    def is_exceeded(self) -> bool:
+        """Whether the forgetting that the latest look observed is over the limit."""
+        journal = self._require_begun("is_exceeded")
+        return self._failure is None and is_exceeded(journal.history[-1], self.limits)
+
+    def rescue(self, model: nn.Module, rescuer: Rescuer) -> Rescue:
+        """Leave the model with the mix of untouched and fine-tuned weights that gains most.
+
+        Call it before `end`: the outcome stays that of the fine-tuned model, since that is what
+        the next run learns from; the curve goes on record beside it, as ``"rescue"``.
+
+        Args:
+            model: The model after training.
+            rescuer: What has the untouched weights.
+
+        Returns:
+            The curve and the choice.
+
+        Raises:
+            Exception: As `rescue.sweep`; the model is as it was.
+        """
+        journal = self._require_begun("rescue")
+        self._rescue = rescuer.rescue(
+            model,
+            self.probe,
+            self.limits,
+            baseline=journal.baseline,
+            autocast_dtype=self.autocast_dtype,
+        )
+        return self._rescue
+
     def restart(self) -> None:
         """Begin again from the same baseline, at step 0: a run that was broken off is tried anew.
 
@@ -346,26 +380,31 @@ class IIMMMonitor:
         self._prior = self.forecast = self._first_step = None
 
     def row(self) -> dict[str, float]:
-        """The latest look's logged keys, Python floats only."""
+        """The latest look's logged keys, Python floats only; empty where it failed."""
+        if self._failure is not None:
+            return {}
         return {k: v for k, v in self.history[-1].items() if k.startswith(keys.PREFIX)}
 
     def record(self) -> dict[str, Any]:
         """The run so far as JSON-ready data: what `report` shows and a file keeps."""
         journal = self._journal
         facts = asdict(journal.start) if journal else {}
-        names = ("model", "model_fingerprint", "method", "recipe", "n_images", "n_classes", "run")
+        names = ("model", "model_fingerprint", "method", "recipe", "versions", "run")
+        tasks = [self.probe.task, *self.probe.off_target]
         return {
             "task": self.probe.task.name,
             "off_target": [task.name for task in self.probe.off_target],
-            **{name: facts.get(name) for name in names},
+            **{name: facts.get(name) for name in (*names, "n_images", "n_classes")},
             "fingerprints": journal.fingerprints if journal else {},
+            "templates": {task.name: list(task.templates) for task in tasks},
+            "metrics": {task.name: task.metric.name for task in tasks if task.metric},
             "limits": asdict(self.limits),
             "forecast": self._prior.to_json() if self._prior else None,
             "failures": self.failures,
             "looks_dropped": journal.dropped if journal else 0,
             "ended": self.ended,
             "looks": self.history,
-        }
+        } | ({} if self._rescue is None else {"rescue": self._rescue.to_json()})
 
     def state_dict(self) -> dict[str, Any]:
         """The run so far as JSON-ready data, for a checkpoint; empty before `begin`."""
@@ -393,7 +432,8 @@ class IIMMMonitor:
             raise RuntimeError(f"call `begin(model)` on the untouched model before `{call}`")
         return self._journal
 
-    def _read_outcomes(self) -> list[Outcome]:
+    def outcomes(self) -> list[Outcome]:
+        """The finished runs that there are now to learn from: those given, or on record."""
         return self._ledger.read() if self._outcomes is None else as_outcomes(self._outcomes)
 
     def _first_look(

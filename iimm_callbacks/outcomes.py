@@ -117,7 +117,7 @@ def one_of_each_run(outcomes: Iterable[Outcome]) -> list[Outcome]:
     """
     found: dict[object, Outcome] = {}
     for outcome in outcomes:
-        key = outcome.run or id(outcome)
+        key = outcome.run or object()  # of unknown runs each is its own
         if outcome.complete or key not in found or not found[key].complete:
             found[key] = outcome
     return list(found.values())

@@ -154,14 +154,14 @@ def plot_run(record: dict[str, Any], path: str | Path) -> None:
         path: Of the PNG, SVG or PDF.
 
     Raises:
-        ImportError: matplotlib is not installed (extra ``plot``).
+        ImportError: matplotlib is not installed.
         OSError: The file cannot be written.
     """
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ImportError(
-            "`plot_run` needs matplotlib: pip install 'iimm_callbacks[plot]'"
+            "`plot_run` needs matplotlib: pip install matplotlib"
         ) from error
     figure = Figure(figsize=(10, 4.2), layout="constrained")
     axes = figure.subplots(1, 2, squeeze=True)

@@ -31,6 +31,7 @@ from .checks import (
     within,
 )
 from .guard import LEVELS, LIMIT_ON
+from .rescue_report import check_rescue
 
 _LONGEST = 53  # of a task's name in that of a file
 _HASHED = re.compile(r"-[0-9a-f]{16}\Z")
@@ -133,7 +134,7 @@ def check_run(data: Any) -> dict[str, Any]:
     Raises:
         ValueError: It is none; the message names the field, what was expected and what came.
     """
-    record = fields(data, "", _RECORD, rest=anything)
+    record = fields(data, "", _RECORD, {"rescue": check_rescue}, anything)
     for position, look in enumerate(record["looks"]):
         for key in _lacking(look, record["off_target"]):
             raise ValueError(f"`looks[{position}]` lacks {key!r}")

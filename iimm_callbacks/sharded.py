@@ -69,7 +69,7 @@ def full_parameters(
         model: The model as it trains.
         part: Only the parameters of this module in it, by their names there.
     """
-    part = part or model
+    part = model if part is None else part
     units: list[Any] = [m for m in model.modules() if is_fsdp1(m)]
     if not units:
         for name, parameter in part.named_parameters():

@@ -196,10 +196,13 @@ class _Reader:
         digests = torch.zeros(len(batch.positions), 32, dtype=torch.float64)
         images = {}
         for row, position in enumerate(batch.positions):
-            try:
-                images[row] = task.images([position])[0]
-            except Exception as error:
-                self._note(batch, error)
+            for last_try in (False, True):  # the second where a disk or a network hiccuped
+                try:
+                    images[row] = task.images([position])[0]
+                    break
+                except Exception as error:
+                    if last_try:
+                        self._note(batch, error)
         try:
             inputs = _preprocess(self._encoder, list(images.values())) if images else None
         except Exception:

@@ -89,7 +89,7 @@ def zero_shot_twin(model: nn.Module) -> AbstractContextManager[None] | None:
         configs = getattr(module, "peft_config", None)
         if not isinstance(configs, dict) or not configs:
             continue
-        adapters = _adapters(module)
+        adapters = adapter_ids(module)
         exact = (
             all(getattr(c, "bias", "none") == "none" for c in configs.values())
             and all(
@@ -148,15 +148,14 @@ def model_fingerprint(model: nn.Module) -> str:
         core = find_dual_encoder(model)
     except ValueError:
         core = model  # it has functions of its own: all its parameters count
-    adapters = _adapters(core)
+    adapters = adapter_ids(core)
     values = {}
     for name, parameter, whole in full_parameters(model, core):
         if id(parameter) in adapters:
             continue
-        for wrapper in _WRAPPERS:
-            name = f".{name}".replace(f".{wrapper}.", ".")[1:]
         some = whole.detach().flatten()[:16].float().cpu()
-        values[name] = some.clone().numpy().tobytes()  # numpy would keep FSDP from freeing `whole`
+        some = some.clone()  # numpy would keep FSDP from freeing `whole`
+        values[bare_name(name)] = some.numpy().tobytes()
     digest = hashlib.sha256()
     for name in sorted(values):
         digest.update(name.encode() + values[name])
@@ -214,7 +213,20 @@ def breadth_first(model: nn.Module) -> Iterator[nn.Module]:
         queue = [child for module in queue for child in module.children()]
 
 
-def _adapters(model: nn.Module) -> set[int]:
+def bare_name(name: str) -> str:
+    """A weight's name without what wrappers and PEFT put into it.
+
+    Example:
+        >>> bare_name("base_model.model.text_model.q_proj.base_layer.weight")
+        'text_model.q_proj.weight'
+    """
+    for wrapper in _WRAPPERS:
+        name = f".{name}".replace(f".{wrapper}.", ".")[1:]
+    return name
+
+
+def adapter_ids(model: nn.Module) -> set[int]:
+    """Identities (`id`) of the parameters of all PEFT adapters, `modules_to_save` included."""
     return {
         id(parameter)
         for module in model.modules()

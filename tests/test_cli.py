@@ -7,20 +7,30 @@ import shutil
 import subprocess
 import sys
 from dataclasses import replace
+from importlib.metadata import version
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from test_report import HOSTILE, PREDICTED, RAW, SHOWN, lines_with, shows_no_control_code
+from test_report import (
+    HOSTILE,
+    PREDICTED,
+    RAW,
+    SHOWN,
+    lines_with,
+    make_record,
+    shows_no_control_code,
+)
 from typer.testing import CliRunner
 
 from iimm_callbacks import Forecaster, Outcome, append_outcome, cli, read_outcomes, sample
-from iimm_callbacks.cli import tables
+from iimm_callbacks.cli import doctor, tables
 from iimm_callbacks.cli.loading import load_model
 from iimm_callbacks.grading import grade
 from iimm_callbacks.probe import Probe
+from iimm_callbacks.run_file import save_run
 from iimm_callbacks.wrappers import model_fingerprint
 
 # click before 8.2 mixes stderr into stdout unless told not to.
@@ -132,11 +142,22 @@ def test_a_local_model_and_a_folder_of_images_per_class_are_measured(tmp_path, m
     folder = pictures(tmp_path / "colours")
     templates = ["--template", "a {} thing", "--template", "something {}"]
     found = ask("measure", model, folder, *templates)
-    assert (found["task"], found["split"], found["n_images"]) == ("colours", "train", 8)
+    assert (found["task"], found["split"], found["n_images"]) == ("colours", "", 8)
     assert found["n_classes"] == 2
     assert found["templates"] == ["a {} thing", "something {}"]
     assert ask("measure", "sample", folder, *templates)["iimm"] == pytest.approx(found["iimm"])
-    assert "`--split` must be one of train" in fails("measure", model, folder, "--split", "test")
+    assert "`--split` must be left out" in fails("measure", model, folder, "--split", "test")
+
+
+def test_of_folders_of_splits_the_named_one_or_test_is_measured(tmp_path):
+    pictures(tmp_path / "colours" / "test")
+    pictures(tmp_path / "colours" / "val")
+    (tmp_path / "colours" / "val" / "red" / "0.png").unlink()
+    found = ask("measure", "sample", tmp_path / "colours")
+    assert (found["task"], found["split"], found["n_images"]) == ("colours", "test", 8)
+    assert ask("measure", "sample", tmp_path / "colours", "--split", "val")["n_images"] == 7
+    wrong = fails("measure", "sample", tmp_path / "colours", "--split", "dev")
+    assert "`--split` must be one of validation, test for" in wrong
 
 
 def test_a_data_set_saved_to_disk_is_measured(tmp_path, colours):
@@ -146,6 +167,102 @@ def test_a_data_set_saved_to_disk_is_measured(tmp_path, colours):
     assert (found["task"], found["split"], found["n_images"]) == ("colours", "", 96)
     assert "`--split` must be left out" in fails("measure", "sample", folder, "--split", "test")
     assert "`label_column`" in fails("measure", "sample", folder, "--label-column", "no")
+
+
+# --- rescue ---
+
+
+@pytest.fixture
+def rescued(tmp_path, tiny_clip, processor, colours, shapes, make_trainer):
+    """(method) -> BASE, TUNED and options of `iimm rescue` for a model that was just tuned."""
+    from iimm_callbacks import tuning
+
+    base = tmp_path / "base"
+    tiny_clip().save_pretrained(base)
+    processor.save_pretrained(base)
+    colours.save_to_disk(tmp_path / "colours")
+    shapes.save_to_disk(tmp_path / "shapes")
+    options = [tmp_path / "colours", "--template", "a {} thing", "--max-forgetting", 1]
+    options += ["--off-target", tmp_path / "shapes", "--probe-size", 32]
+
+    def tune(method):
+        model = tuning.prepare(tiny_clip(), method)
+        trainer = make_trainer(model=model, max_steps=20, learning_rate=2e-3)
+        trainer.train()
+        model.save_pretrained(tmp_path / "tuned")
+        trainer.save_model(tmp_path / "trainer")  # its weights only, by the classifier's names
+        return [base, tmp_path / "tuned", *options]
+
+    return tune
+
+
+def test_rescue_saves_the_mix_with_its_curve(rescued, tmp_path, colour_task):
+    arguments = rescued("full")
+    to = tmp_path / "rescued"
+    found = ask("rescue", *arguments, "--to", to)
+    assert 0 < found["alpha"] <= 1
+    assert json.loads((to / "rescue.json").read_text()) == found
+    mixed, processor = load_model(str(to), device="cpu")  # whole again, with a processor
+    probe = Probe(colour_task, processor=processor, progress=False)
+    (chosen,) = (m for m in found["mixes"] if m["alpha"] == found["alpha"])
+    assert probe.look(mixed, 0).accuracy("colours") == chosen["accuracy"]
+    base, tuned, *_ = (load_model(str(a), processor=str(to))[0].state_dict() for a in arguments[:2])
+    for name, value in mixed.state_dict().items():
+        if value.is_floating_point():
+            assert torch.equal(value, torch.lerp(base[name], tuned[name], found["alpha"])), name
+    shown = run("rescue", *arguments).stdout
+    assert f"Chosen: α = {found['alpha']:.3g}, as {found['reason']}." in shown
+    assert "held out" in shown
+    assert "Saved" not in shown
+    assert "`--to` must be a folder that is empty or new" in fails("rescue", *arguments, "--to", to)
+
+
+def test_rescue_reads_what_a_trainer_saved(rescued, tmp_path):
+    base, tuned, *options = rescued("full")
+    of_trainer = ask("rescue", base, tmp_path / "trainer", *options)
+    of_model = ask("rescue", base, tuned, *options)
+    assert of_trainer["mixes"] == of_model["mixes"]
+    file = ask("rescue", base, tmp_path / "trainer" / "model.safetensors", *options)
+    assert file["mixes"] == of_model["mixes"]
+    other = fails("rescue", "sample", tmp_path / "trainer", *options)
+    assert "`TUNED` must hold weights of `BASE` and no others" in other
+
+
+def test_rescue_scales_an_adapter_and_saves_it_as_one(rescued, tmp_path):
+    from peft import PeftModel
+
+    arguments = rescued("lora")
+    to = tmp_path / "rescued"
+    found = ask("rescue", *arguments, "--to", to)
+    assert {path.name for path in to.iterdir()} >= {"adapter_config.json", "rescue.json"}
+    adapters = [
+        PeftModel.from_pretrained(load_model(str(arguments[0]))[0], folder).state_dict()
+        for folder in (arguments[1], to)
+    ]
+    for name, value in adapters[0].items():
+        scale = found["alpha"] if "lora_B" in name else 1.0
+        torch.testing.assert_close(adapters[1][name], scale * value)
+
+
+def test_rescue_saves_nothing_where_nothing_gains(rescued, tmp_path, monkeypatch):
+    nothing = (0.0, "no mix gains anything within 1.0 points of mean forgetting")
+    monkeypatch.setattr("iimm_callbacks.rescue.choose", lambda mixes, limits: nothing)
+    to = tmp_path / "rescued"
+    found = ask("rescue", *rescued("full"), "--to", to, code=2)
+    assert (found["alpha"], found["reason"], found["to"]) == (*nothing, None)
+    assert not to.exists()
+
+
+def test_rescue_refuses_what_is_no_mix_of_the_two(rescued, tmp_path):
+    base, tuned, *options = rescued("full")
+    told = fails("rescue", base, base, *options)
+    assert "differs in nothing" in told
+    assert "`base` must have the" in fails("rescue", "sample", tuned, *options)
+    (tmp_path / "head").mkdir()
+    (tmp_path / "head" / "head.safetensors").touch()
+    assert "residual ratio" in fails("rescue", base, tmp_path / "head", *options)
+    too_much = fails("rescue", base, tuned, options[0], "--max-forgetting", 5)
+    assert "must be a fraction in (0, 1]" in too_much
 
 
 # --- forecast ---
@@ -421,7 +538,7 @@ def test_a_record_goes_to_the_hub_and_comes_back(record, tmp_path, monkeypatch):
     table, private = pushed["us/runs"]
     assert private is True
     loaded = {"us/runs": datasets.DatasetDict(train=table)}
-    monkeypatch.setattr(datasets, "load_dataset", lambda name, config: loaded[name])
+    monkeypatch.setattr(datasets, "load_dataset", lambda name, config, **_: loaded[name])
     ask("outcomes", "import", "us/runs", "--store", tmp_path / "back.jsonl")
     assert read_outcomes(tmp_path / "back.jsonl") == record
     loaded["us/runs"] = datasets.DatasetDict(train=datasets.Dataset.from_dict({"x": [1]}))
@@ -583,10 +700,187 @@ def test_grade_refuses_such_limits(record, arguments, says):
     assert says in fails("grade", *arguments)
 
 
+# --- report, compare ---
+
+
+def save(path, **more):
+    path.parent.mkdir(exist_ok=True)
+    save_run(make_record() | {"model_fingerprint": "1f", "run": "own"} | more, path)
+    return path
+
+
+def test_report_writes_the_page_among_the_past_runs_of_its_model(tmp_path, store):
+    path = save(tmp_path / "run.json")
+    for i in range(4):
+        append_outcome(store, outcome(f"task {i}", x=0.3 + 0.1 * i, run=f"run {i}"))
+    append_outcome(store, outcome("task", model="2f"))
+    append_outcome(store, outcome("digits", run="own"))
+    found = ask("report", path)
+    assert found["page"] == str(tmp_path / "run_report" / "report.html")
+    assert (found["n_past"], found["store"]) == (4, str(store))
+    assert str(tmp_path / "run_report" / "past_gain.png") in found["pictures"]
+    html = (tmp_path / "run_report" / "report.html").read_text(encoding="utf-8")
+    assert "4 complete runs of these very weights" in html
+    shown = run("report", path, "--outcomes", "sample", "--to", tmp_path / "here").stdout
+    assert "Predicted and observed: digits (full)" in shown
+    assert "Shown among 0 past runs of its model, of 150 in " in shown
+    assert shown.endswith(f"Written to {tmp_path / 'here' / 'report.html'}.\n")
+
+
+def test_report_refuses_what_is_no_run(tmp_path):
+    (tmp_path / "run.json").write_text("{}")
+    assert "run.json is no run file: `task` is missing" in fails("report", tmp_path / "run.json")
+    path = save(tmp_path / "good.json")
+    assert "does not exist" in fails("report", path, "--outcomes", tmp_path / "none.jsonl")
+    assert not (tmp_path / "good_report").exists()
+    assert "No such file" in fails("report", tmp_path / "none.json")
+
+
+def test_compare_shows_runs_by_the_names_of_their_folders_and_draws_them(tmp_path):
+    runs = [
+        save(tmp_path / "full" / "run.json"),
+        save(tmp_path / "lora" / "run.json", method="lora"),
+    ]
+    to = tmp_path / "compare.png"
+    shown = run("compare", *runs, "--to", to).stdout
+    assert "Latest look of each run: digits" in shown
+    assert lines_with(shown, "full full 50% +41.5 +3.1 +12.5 warn")
+    assert lines_with(shown, "lora lora 50% +41.5 +3.1 +12.5 warn")
+    assert "Not gone to the last planned step: full, lora." in shown
+    assert to.read_bytes()[:4] == b"\x89PNG"
+    other = save(tmp_path / "lora" / "other.json", task=HOSTILE)
+    shown = run("compare", *runs, other, "--to", to).stdout
+    assert shows_no_control_code(shown)
+    assert lines_with(shown, "lora/other", "full")
+    found = ask("compare", *runs, "--to", tmp_path / "compare.html")
+    assert [row["name"] for row in found["runs"]] == ["full", "lora"]
+    assert found["written"] == str(tmp_path / "compare.html")
+    assert "<title>2 runs compared" in (tmp_path / "compare.html").read_text(encoding="utf-8")
+
+
+def test_one_run_is_not_compared(tmp_path):
+    path = save(tmp_path / "run.json")
+    assert f"must be two or more to compare, got {path} alone" in fails("compare", path)
+    assert "xyz" in fails("compare", path, path, "--to", tmp_path / "c.xyz")
+
+
+# --- doctor ---
+
+
+@pytest.fixture
+def packages(monkeypatch):
+    """(name, version=..., problem=...) per package that is not as it should be; all others are."""
+
+    def plant(name, **known):
+        plain = doctor._package
+
+        def package(asked_for, *others):
+            return plain(asked_for, *others) | (known if asked_for == name else {})
+
+        monkeypatch.setattr(doctor, "_package", package)
+
+    monkeypatch.setattr(doctor, "import_problem", lambda modules: None)
+    return plant
+
+
+def test_doctor_finds_nothing_wrong_here_and_writes_nothing(store):
+    found = ask("doctor")
+    assert found["problems"] == []
+    versions = {package["name"]: package["version"] for package in found["packages"]}
+    assert versions["torch"] == torch.__version__
+    assert versions["iimm_callbacks"]
+    assert found["devices"][0].startswith("cpu")
+    assert "tensorboard" in found["trackers"]  # an extra of the tests
+    assert found["store"]["path"] == str(store)
+    assert (found["store"]["writable"], found["store"]["runs"]) == (True, 0)
+    assert list(store.parent.iterdir()) == []
+
+
+def test_doctor_shows_a_table_and_says_that_all_is_well(packages):
+    shown = run("doctor").stdout
+    (line,) = [x for x in shown.splitlines() if x.startswith("│ transformers ")]
+    assert [cell.strip() for cell in line.strip("│").split("│")][2:] == ["always", "ok"]
+    assert shown.splitlines()[-1] == "All is well."
+
+
+def test_doctor_names_missing_extras_with_the_command_and_is_content(packages):
+    packages("peft", version=None)
+    found = ask("doctor")
+    assert found["missing_extras"]["peft"] == "pip install 'iimm_callbacks[peft]'"
+    assert "Extra 'peft': pip install 'iimm_callbacks[peft]'" in run("doctor").stdout.splitlines()
+
+
+@pytest.mark.parametrize(
+    ("name", "known", "says"),
+    [
+        ("torch", {"version": None}, "torch is missing: pip install 'torch>=2.4'"),
+        ("scipy", {"problem": "OSError: no"}, "scipy .* cannot be imported .OSError: no."),
+        ("rich", {"version": "1", "problem": ">=13.0 is needed"}, "rich 1: >=13.0 is needed: pip"),
+        ("peft", {"problem": "ImportError: x"}, "peft .* cannot be imported .ImportError: x."),
+    ],
+)
+def test_doctor_says_what_is_wrong_and_exits_with_1(packages, name, known, says):
+    packages(name, **known)
+    (problem,) = ask("doctor", code=1)["problems"]
+    assert re.search(says, problem)
+    assert "All is well" not in run("doctor", code=1).stdout
+
+
+def test_doctor_checks_the_bounds_of_what_is_installed(monkeypatch):
+    monkeypatch.setattr(doctor, "import_problem", lambda modules: None)
+    monkeypatch.setattr(
+        doctor, "version", lambda name: "4.50.0" if name == "transformers" else version(name)
+    )
+    (problem,) = ask("doctor", code=1)["problems"]
+    assert re.match("transformers 4.50.0: .*4.57.* is needed: pip install 'transformers", problem)
+
+
+def test_a_broken_torchvision_is_the_cause_of_what_fails_with_it():
+    why = "RuntimeError: operator torchvision::nms does not exist"
+
+    def package(name, version, problem=why):
+        return {"name": name, "version": version, "problem": problem, "extras": [], "asked": ""}
+
+    broken = [package("transformers", "5.0"), package("peft", "0.2"), package("torchvision", "0.9")]
+    (problem,) = doctor.package_problems([package("torch", "2.13.0", None), *broken])
+    assert problem.startswith(f"torchvision 0.9 cannot be imported ({why}), nor can transformers,")
+    assert "the one for torch 2.13.0" in problem
+    assert "pip uninstall torchvision" in problem
+
+
+def test_an_import_that_fails_is_told_by_the_error_at_its_root(tmp_path, monkeypatch):
+    (tmp_path / "broken_library.py").write_text(
+        "try:\n    raise OSError('no such operator')\n"
+        "except OSError as error:\n    raise ImportError('wrapped') from error\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    assert doctor.import_problem(["broken_library"]) == "OSError: no such operator"
+    assert doctor.import_problem(["no_such_library"]).startswith("ModuleNotFoundError: ")
+    assert doctor.import_problem(["json", "transformers"]) is None
+
+
+def test_doctor_counts_runs_and_damaged_lines(record, store, packages):
+    with store.open("a") as file:
+        file.write("{}\n")
+    found = ask("doctor", code=1)
+    assert (found["store"]["runs"], found["store"]["damaged"]) == (3, 1)
+    assert "`iimm outcomes check` names them" in found["problems"][0]
+
+
+def test_doctor_sees_a_store_that_cannot_be_written(tmp_path, monkeypatch, packages):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("IIMM_CALLBACKS_STORE", str(tmp_path / "file" / "store.jsonl"))
+    found = ask("doctor", code=1)
+    assert found["store"]["writable"] is False
+    assert "cannot be written (Not a directory)" in found["problems"][0]
+    assert "IIMM_CALLBACKS_STORE" in found["problems"][0]
+
+
 # --- help ---
 
 COMMANDS = [
-    ["measure"], ["forecast"], ["preflight"], ["grade"], ["outcomes"],
+    ["measure"], ["forecast"], ["preflight"], ["grade"], ["report"], ["compare"], ["outcomes"],
+    ["demo"], ["doctor"],
     *(["outcomes", name] for name in ("list", "add", "import", "export", "check")),
 ]  # fmt: skip
 
@@ -599,6 +893,10 @@ def test_help_fits_a_screen(command):
     assert "..." not in "".join(lines[3:])  # no command's line is cut short
     leaf = command not in ([], ["outcomes"])
     assert any("--json" in line for line in lines) == leaf
+
+
+def test_the_first_help_fits_a_terminal_of_24_lines():
+    assert len(run("--help").stdout.splitlines()) < 24
 
 
 def test_the_installed_command_runs_and_helps_without_arguments():

@@ -3,14 +3,25 @@
 import importlib
 import json
 import math
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+import torch
+from accelerate.commands.config.config_args import load_config_from_file
+from accelerate.commands.launch import launch_command_parser
+from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from iimm_callbacks import keys, read_outcomes, sample
 
 ROOT = Path(__file__).parent.parent
+CONFIGS = ROOT / "examples" / "accelerate_configs"
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2)
+ACCELERATE = ("-m", "accelerate.commands.launch", "--config_file", CONFIGS / "cpu_2.yaml")
 
 # The README's code is for machines with and without an accelerator; torch warns on the latter.
 no_pin_memory = pytest.mark.filterwarnings("ignore:'pin_memory' argument is set as true")
@@ -22,6 +33,38 @@ def example(monkeypatch, tmp_path):
     monkeypatch.syspath_prepend(str(ROOT / "examples"))
     monkeypatch.chdir(tmp_path)
     return importlib.import_module
+
+
+@pytest.fixture
+def python(tmp_path):
+    """(arguments) -> what Python printed, run in the temporary folder."""
+
+    def run(*arguments):
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+        done = subprocess.run(
+            [sys.executable, *map(str, arguments)],
+            cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+        return done.stdout
+
+    return run
+
+
+def read_looks(folder):
+    """The looks in a run file, without what the clock says."""
+    looks = json.loads((folder / "run.json").read_text())["looks"]
+    clock = ("time", "eval_iimm_runtime")
+    return [{k: v for k, v in look.items() if k not in clock} for look in looks]
+
+
+def read_weights(folder):
+    return load_file(folder / "model" / "model.safetensors")
+
+
+def assert_same_weights(one, other):
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[name], other[name]) for name in one)
 
 
 @pytest.mark.parametrize("method", ["full", "lora"])
@@ -61,6 +104,101 @@ def test_the_guarded_finetune_takes_a_model_and_a_data_set_of_ones_own(
     assert run["forecast"]["basis"].startswith("base rates: ")
     (outcome,) = read_outcomes(own_store)
     assert (outcome.task, outcome.complete) == ("data", True)
+
+
+def test_the_guarded_finetune_goes_on_from_the_last_complete_checkpoint(example, tmp_path):
+    main, out = example("guarded_finetune").main, tmp_path / "out"
+    run = ["--smoke", "--output_dir", "out", "--save_steps", "3"]
+    main(run)
+    looks, weights = read_looks(out), read_weights(out)
+    # As a kill leaves it that comes while the last checkpoint is written.
+    (out / "checkpoint-8" / "trainer_state.json").write_text('{"best_global')
+    (out / "run.json").unlink()
+    with pytest.raises(SystemExit, match="checkpoint-6 is of another run: --resume it"):
+        main(run)
+    main([*run, "--resume"])
+    assert read_looks(out) == looks
+    assert_same_weights(read_weights(out), weights)
+
+
+def test_the_guarded_finetune_is_one_run_on_two_processes(python, tmp_path):
+    script = ROOT / "examples" / "guarded_finetune.py"
+    printed = python(*TORCHRUN, script, "--smoke", "--output_dir", "out")
+    run = json.loads((tmp_path / "out" / "run.json").read_text())
+    assert [look["step"] for look in run["looks"]] == [0, 1, 2, 3, 4, 6, 8]
+    assert (run["recipe"]["batch_size"], run["ended"]) == (2 * 32, "finished")
+    for once in ("IIMM before training", "Predicted and observed", "Written to out"):
+        assert printed.count(once) == 1
+
+
+def test_the_accelerate_loop_tells_the_tracker_and_goes_on_from_its_checkpoint(
+    example, tmp_path, capsys
+):
+    main, out = example("accelerate_loop").main, tmp_path / "out"
+    run = ["--smoke", "--output_dir", "out", "--save_steps", "3"]
+    main(run)
+    looks, weights = read_looks(out), read_weights(out)
+    assert [look["step"] for look in looks] == [0, 1, 2, 3, 4, 6, 8]
+    assert "Predicted and observed: handwritten_digits (full)" in capsys.readouterr().out
+    told = EventAccumulator(str(out / "tracker")).Reload()
+    assert [event.step for event in told.Scalars("eval_iimm")] == [0, 1, 2, 3, 4, 6, 8]
+    assert [event.step for event in told.Scalars("loss")] == [1, 2, 3, 4, 6, 8]
+    assert [path.name for path in (out / "checkpoints").iterdir()] == ["step-6"]
+    (out / "checkpoints" / "unfinished").mkdir()  # by a run that was killed
+    with pytest.raises(SystemExit, match="checkpoints are of another run: --resume it"):
+        main(run)
+    monitor = main([*run, "--resume"])
+    assert [look["step"] for look in monitor.history] == [0, 1, 2, 3, 4, 6, 8]
+    assert read_looks(out) == looks
+    assert_same_weights(read_weights(out), weights)
+
+
+def test_the_accelerate_loop_is_the_same_run_on_two_processes_and_stops_both(
+    example, python, tmp_path
+):
+    run = ["--smoke", "--learning_rate", "3e-4", "--output_dir"]
+    example("accelerate_loop").main([*run, "alone"])
+    # A script of its own, to see what the second process has: only the first one writes.
+    (tmp_path / "worker.py").write_text(
+        "import json, os, pathlib, sys\n"
+        f"sys.path.insert(0, {str(ROOT / 'examples')!r})\n"
+        "import accelerate_loop\n"
+        "record = accelerate_loop.main(sys.argv[1:]).record()\n"
+        "folder = pathlib.Path('rank-' + os.environ['RANK'])\n"
+        "folder.mkdir()\n"
+        "(folder / 'run.json').write_text(json.dumps(record))\n"
+    )
+    printed = python(*ACCELERATE, "worker.py", *run, "two")
+    for once in ("Processes: 2", "IIMM before training", "Predicted and observed", "Written to"):
+        assert printed.count(once) == 1
+    alone, first, second = (read_looks(tmp_path / n) for n in ("alone", "rank-0", "rank-1"))
+    assert first == second == read_looks(tmp_path / "two")
+    assert first[0] == alone[0]
+    assert [look["level"] for look in first] == ["warn", "warn", "warn", "stop"]
+    for ours, theirs in zip(first, alone, strict=True):
+        assert ours["eval_iimm"] == pytest.approx(theirs["eval_iimm"], abs=1e-5)
+    assert read_weights(tmp_path / "two").keys() == read_weights(tmp_path / "alone").keys()
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
+def test_accelerate_reads_the_configs(path):
+    config = load_config_from_file(str(path))  # refuses keys that it does not know
+    # It looks not into these, and `accelerate launch` hands on what it has no option for.
+    inner = config.fsdp_config | config.deepspeed_config
+    options = {action.dest for action in launch_command_parser()._actions}
+    assert inner.keys() <= options
+    assert config.num_processes == 2
+    words = path.read_text()
+    assert ("Run here" in words) == (path.stem == "cpu_2")
+    assert ("Not run here" in words) == (path.stem != "cpu_2")
+
+
+def test_nothing_is_lost_by_kills_and_faults(python):
+    printed = python(ROOT / "examples" / "soak.py", "--smoke")
+    assert re.search(r"\b2 runs ended as if nothing had been", printed)
+    assert "0 runs lost something" in printed
+    happened = dict(re.findall(r"│ (.*?) +│ (\d+) ", printed))
+    assert int(happened["SIGKILL"]) > 0
 
 
 def read_run(folder):
@@ -172,7 +310,7 @@ def test_the_benchmark_prints_every_figure(example, capsys):
 def test_the_readme_runs(monkeypatch, tmp_path, capsys):
     monkeypatch.chdir(tmp_path)
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    assert len(blocks) == 3
+    assert len(blocks) == 4
     names = {}
     for block in blocks:
         exec(compile(block.replace("max_steps=100", "max_steps=4"), "README.md", "exec"), names)
@@ -184,5 +322,5 @@ def test_ci_runs_the_readmes_test_commands():
     pattern = re.search(r"grep '(.*)' README.md", (ROOT / ".ci" / "run").read_text())[1]
     commands = re.findall(f"{pattern}.*$", (ROOT / "README.md").read_text(), re.MULTILINE)
     assert ["ruff" in command for command in commands] == [True, False, False]
-    assert ["constraints-oldest" in command for command in commands] == [False, True, False]
+    assert ["constraints-oldest" in command for command in commands] == [False, True, False, False]
     assert ["test-open-clip" in command for command in commands] == [False, False, True]

@@ -27,7 +27,7 @@ def watched(name, globals=None, locals=None, fromlist=(), level=0):
     return plain(name, globals, locals, fromlist, level)
 builtins.__import__ = watched
 socket.socket.connect = lambda self, address: connections.append(str(address))
-import iimm_callbacks
+from iimm_callbacks import *
 import torch
 found = {
     "imports": list(seen),
@@ -38,7 +38,10 @@ found = {
     "level": logging.getLogger().level,
     "cuda": torch.cuda.is_initialized(),
 }
-exec("import matplotlib", {"__name__": "iimm_callbacks.report"})
+try:
+    exec("import matplotlib", {"__name__": "iimm_callbacks.report"})
+except ImportError:  # it is seen even where it is not installed
+    pass
 found["can fail"] = seen
 print(json.dumps(found))
 """
@@ -53,11 +56,8 @@ def fresh_import():
 
 
 def test_all_is_what_can_be_imported():
-    public = {
-        name
-        for name, value in vars(iimm_callbacks).items()
-        if not name.startswith("_") and not inspect.ismodule(value)
-    }
+    public = {name for name in dir(iimm_callbacks) if not name.startswith("_")}
+    assert all(hasattr(iimm_callbacks, name) for name in public)
     assert public == set(iimm_callbacks.__all__)
     assert sorted(iimm_callbacks.__all__) == iimm_callbacks.__all__
 

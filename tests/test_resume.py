@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from transformers import Trainer, TrainerCallback
 
 from iimm_callbacks import IIMMCallback, IIMMMonitor, read_outcomes
 from iimm_callbacks.journal import Journal
+from iimm_callbacks.judging import judge_look
 from iimm_callbacks.wrappers import model_fingerprint
 
 SAVING = {"max_steps": 6, "save_strategy": "steps", "save_steps": 3}
@@ -394,3 +396,39 @@ def test_evaluating_after_a_run_measures_nothing_more(make_trainer, guard):
     looks = len(callback.monitor.history)
     trainer.evaluate()
     assert len(callback.monitor.history) == looks
+
+
+@pytest.mark.parametrize(("every", "stopped_at"), [(2, 4), ("epoch", 12)])
+def test_a_run_that_was_stopped_and_then_killed_stays_stopped(
+    make_trainer, guard, tmp_path, monkeypatch, every, stopped_at
+):
+    """The checkpoint of the step it stopped at may be from before or after the look there."""
+    monkeypatch.setattr("iimm_callbacks.monitor.judge_look", stop_from(stopped_at))
+    arguments = {"max_steps": 20, "save_strategy": "steps", "save_steps": 2}
+    arguments["output_dir"] = str(tmp_path / "out")
+    whole = guard(every=every, action="stop")
+    stopped = make_trainer([whole], **arguments)
+    stopped.train()
+    assert stopped.state.global_step == stopped_at
+    again = guard(every=every, action="stop")
+    resumed = make_trainer([again], **arguments)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "out" / f"checkpoint-{stopped_at}"))
+    for one, other in zip(stopped.model.parameters(), resumed.model.parameters(), strict=True):
+        assert torch.equal(one, other)
+    assert again.outcome == whole.outcome
+    assert again.outcome.ended.startswith(f"stopped by the guard at step {stopped_at}")
+    goes_on = make_trainer([guard(every=every, action="warn")], **arguments)
+    goes_on.train(resume_from_checkpoint=str(tmp_path / "out" / f"checkpoint-{stopped_at}"))
+    assert goes_on.state.global_step == 20
+
+
+def stop_from(step):
+    """`judge_look` that says stop from a step on."""
+
+    def judged(look, *arguments, **keywords):
+        found = judge_look(look, *arguments, **keywords)
+        level = "stop" if look.step >= step else "continue"
+        verdict = replace(found.verdict, level=level, reason="enough")
+        return replace(found, verdict=verdict, row=found.row | {"level": level, "reason": "enough"})
+
+    return judged

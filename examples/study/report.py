@@ -3,7 +3,7 @@
     python examples/study/report.py                              # the runs that ship, 20 seconds
     python examples/study/report.py --outcomes outcomes.jsonl    # your own, of the shipped sample
 
-Writes RESULTS.md and three pictures (extra `plot`) to `--output_dir`. The figures come from
+Writes RESULTS.md and three pictures to `--output_dir`. The figures come from
 analysis.py and transferability.py, their form from tables.py and plots.py.
 """
 

@@ -17,8 +17,9 @@ from ..guard import Limits, judge, recommend
 from ..outcomes import Outcome
 from ..probe import Probe
 from ..wrappers import model_fingerprint
-from . import outcomes, tables
+from . import demo, doctor, outcomes, rescuing, runs, tables
 from .loading import SAMPLE, load_model, load_task
+from .options import LimitOn, Reading
 from .outcomes import Store, read_record
 from .shell import Answer, Commands, command
 
@@ -33,12 +34,16 @@ app = typer.Typer(
 )
 app.add_typer(outcomes.app, name="outcomes")
 
-LimitOn = Annotated[str, typer.Option(help="'mean' of the off-target tasks, or the 'worst'")]
+command(app, "demo")(demo.demo)
+command(app, "doctor")(doctor.doctor)
+
+command(app, "rescue")(rescuing.rescue)
+
 Confidence = Annotated[float, typer.Option(help="Probability of exceeding to stop from")]
 
 
-@dataclass(frozen=True)
-class Subject:
+@dataclass(frozen=True, kw_only=True)
+class Subject(Reading):
     """What is measured: the options of `measure`, `forecast` and `preflight`."""
 
     model: Annotated[
@@ -46,20 +51,6 @@ class Subject:
         typer.Argument(help="Hub name, folder, sample, open_clip:NAME:TAG", metavar="MODEL"),
     ]
     dataset: Annotated[str, typer.Argument(help="Hub name, folder, sample:NAME", metavar="DATASET")]
-    split: Annotated[str | None, typer.Option(help="Default: test, or the only one")] = None
-    template: Annotated[
-        list[str] | None, typer.Option(help="Prompt; repeatable [default: a photo of a {}.]")
-    ] = None
-    image_column: Annotated[str | None, typer.Option(help="Where there is a choice")] = None
-    label_column: Annotated[str | None, typer.Option(help="Where there is a choice")] = None
-    task_name: Annotated[str | None, typer.Option(help="Name of the task, as in past runs")] = None
-    probe_size: Annotated[int | None, typer.Option(help="Images, at most [default: 512]")] = None
-    batch_size: Annotated[int, typer.Option(help="Images in a forward pass", min=1)] = 64
-    device: Annotated[str | None, typer.Option(help="Default: cuda if there is one")] = None
-    processor: Annotated[
-        str | None, typer.Option(help="Hub name or folder, where MODEL has none")
-    ] = None
-    seed: Annotated[int, typer.Option(help="Of the choice of images", min=0)] = 0
 
 
 @dataclass(frozen=True)
@@ -199,6 +190,10 @@ def grade(
     shown = [row for row in graded["forecasts"] if row["method"] in (method or known)]
     data = {"store": str(path), "limit_on": limit_on} | graded | {"forecasts": shown}
     return Answer(data, tables.grades(data, method or ["all"]))
+
+
+command(app, "report")(runs.report)
+command(app, "compare")(runs.compare)
 
 
 def _measure(

@@ -1,0 +1,244 @@
+"""`iimm doctor`: what is installed, what of it can be imported, is the store writable?"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import platform
+import tempfile
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from importlib.metadata import PackageNotFoundError, metadata, packages_distributions, version
+from typing import Any
+
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+from rich.table import Table
+
+from ..report import page
+from ..store import check_store, default_store, read_outcomes
+from .shell import Answer
+
+_PACKAGE = "iimm_callbacks"
+_WIDTH = 96
+_NEEDED = "is needed"
+_NO_EXTRA = "test"  # extras for those who work on the package begin with this
+# Found by transformers or by us where they are installed; no extra of ours.
+_BESIDE = ("torchvision", "evaluate", "bitsandbytes", "sentence-transformers")
+# What a user's script imports of transformers, which itself loads nothing until it is asked.
+_ASKED = {"transformers": ("CLIPModel", "Trainer")}
+_TORCHVISION = (
+    "transformers imports torchvision wherever it finds one, so that `from transformers import "
+    "CLIPModel` fails with it. It was most likely built for another torch: install the one for "
+    "torch {torch} (pip install --force-reinstall torchvision, from the index torch came from), or "
+    "remove it (pip uninstall torchvision): iimm_callbacks does without"
+)
+
+
+def doctor() -> Answer:
+    """Check the installation: versions, extras, devices, the store.
+
+    Exit code 1 if something is wrong. A missing extra is not.
+    """
+    importlib.invalidate_caches()
+    modules = _modules()
+    packages = [
+        _package(name, extras, asked, modules) for name, (extras, asked) in _requirements().items()
+    ]
+    devices, trackers = _devices(), _trackers()
+    store = _store()
+    problems = [*package_problems(packages), *store["problems"]]
+    data = {
+        "python": platform.python_version(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "packages": packages,
+        "missing_extras": _missing_extras(packages),
+        "devices": devices,
+        "trackers": trackers,
+        "store": store,
+        "problems": problems,
+    }
+    return Answer(data, _text(data), 1 if problems else 0)
+
+
+def _requirements() -> dict[str, tuple[list[str], Requirement | None]]:
+    """Distribution -> the extras it is in, none where always needed, and what is asked of it."""
+    found: dict[str, tuple[list[str], Requirement | None]] = {_PACKAGE: ([], None)}
+    optional: dict[str, tuple[list[str], Requirement | None]] = {}
+    about = metadata(_PACKAGE)
+    for line in about.get_all("Requires-Dist") or []:
+        asked = Requirement(line)
+        if asked.marker is None or asked.marker.evaluate({"extra": ""}):
+            found[asked.name] = ([], asked)
+            continue
+        for extra in about.get_all("Provides-Extra") or []:
+            if not extra.startswith(_NO_EXTRA) and asked.marker.evaluate({"extra": extra}):
+                optional.setdefault(asked.name, ([], asked))[0].append(extra)
+    beside = {name: (["by itself"], None) for name in _BESIDE if name not in optional}
+    return found | optional | beside
+
+
+def _modules() -> dict[str, list[str]]:
+    """Distribution, as `canonicalize_name` writes it -> what it is imported as."""
+    found: dict[str, list[str]] = {}
+    for module, owners in packages_distributions().items():
+        for owner in set(map(canonicalize_name, owners)):
+            found.setdefault(owner, []).append(module)
+    # Some bring modules beside their own, such as tests.
+    return {
+        owner: [m for m in modules if canonicalize_name(m) == owner] or modules[:1]
+        for owner, modules in found.items()
+    }
+
+
+def _package(
+    name: str,
+    extras: Sequence[str],
+    asked: Requirement | None,
+    modules: Mapping[str, Sequence[str]],
+) -> dict[str, Any]:
+    """What is known of a distribution; ``problem`` where it is there and cannot be used."""
+    about: dict[str, Any] = {
+        "name": name,
+        "extras": list(extras),
+        "asked": str(asked.specifier) if asked else "",
+    }
+    try:
+        about["version"] = version(name)
+    except PackageNotFoundError:
+        return about | {"version": None, "problem": None}
+    about["problem"] = import_problem(modules.get(canonicalize_name(name), [name]))
+    if asked and not asked.specifier.contains(about["version"], prereleases=True):
+        about["problem"] = about["problem"] or f"{asked.specifier} {_NEEDED}"
+    return about
+
+
+def import_problem(modules: Sequence[str]) -> str | None:
+    """Why these cannot be imported: the error at the root, which others wrap; None if they can."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            for module in modules:
+                imported = importlib.import_module(module)
+                for attribute in _ASKED.get(module, ()):
+                    getattr(imported, attribute)
+    except Exception as error:  # whatever a broken library raises
+        root: BaseException = error
+        while root.__cause__ is not None:
+            root = root.__cause__
+        return f"{type(root).__name__}: {root}"
+    return None
+
+
+def package_problems(packages: Sequence[dict[str, Any]]) -> Iterator[str]:
+    """What is wrong with these, and what to do; what a broken torchvision breaks is told with it.
+
+    Args:
+        packages: What `iimm doctor --json` prints of them.
+    """
+    known = {package["name"]: package for package in packages}
+    cause = known.get("torchvision", {}).get("problem")
+    for package in packages:
+        name, found, problem = package["name"], package["version"], package["problem"]
+        wanted = f"pip install '{name}{package['asked']}'"
+        if found is None and not package["extras"]:
+            yield f"{name} is missing: {wanted}"
+        elif problem and problem.endswith(_NEEDED):
+            yield f"{name} {found}: {problem}: {wanted}"
+        elif name == "torchvision" and problem:
+            others = [n for n, p in known.items() if p["problem"] == cause and n != name]
+            also = f", nor can {', '.join(others)} for its sake" if others else ""
+            torch = known.get("torch", {}).get("version")
+            yield f"torchvision {found} cannot be imported ({problem}){also}. " + (
+                _TORCHVISION.format(torch=torch)
+            )
+        elif problem and problem != cause:
+            yield f"{name} {found} cannot be imported ({problem})"
+
+
+def _missing_extras(packages: Sequence[dict[str, Any]]) -> dict[str, str]:
+    """Extra -> how it is installed, of those that are not."""
+    missing = {
+        extra: f"pip install '{_PACKAGE}[{extra}]'"
+        for package in packages
+        for extra in package["extras"]
+        if package["version"] is None and extra != "by itself"
+    }
+    return dict(sorted(missing.items()))
+
+
+def _devices() -> list[str]:
+    import torch
+
+    found = [f"cpu, {torch.get_num_threads()} threads"]
+    if torch.cuda.is_available():
+        found += [
+            f"cuda:{i}, {torch.cuda.get_device_name(i)}" for i in range(torch.cuda.device_count())
+        ]
+    if torch.backends.mps.is_available():
+        found.append("mps")
+    return found
+
+
+def _trackers() -> list[str] | None:
+    """Those that ``report_to`` could name here; None where transformers cannot be asked."""
+    try:
+        from transformers.integrations import get_available_reporting_integrations
+
+        return sorted(get_available_reporting_integrations())
+    except Exception as error:  # the table has the cause
+        logging.getLogger(__name__).debug("transformers cannot be asked: %s", error)
+        return None
+
+
+def _store() -> dict[str, Any]:
+    """The user's record: where, how many runs, whether it could take one more. Changes nothing."""
+    path = default_store()
+    about: dict[str, Any] = {"path": str(path), "runs": 0, "damaged": 0, "writable": True}
+    problems = []
+    folder = next(p for p in path.absolute().parents if p.exists())
+    try:
+        with tempfile.TemporaryFile(dir=folder):  # the lock is a file beside the record
+            pass
+        if path.is_file():
+            path.open("ab").close()
+    except OSError as error:
+        about["writable"] = False
+        problems.append(
+            f"the store {path} cannot be written ({error.strerror or error}): make it writable, or "
+            "name another in IIMM_CALLBACKS_STORE"
+        )
+    try:
+        if path.exists():
+            damaged = len(check_store(path))
+            about |= {"damaged": damaged, "runs": len(read_outcomes(path))}
+            if damaged:
+                problems.append(
+                    f"{damaged} lines of the store {path} are damaged and skipped: `iimm outcomes "
+                    "check` names them"
+                )
+    except (OSError, TypeError, ValueError) as error:
+        problems.append(f"the store {path} cannot be read ({error})")
+    return about | {"problems": problems}
+
+
+def _text(data: dict[str, Any]) -> str:
+    table = Table(title=f"Python {data['python']}, {data['system']}", width=_WIDTH)
+    for column in ("package", "version", "needed for", "state"):
+        table.add_column(column, no_wrap=column != "state")
+    for package in data["packages"]:
+        missing = package["version"] is None
+        purpose = ", ".join(package["extras"]) or "always"
+        state = package["problem"] or ("not installed" if missing else "ok")
+        table.add_row(package["name"], package["version"] or "", purpose, state)
+    store = data["store"]
+    writable = "writable" if store["writable"] else "NOT writable"
+    trackers = data["trackers"]
+    lines = [
+        f"Devices: {'; '.join(data['devices'])}",
+        "Trackers: " + ("unknown" if trackers is None else ", ".join(trackers) or "none installed"),
+        f"Store: {store['path']}, {writable}, {store['runs']} runs, {store['damaged']} damaged",
+        *(f"Extra '{extra}': {how}" for extra, how in data["missing_extras"].items()),
+        *(f"Problem: {problem}." for problem in data["problems"]),
+    ]
+    return page(table, *lines, *[] if data["problems"] else ["All is well."])

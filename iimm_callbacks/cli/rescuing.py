@@ -1,0 +1,165 @@
+"""`iimm rescue`: a fine-tuned model on disk -> the mix with its base that gains most within it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from safetensors.torch import load_file
+from torch import nn
+
+from ..counterparts import Kept, core_of, counterparts, save_weights, state_of
+from ..guard import Limits
+from ..rescue import rescue as rescue_model
+from ..rescue_report import rescue_table
+from ..run_file import save_run
+from ..tasks import Task
+from .loading import SAMPLE, load_model, load_task
+from .options import LimitOn, Reading
+from .shell import Answer
+
+_NAMES = "Hub name, folder, sample, open_clip:NAME:TAG"
+
+
+def rescue(
+    base: Annotated[str, typer.Argument(help=f"Untouched: {_NAMES}", metavar="BASE")],
+    tuned: Annotated[
+        str,
+        typer.Argument(
+            help="Fine-tuned: as BASE, a folder of peft or a Trainer, .safetensors",
+            metavar="TUNED",
+        ),
+    ],
+    dataset: Annotated[str, typer.Argument(help="Learnt: Hub name, folder, sample:NAME")],
+    reading: Reading,
+    off_target: Annotated[
+        list[str] | None,
+        typer.Option(help="Not to forget, as DATASET; repeatable [default: shipped tasks]"),
+    ] = None,
+    max_forgetting: Annotated[float, typer.Option(help="Limit, a fraction")] = 0.05,
+    limit_on: LimitOn = "mean",
+    to: Annotated[
+        Path | None, typer.Option(help="Folder for the mix [default: measure only]")
+    ] = None,
+) -> Answer:
+    """Mix base and fine-tuned weights; save the best mix.
+
+    That is the one with the most gain within the limit. Exit code 0, or 2 where none gains anything
+    within it; then nothing is saved. --template is for DATASET; it and the off-target data sets are
+    read from --split.
+    """
+    limits = Limits(max_forgetting, limit_on)  # type: ignore[arg-type]  # it checks
+    if to is not None:
+        to = to.expanduser()
+        if to.exists() and (not to.is_dir() or any(to.iterdir())):
+            raise ValueError(f"`--to` must be a folder that is empty or new, got {str(to)!r}")
+    model, untouched, processor, save = _load(base, tuned, reading)
+    found = rescue_model(
+        model,
+        untouched,
+        _task(dataset, reading, reading.template, reading.task_name),
+        None if off_target is None else [_task(name, reading) for name in off_target],
+        limits,
+        processor=processor,
+        batch_size=reading.batch_size,
+    )
+    data = {"base": base, "tuned": tuned, "dataset": dataset, "to": None} | found.to_json()
+    text = rescue_table(data | {"applied": None}, dataset)
+    if to is not None and found.alpha > 0:
+        to.mkdir(parents=True, exist_ok=True)
+        save(to)
+        data["to"] = str(to)
+        save_run(json.loads(json.dumps(data)), to / "rescue.json")
+        text += f"\nSaved to {to}, with the curve in rescue.json."
+    return Answer(data, text, 0 if found.alpha > 0 else 2)
+
+
+_Loaded = tuple[Any, nn.Module | None, Any, Callable[[Path], None]]
+
+
+def _load(base: str, tuned: str, reading: Reading) -> _Loaded:
+    """The fine-tuned model, the untouched one unless it is in there, the processor, and a saver."""
+    path = Path(tuned).expanduser()
+    untouched, processor = load_model(base, processor=reading.processor, device=reading.device)
+    if (path / "adapter_config.json").exists():
+        adapted = _with_adapter(untouched, path)
+        return adapted, None, processor, adapted.save_pretrained
+    model: Any
+    weights = path / "model.safetensors" if path.is_dir() else path
+    if weights.is_file() and not (path / "config.json").exists():
+        model, _ = load_model(base, processor=reading.processor, device=reading.device)
+        _fill(model, weights, tuned)
+    else:
+        if (path / "head.safetensors").exists():
+            raise ValueError(
+                f"`TUNED` must be a whole model or an adapter of peft, got {tuned!r} with the head "
+                "of a CLIP-Adapter or linear probe, which does not tell its residual ratio; call "
+                "`iimm_callbacks.rescue.rescue` on the model"
+            )
+        whose = reading.processor or (None if base.startswith("open_clip:") else _folder(base))
+        model, _ = load_model(tuned, processor=whose, device=reading.device)
+    untouched.cpu()  # the device holds one model
+
+    def save(folder: Path) -> None:
+        if hasattr(model, "save_pretrained"):
+            model.save_pretrained(folder)
+            processor.save_pretrained(folder)
+        else:
+            save_weights(model.state_dict(), folder / "model.safetensors")
+
+    return model, untouched, processor, save
+
+
+def _with_adapter(model: nn.Module, folder: Path) -> Any:
+    try:
+        from peft import PeftModel
+    except ImportError as error:
+        raise ImportError(
+            f"`TUNED` {str(folder)!r} needs peft: pip install 'iimm_callbacks[peft]'"
+        ) from error
+    try:
+        return PeftModel.from_pretrained(model, str(folder)).eval()
+    except (RuntimeError, ValueError, KeyError, TypeError) as error:
+        why = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ValueError(
+            f"`TUNED` must be an adapter of `BASE`, got {str(folder)!r}: {why}"
+        ) from error
+
+
+def _fill(model: nn.Module, path: Path, tuned: str) -> None:
+    """Put what a file of weights holds into the model; what it lacks was not tuned."""
+    core = core_of(model)
+    model.requires_grad_(False)
+    try:
+        for own, value in counterparts(core, Kept(state_of(load_file(path), core))):
+            own.copy_(value)
+    except Exception as error:  # of whatever kind: it is told
+        raise ValueError(
+            f"`TUNED` must hold weights of `BASE` and no others, got {tuned!r}: {error}"
+        ) from error
+
+
+def _folder(name: str) -> str:
+    if name != SAMPLE:
+        return name
+    from ..sample import model_path
+
+    return str(model_path())
+
+
+def _task(
+    name: str, reading: Reading, templates: list[str] | None = None, task_name: str | None = None
+) -> Task:
+    return load_task(
+        name,
+        split=reading.split,
+        task_name=task_name,
+        templates=templates,
+        image_column=reading.image_column,
+        label_column=reading.label_column,
+        probe_size=reading.probe_size,
+        seed=reading.seed,
+    )[0]

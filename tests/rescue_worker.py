@@ -1,0 +1,83 @@
+"""What `test_rescue.py` runs on one and on two ranks: in one process that forks, which is fast.
+
+    python rescue_worker.py FOLDER
+
+Leaves what each rank came back with in `alone.pt`, `0.pt` and `1.pt`.
+"""
+
+import copy
+import sys
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+from conftest import make_dataset
+from tiny import FAMILIES
+from torch import distributed
+
+from iimm_callbacks import Task
+from iimm_callbacks.guard import Limits
+from iimm_callbacks.probe import Probe
+from iimm_callbacks.rescue import sweep
+
+COLOURS, SHAPES = make_dataset("colour", 40, seed=1), make_dataset("shape", 30, seed=2)
+
+
+class FailsOnRank1(Probe):
+    def _show(self, *arguments):
+        self.looks = getattr(self, "looks", 0) + 1
+        if self.looks == 3 and distributed.get_rank() == 1:
+            raise OSError("disk on fire")
+        return super()._show(*arguments)
+
+
+def probe_of(kind=Probe):
+    task = Task("colours", COLOURS, templates="a {} thing", probe_size=24)
+    other = Task("shapes", SHAPES, templates="a photo of the {}", probe_size=15)
+    return kind(task, [other], processor=PROCESSOR, progress=False)
+
+
+def told(call):
+    try:
+        call()
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return "nothing"
+
+
+def work(path, world, rank):
+    torch.set_num_threads(1)
+    if world > 1:
+        distributed.init_process_group(
+            "gloo", init_method=f"file://{path}/store", rank=rank, world_size=world,
+            timeout=timedelta(seconds=60),
+        )  # fmt: skip
+    base, model = copy.deepcopy(BASE), copy.deepcopy(TUNED)
+    result = {"tuned": copy.deepcopy(model.state_dict())}
+    if world > 1:
+        failing = copy.deepcopy(TUNED)
+        result["error"] = told(lambda: sweep(failing, base, probe_of(FailsOnRank1), Limits(1.0)))
+        result["after failure"] = failing.state_dict()
+        result["no base"] = told(
+            lambda: sweep(failing, base if rank == 0 else None, probe_of(), Limits(1.0))
+        )
+    found = sweep(model, base, probe_of(), Limits(1.0), alphas=[0.3, 0.6])
+    result |= {"alpha": found.alpha, "mixes": found.mixes, "mixed": model.state_dict()}
+    torch.save(result, Path(path) / ("alone.pt" if world == 1 else f"{rank}.pt"))
+
+
+if __name__ == "__main__":
+    BASE, PROCESSOR = FAMILIES["CLIP"]()
+    for seed in range(20):  # until it gains, by luck
+        TUNED = copy.deepcopy(BASE)
+        generator = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for parameter in TUNED.parameters():
+                parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
+        if sweep(TUNED, BASE, probe_of(), Limits(1.0), alphas=[0.3, 0.6], apply=False).alpha:
+            break
+    folder = sys.argv[1]
+    work(folder, 1, 0)
+    torch.multiprocessing.start_processes(
+        lambda rank: work(folder, 2, rank), nprocs=2, start_method="fork"
+    )
