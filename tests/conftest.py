@@ -37,6 +37,7 @@ collect_ignore = ["tiny_open_clip.py"]  # has no doctest, and open_clip is not e
 
 def pytest_addoption(parser):
     parser.addoption("--record-matrix", action="store_true", help="see test_matrix.py")
+    parser.addoption("--notebook", action="store_true", help="run examples/story.ipynb, a minute")
 
 
 @pytest.fixture(autouse=True)

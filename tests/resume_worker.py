@@ -66,7 +66,7 @@ def train(data, folder, restore):
         logging_steps=1,
         save_steps=3,
         save_total_limit=2,
-        eval_strategy="epoch" if every == "evaluate" else "steps",
+        eval_strategy="steps",  # "epoch" with dropout is not the same run resumed, guard or no guard
         eval_steps=4,
         restore_callback_states_from_checkpoint=restore,
         report_to="none",

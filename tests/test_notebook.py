@@ -17,7 +17,6 @@ import warnings
 from pathlib import Path
 
 import pytest
-import transformers
 
 ROOT = Path(__file__).parent.parent
 NOTEBOOK = ROOT / "examples" / "story.ipynb"
@@ -118,8 +117,9 @@ def test_it_is_small_and_tells_nothing_of_the_machine():
         assert trace not in without_pictures
 
 
-@pytest.mark.skipif(transformers.__version__ < "5", reason="once is enough, beside the newest")
-def test_it_runs_and_shows_what_is_stored(tmp_path):
+def test_it_runs_and_shows_what_is_stored(tmp_path, pytestconfig):
+    if not pytestconfig.getoption("--notebook"):
+        pytest.skip("takes a minute: --notebook")
     written = tmp_path / "story.ipynb"
     process = subprocess.run(
         [sys.executable, __file__, str(written)],
