@@ -66,7 +66,7 @@ def train(data, folder, restore):
         logging_steps=1,
         save_steps=3,
         save_total_limit=2,
-        eval_strategy="steps",  # "epoch" with dropout is not the same run resumed, guard or no guard
+        eval_strategy="steps",  # by "epoch" no resumed run is the same, guard or not
         eval_steps=4,
         restore_callback_states_from_checkpoint=restore,
         report_to="none",
