@@ -160,9 +160,7 @@ def plot_run(record: dict[str, Any], path: str | Path) -> None:
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise ImportError(
-            "`plot_run` needs matplotlib: pip install matplotlib"
-        ) from error
+        raise ImportError("`plot_run` needs matplotlib: pip install matplotlib") from error
     figure = Figure(figsize=(10, 4.2), layout="constrained")
     axes = figure.subplots(1, 2, squeeze=True)
     for axis, name in zip(axes, ("gain", "forgetting"), strict=True):
