@@ -143,6 +143,7 @@ def test_without_a_base_model_the_guard_is_off_and_says_so_once(
     ],
     ids=["epoch", "evaluate", "best-model", "after-the-last-step"],
 )  # fmt: skip
+@pytest.mark.filterwarnings("ignore:mtime may not be reliable")  # transformers 4: it saves too fast
 @pytest.mark.parametrize("restore", [False, True])
 def test_a_resumed_run_has_the_history_and_outcome_of_one_in_one_piece(
     make_trainer, guard, tmp_path, every, arguments, restore
