@@ -259,8 +259,9 @@ def calling(hook, do):
 
 def collapsed(first, second, *rest):
     for row in rest:
-        assert row["eval_iimm_shapes_accuracy"] == pytest.approx(1 / 3)  # all taken for one class
-        drop = first["eval_iimm_shapes_accuracy"] - 1 / 3
+        right = row["eval_iimm_shapes_accuracy"]  # all are taken for circles, or all for squares
+        assert right == pytest.approx(1 / 3) or right == pytest.approx(2 / 3)
+        drop = first["eval_iimm_shapes_accuracy"] - right
         assert row["eval_iimm_forgetting_observed"] == pytest.approx(drop)
         assert row["eval_iimm_accuracy"] == pytest.approx(1 / 4)
         assert row["eval_iimm_intra"] == pytest.approx(1, abs=1e-5)
