@@ -1,4 +1,4 @@
-"""Guarded runs that are killed again and again, for `test_resume.py`: forked, since that is fast.
+"""Guarded runs that are killed again and again, for `test_kill.py`: forked, since that is fast.
 
     python resume_worker.py FOLDER SEED
 
