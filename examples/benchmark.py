@@ -20,8 +20,8 @@ from rich.table import Table
 from transformers import HfArgumentParser, PrinterCallback, Trainer, TrainingArguments
 
 from iimm_callbacks import IIMMCallback, ImageCollator, PromptClassifier, iimm, sample
-from iimm_callbacks.probe import Probe
-from iimm_callbacks.tuning import prepare
+from iimm_callbacks.models.tuning import prepare
+from iimm_callbacks.probing.probe import Probe
 
 
 @dataclass

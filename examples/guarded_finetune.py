@@ -39,8 +39,8 @@ from iimm_callbacks import (
     Task,
     sample,
 )
+from iimm_callbacks.models.tuning import prepare
 from iimm_callbacks.report import plot_run
-from iimm_callbacks.tuning import prepare
 
 LEARNING_RATE = {
     "full": 1e-4,

@@ -24,8 +24,8 @@ import torch
 from transformers import HfArgumentParser, PrinterCallback, Trainer, TrainingArguments
 
 from iimm_callbacks import IIMMCallback, ImageCollator, PromptClassifier, sample
-from iimm_callbacks.run_file import save_run
-from iimm_callbacks.tuning import prepare
+from iimm_callbacks.models.tuning import prepare
+from iimm_callbacks.storage.run_file import save_run
 
 # What open_clip keeps in `model_configs/ViT-B-32.json`, smaller. The vocabulary is that of its own
 # tokenizer, which comes with it.

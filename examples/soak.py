@@ -57,12 +57,12 @@ from transformers import HfArgumentParser, Trainer, TrainerCallback, TrainingArg
 from transformers.utils import logging as transformers_logging
 
 from iimm_callbacks import IIMMCallback, ImageCollator, PromptClassifier, Task, sample
-from iimm_callbacks import ledger as ledger_module
 from iimm_callbacks import monitor as monitor_module
-from iimm_callbacks.outcomes import one_of_each_run
-from iimm_callbacks.probe import Probe
-from iimm_callbacks.run_file import read_run
-from iimm_callbacks.store import read_outcomes
+from iimm_callbacks.probing.probe import Probe
+from iimm_callbacks.storage import ledger as ledger_module
+from iimm_callbacks.storage.outcomes import one_of_each_run
+from iimm_callbacks.storage.run_file import read_run
+from iimm_callbacks.storage.store import read_outcomes
 
 STEPS = 16
 PATIENCE = 120  # seconds for a run of two

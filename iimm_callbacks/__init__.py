@@ -6,16 +6,16 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .accuracy import forgetting, gain_over_zero_shot_error, zero_shot_accuracy
     from .callback import IIMMCallback
-    from .classifier import ImageCollator, PromptClassifier
-    from .families import Family, register_encoder
-    from .forecast import Forecast
-    from .forecaster import Forecaster
+    from .data.tasks import Task
+    from .forecasting.forecast import Forecast
+    from .forecasting.forecaster import Forecaster
     from .guard import Limits, Verdict
     from .measure import IIMMAccumulator, Measurement, drift_bound, iimm
+    from .models.classifier import ImageCollator, PromptClassifier
+    from .models.families import Family, register_encoder
     from .monitor import IIMMMonitor
-    from .outcomes import Outcome
-    from .store import append_outcome, read_outcomes
-    from .tasks import Task
+    from .storage.outcomes import Outcome
+    from .storage.store import append_outcome, read_outcomes
 
 __version__ = "0.1.0"
 
@@ -24,16 +24,16 @@ __version__ = "0.1.0"
 _HOMES = {
     "accuracy": ("forgetting", "gain_over_zero_shot_error", "zero_shot_accuracy"),
     "callback": ("IIMMCallback",),
-    "classifier": ("ImageCollator", "PromptClassifier"),
-    "families": ("Family", "register_encoder"),
-    "forecast": ("Forecast",),
-    "forecaster": ("Forecaster",),
+    "data.tasks": ("Task",),
+    "forecasting.forecast": ("Forecast",),
+    "forecasting.forecaster": ("Forecaster",),
     "guard": ("Limits", "Verdict"),
     "measure": ("IIMMAccumulator", "Measurement", "drift_bound", "iimm"),
+    "models.classifier": ("ImageCollator", "PromptClassifier"),
+    "models.families": ("Family", "register_encoder"),
     "monitor": ("IIMMMonitor",),
-    "outcomes": ("Outcome",),
-    "store": ("append_outcome", "read_outcomes"),
-    "tasks": ("Task",),
+    "storage.outcomes": ("Outcome",),
+    "storage.store": ("append_outcome", "read_outcomes"),
 }
 
 __all__ = [

@@ -10,7 +10,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from .wrappers import find_dual_encoder
+from .models.wrappers import find_dual_encoder
 
 
 def amend_cards(trainer: Any, key: str, amend: Callable[[Path], None]) -> None:

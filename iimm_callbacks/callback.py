@@ -6,7 +6,6 @@ import logging
 import math
 import weakref
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
@@ -18,18 +17,18 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from . import alerts, host, keys, ranks, report
 from .amended import amend_cards
 from .card import update_card
-from .encoders import EncodePair
+from .data.tasks import Task, check_tasks
 from .forgiving import Forgiving
 from .guard import LEVELS, Limits, Verdict
+from .models.encoders import EncodePair
+from .models.wrappers import find_untouched
 from .monitor import IIMMMonitor
-from .outcomes import Outcome
-from .rescue_report import rescue_table
-from .rescuer import Rescuer
-from .run_file import file_name
+from .rescue.rescuer import Rescuer, rescue_at_end
+from .rescue.table import rescue_table
 from .schedule import Budget, Every, check_every
-from .store import as_outcomes
-from .tasks import Task, check_tasks
-from .wrappers import load_untouched, zero_shot_twin
+from .storage.outcomes import Outcome
+from .storage.run_file import file_name
+from .storage.store import as_outcomes
 
 logger = logging.getLogger(__name__)
 
@@ -75,7 +74,7 @@ class IIMMCallback(TrainerCallback):  # type: ignore[misc]  # transformers is un
             `Verdict` of every look and returns True to stop.
         on_exceed: ``"rescue"``: where the observed forgetting is over the limit when training ends,
             leave the model with the mix of untouched and fine-tuned weights that gains most
-            within it, see `rescue.rescue`; the fine-tuned weights go to a file in the output
+            within it, see `rescue.sweep.rescue`; the fine-tuned weights go to a file in the output
             folder, and checkpoints hold them. Costs a copy of the weights that train in the memory
             of each process, and as much on disk where checkpoints are written; with adapters
             nothing. At the end it takes as long as eleven looks.
@@ -320,7 +319,7 @@ class IIMMCallback(TrainerCallback):  # type: ignore[misc]  # transformers is un
                 self._look(state, control, model)
         step = monitor.looked_at if self._hold_first_step else _step(state)
         if not self._hold_first_step and self._rescuer is not None and monitor.is_exceeded():
-            self._rescue(state, monitor, self._rescuer, model)
+            rescue_at_end(monitor, self._rescuer, model, strict=self.strict)
         self.outcome = monitor.end(model, step, ended=self._stop_reason)
         self._card_of_checkpoints(state)
         record = monitor.record()
@@ -330,24 +329,6 @@ class IIMMCallback(TrainerCallback):  # type: ignore[misc]  # transformers is un
         if self.report and state.is_world_process_zero:
             folder = Path(args.output_dir) / f"{self._file_stem}_report"
             self._forgiving("the report", lambda: _write_report(record, folder, monitor))
-
-    def _rescue(
-        self, state: TrainerState, monitor: IIMMMonitor, rescuer: Rescuer, model: Any
-    ) -> None:
-        try:
-            found = monitor.rescue(model, rescuer)
-        except Exception as error:  # the model is as it was, on all ranks
-            if self.strict:
-                raise
-            if state.is_world_process_zero:
-                logger.warning("The model could not be rescued and is as trained: %s", error)
-            return
-        if found.alpha == 0 and state.is_world_process_zero:
-            logger.warning(
-                "The model is the UNTOUCHED one again, as %s; the fine-tuned weights are in %s",
-                found.reason,
-                rescuer.tuned_file,
-            )
 
     def record(self) -> dict[str, Any]:
         """The run as JSON-ready data, for `run_file.save_run` and `report.plot_run`.
@@ -430,16 +411,11 @@ class IIMMCallback(TrainerCallback):  # type: ignore[misc]  # transformers is un
         saved = state.stateful_callbacks.get(self._state_key)
         try:
             monitor = self._new_monitor(args, state, processor)
-            untouched: nn.Module | AbstractContextManager[Any] | None = None
+            untouched = None
             if saved is not None:
                 monitor.load_state_dict(saved["attributes"])
-            elif self.base_model is not None:
-                untouched = load_untouched(self.base_model, model)
-            elif (untouched := zero_shot_twin(model)) is None:
-                raise ValueError(
-                    "the checkpoint was written without the guard, so the untouched model was "
-                    "never measured; give it as `base_model`"
-                )
+            else:
+                untouched = find_untouched(model, self.base_model)
             monitor.begin(model, recipe=host.recipe(args, state), untouched=untouched)
         except Exception as error:
             if self.strict:

@@ -16,7 +16,7 @@ from huggingface_hub import EvalResult, ModelCard
 
 from . import keys
 from .report import interval, percent, points, printable
-from .run_file import file_name
+from .storage.run_file import file_name
 
 HEADING = "Gain and forgetting (iimm_callbacks)"
 TASK_TYPE = "zero-shot-image-classification"

@@ -10,7 +10,7 @@ from typing import Literal
 from scipy import special
 
 from .accuracy import Forgetting
-from .forecast import Forecast, Prediction
+from .forecasting.forecast import Forecast, Prediction
 
 LIMIT_ON = ("mean", "worst")
 LEVELS = ("continue", "warn", "stop")

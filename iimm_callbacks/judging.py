@@ -10,10 +10,10 @@ import numpy as np
 
 from . import keys
 from .accuracy import Forgetting, Score, forgetting, paired_drop
-from .forecast import Forecast
-from .forecaster import Forecaster
+from .forecasting.forecast import Forecast
+from .forecasting.forecaster import Forecaster
 from .guard import Limits, Verdict, judge
-from .look import Look
+from .probing.look import Look
 
 
 @dataclass(frozen=True)

@@ -8,10 +8,10 @@ from dataclasses import replace
 from typing import Any
 
 from .accuracy import Forgetting
-from .forecast import Forecast, Prediction
+from .forecasting.forecast import Forecast, Prediction
 from .guard import Verdict
-from .look import Look
-from .outcomes import Outcome
+from .probing.look import Look
+from .storage.outcomes import Outcome
 
 PREFIX = "eval_iimm"
 INTER = f"{PREFIX}_inter"

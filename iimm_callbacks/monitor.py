@@ -15,23 +15,24 @@ import torch
 from torch import nn
 
 from . import keys, ranks
-from .checks import anything, dict_of
+from .data.tasks import Task, check_tasks
 from .embeddings import NotFiniteError
-from .encoders import EncodePair
-from .forecast import Forecast
-from .forecaster import Forecaster
+from .forecasting.forecast import Forecast
+from .forecasting.forecaster import Forecaster
+from .forecasting.records import about
 from .guard import Limits, Verdict
-from .journal import Journal, opening
 from .judging import Judged, judge_first, judge_look
-from .ledger import Ledger
-from .outcomes import Outcome
-from .probe import Probe
-from .rescue import Rescue
-from .rescuer import Rescuer, is_exceeded
+from .models.encoders import EncodePair
+from .models.tuning import detect, trainable_share
+from .probing.probe import Probe
+from .rescue.rescuer import Rescuer, is_exceeded
+from .rescue.sweep import Rescue
 from .schedule import Budget, Every, check_every, is_due, next_share
-from .store import as_outcomes
-from .tasks import Task, check_tasks
-from .tuning import detect, trainable_share
+from .storage.checks import anything, dict_of
+from .storage.journal import Journal, opening
+from .storage.ledger import Ledger
+from .storage.outcomes import Outcome
+from .storage.store import as_outcomes
 
 logger = logging.getLogger(__name__)
 
@@ -210,13 +211,7 @@ class IIMMMonitor:
         total = start.recipe.get("steps")
         prior = self._forecaster.predict(
             journal.baseline.measurement,
-            method=start.method,
-            zero_shot_accuracy=start.zero_shot_accuracy,
-            model=start.model_fingerprint,
-            task=start.task,
-            task_fingerprint=start.task_fingerprint,
-            recipe=start.recipe,
-            off_target=list(start.off_target_before),
+            **about(start),
             next_share=next_share(self.every, 0, total, 0) if isinstance(total, int) else None,
         )
         if not journal.history:
@@ -357,7 +352,7 @@ class IIMMMonitor:
             The curve and the choice.
 
         Raises:
-            Exception: As `rescue.sweep`; the model is as it was.
+            Exception: As `rescue.sweep.sweep`; the model is as it was.
         """
         journal = self._require_begun("rescue")
         self._rescue = rescuer.rescue(

@@ -18,8 +18,8 @@ from tiny import FAMILIES
 from torch import distributed
 
 from iimm_callbacks import IIMMMonitor, Task, ranks
-from iimm_callbacks.probe import Probe
-from iimm_callbacks.wrappers import model_fingerprint
+from iimm_callbacks.models.wrappers import model_fingerprint
+from iimm_callbacks.probing.probe import Probe
 
 WORLDS = (1, 2, 3, 7)
 COLOURS, SHAPES = make_dataset("colour", 40, seed=1), make_dataset("shape", 30, seed=2)

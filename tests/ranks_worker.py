@@ -19,7 +19,7 @@ from transformers import CLIPModel, CLIPProcessor, Trainer, TrainingArguments
 from transformers.utils import logging as transformers_logging
 
 from iimm_callbacks import IIMMCallback, ImageCollator, PromptClassifier, Task, monitor
-from iimm_callbacks.probe import Probe
+from iimm_callbacks.probing.probe import Probe
 
 
 class ForgetsAtStep4(Probe):

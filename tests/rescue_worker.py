@@ -17,8 +17,8 @@ from torch import distributed
 
 from iimm_callbacks import Task
 from iimm_callbacks.guard import Limits
-from iimm_callbacks.probe import Probe
-from iimm_callbacks.rescue import sweep
+from iimm_callbacks.probing.probe import Probe
+from iimm_callbacks.rescue.sweep import sweep
 
 COLOURS, SHAPES = make_dataset("colour", 40, seed=1), make_dataset("shape", 30, seed=2)
 

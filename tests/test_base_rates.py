@@ -6,8 +6,8 @@ from dataclasses import asdict
 import numpy as np
 import pytest
 
-from iimm_callbacks.base_rates import load_base_rates
-from iimm_callbacks.outcomes import parse_outcome
+from iimm_callbacks.forecasting.base_rates import load_base_rates
+from iimm_callbacks.storage.outcomes import parse_outcome
 
 B32 = "openai/clip-vit-base-patch32"
 B16 = "openai/clip-vit-base-patch16"

@@ -15,9 +15,9 @@ import torch
 from transformers import TrainerCallback, TrainingArguments
 
 from iimm_callbacks import IIMMCallback, Outcome, Task, append_outcome, read_outcomes
-from iimm_callbacks.probe import Probe
-from iimm_callbacks.tuning import prepare
-from iimm_callbacks.wrappers import model_fingerprint
+from iimm_callbacks.models.tuning import prepare
+from iimm_callbacks.models.wrappers import model_fingerprint
+from iimm_callbacks.probing.probe import Probe
 
 CHECKPOINTING = "activation_checkpointing"  # its name since transformers 5
 if CHECKPOINTING not in TrainingArguments.__dataclass_fields__:

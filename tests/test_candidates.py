@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from iimm_callbacks.candidates import Candidate, Question, Table, _weights, blend
+from iimm_callbacks.forecasting.candidates import Candidate, Question, Table, _weights, blend
 
 MEAN = Candidate("mean")
 LINE = Candidate("line", ("x",))

@@ -12,9 +12,9 @@ from torch import nn
 from transformers import Trainer, TrainingArguments
 
 from iimm_callbacks import ImageCollator, PromptClassifier, Task
-from iimm_callbacks import classifier as classifier_module
-from iimm_callbacks.encoders import find_encoder
-from iimm_callbacks.tuning import prepare
+from iimm_callbacks.models import classifier as classifier_module
+from iimm_callbacks.models.encoders import find_encoder
+from iimm_callbacks.models.tuning import prepare
 
 LORA = {"r": 2, "target_modules": ["q_proj", "v_proj"]}
 

@@ -28,10 +28,10 @@ from typer.testing import CliRunner
 from iimm_callbacks import Forecaster, Outcome, append_outcome, cli, read_outcomes, sample
 from iimm_callbacks.cli import doctor, tables
 from iimm_callbacks.cli.loading import load_model
-from iimm_callbacks.grading import grade
-from iimm_callbacks.probe import Probe
-from iimm_callbacks.run_file import save_run
-from iimm_callbacks.wrappers import model_fingerprint
+from iimm_callbacks.forecasting.grading import grade
+from iimm_callbacks.models.wrappers import model_fingerprint
+from iimm_callbacks.probing.probe import Probe
+from iimm_callbacks.storage.run_file import save_run
 
 # click before 8.2 mixes stderr into stdout unless told not to.
 MIXES = "mix_stderr" in inspect.signature(CliRunner).parameters
@@ -175,7 +175,7 @@ def test_a_data_set_saved_to_disk_is_measured(tmp_path, colours):
 @pytest.fixture
 def rescued(tmp_path, tiny_clip, processor, colours, shapes, make_trainer):
     """(method) -> BASE, TUNED and options of `iimm rescue` for a model that was just tuned."""
-    from iimm_callbacks import tuning
+    from iimm_callbacks.models import tuning
 
     base = tmp_path / "base"
     tiny_clip().save_pretrained(base)
@@ -246,7 +246,7 @@ def test_rescue_scales_an_adapter_and_saves_it_as_one(rescued, tmp_path):
 
 def test_rescue_saves_nothing_where_nothing_gains(rescued, tmp_path, monkeypatch):
     nothing = (0.0, "no mix gains anything within 1.0 points of mean forgetting")
-    monkeypatch.setattr("iimm_callbacks.rescue.choose", lambda mixes, limits: nothing)
+    monkeypatch.setattr("iimm_callbacks.rescue.sweep.choose", lambda mixes, limits: nothing)
     to = tmp_path / "rescued"
     found = ask("rescue", *rescued("full"), "--to", to, code=2)
     assert (found["alpha"], found["reason"], found["to"]) == (*nothing, None)

@@ -25,10 +25,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image as PILImage
 
-from iimm_callbacks import IIMMCallback, Task, templates
-from iimm_callbacks.folders import ImageFolder, has_class_folders
-from iimm_callbacks.probe import Probe
-from iimm_callbacks.streams import draw_balanced
+from iimm_callbacks import IIMMCallback, Task
+from iimm_callbacks.data import templates
+from iimm_callbacks.data.folders import ImageFolder, has_class_folders
+from iimm_callbacks.data.streams import draw_balanced
+from iimm_callbacks.probing.probe import Probe
 
 FEATURES = Features({"image": Image(), "label": ClassLabel(names=["cat", "dog", "owl"])})
 TWO = {"class_names": ["a", "b"]}

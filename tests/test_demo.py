@@ -10,7 +10,7 @@ from test_cli import RUNNER
 
 from iimm_callbacks import cli, report
 from iimm_callbacks.cli import demo
-from iimm_callbacks.run_file import read_run
+from iimm_callbacks.storage.run_file import read_run
 
 
 @pytest.fixture(scope="module")

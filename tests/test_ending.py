@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from iimm_callbacks import IIMMCallback, monitor
-from iimm_callbacks.run_file import read_run
-from iimm_callbacks.tuning import prepare
+from iimm_callbacks.models.tuning import prepare
+from iimm_callbacks.storage.run_file import read_run
 
 
 @pytest.fixture
@@ -53,7 +53,7 @@ def test_a_failing_rescue_warns_and_leaves_the_model_as_trained(
     make_trainer, guard, monkeypatch, caplog
 ):
     monkeypatch.setattr(monitor, "is_exceeded", lambda *_: True)
-    monkeypatch.setattr("iimm_callbacks.rescue.choose", lambda *_: 1 / 0)
+    monkeypatch.setattr("iimm_callbacks.rescue.sweep.choose", lambda *_: 1 / 0)
     plain, guarded = make_trainer([]), make_trainer([guard(on_exceed="rescue")])
     for trainer in (plain, guarded):
         trainer.train()

@@ -25,13 +25,13 @@ from iimm_callbacks import (
     Task,
     register_encoder,
 )
-from iimm_callbacks import families as families_module
-from iimm_callbacks.encoders import find_encoder, move
-from iimm_callbacks.families import family_of
-from iimm_callbacks.probe import Probe
-from iimm_callbacks.sources import as_image
-from iimm_callbacks.tuning import detect, prepare
-from iimm_callbacks.wrappers import find_dual_encoder
+from iimm_callbacks.data.sources import as_image
+from iimm_callbacks.models import families as families_module
+from iimm_callbacks.models.encoders import find_encoder, move
+from iimm_callbacks.models.families import family_of
+from iimm_callbacks.models.tuning import detect, prepare
+from iimm_callbacks.models.wrappers import find_dual_encoder
+from iimm_callbacks.probing.probe import Probe
 
 OPEN_CLIP = {}
 with contextlib.suppress(ModuleNotFoundError):  # an environment of its own: see the README

@@ -25,9 +25,9 @@ from tqdm.auto import tqdm
 from transformers import CLIPModel, TrainerCallback
 
 from iimm_callbacks import IIMMCallback, Task, append_outcome, read_outcomes
-from iimm_callbacks.encoders import find_encoder
-from iimm_callbacks.run_file import read_run
-from iimm_callbacks.store import FileLock
+from iimm_callbacks.models.encoders import find_encoder
+from iimm_callbacks.storage.run_file import read_run
+from iimm_callbacks.storage.store import FileLock
 
 LOOKS = (0, 2, 4, 6)  # where a run is looked at that nothing goes wrong in
 TASKS = {  # prompt, classes and images, all of which are in the probe

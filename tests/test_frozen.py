@@ -7,10 +7,10 @@ import torch
 from torch import nn
 
 from iimm_callbacks import PromptClassifier
-from iimm_callbacks.frozen import FrozenPart
-from iimm_callbacks.probe import Probe
-from iimm_callbacks.tuning import prepare
-from iimm_callbacks.wrappers import find_dual_encoder
+from iimm_callbacks.models.tuning import prepare
+from iimm_callbacks.models.wrappers import find_dual_encoder
+from iimm_callbacks.probing.frozen import FrozenPart
+from iimm_callbacks.probing.probe import Probe
 
 
 @pytest.fixture

@@ -10,8 +10,8 @@ from test_forecast import EARLY, SHARES, bare, planted, run, scattered
 
 from iimm_callbacks import Forecast, Forecaster, Limits, Measurement
 from iimm_callbacks.accuracy import Drop, Forgetting
-from iimm_callbacks.forecast import Prediction
-from iimm_callbacks.grading import POLICIES, grade
+from iimm_callbacks.forecasting.forecast import Prediction
+from iimm_callbacks.forecasting.grading import POLICIES, grade
 from iimm_callbacks.guard import judge, recommend
 from iimm_callbacks.schedule import is_due, next_share
 

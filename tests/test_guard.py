@@ -6,7 +6,7 @@ import pytest
 
 from iimm_callbacks import Forecast, Limits, Verdict
 from iimm_callbacks.accuracy import Drop, Forgetting
-from iimm_callbacks.forecast import Prediction
+from iimm_callbacks.forecasting.forecast import Prediction
 from iimm_callbacks.guard import judge
 
 

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 from test_outcomes import RUN
 
-from iimm_callbacks import ledger as module
 from iimm_callbacks import read_outcomes
-from iimm_callbacks.ledger import Ledger
+from iimm_callbacks.storage import ledger as module
+from iimm_callbacks.storage.ledger import Ledger
 
 INTERRUPTED = replace(RUN, complete=False, ended="interrupted")
 
@@ -93,7 +93,7 @@ PROGRAM = """
 import gc, os, signal, sys
 from dataclasses import replace
 from test_outcomes import RUN
-from iimm_callbacks.ledger import Ledger
+from iimm_callbacks.storage.ledger import Ledger
 gc.freeze()
 for end, code in {ends!r}.items():
     if os.fork() == 0:  # a process each, without importing torch again

@@ -12,9 +12,9 @@ from torch import nn
 
 from iimm_callbacks import IIMMCallback, IIMMMonitor, Task
 from iimm_callbacks.accuracy import paired_drop
-from iimm_callbacks.metrics import Metric, RecallAt, as_metric
-from iimm_callbacks.probe import Probe
-from iimm_callbacks.tuning import prepare
+from iimm_callbacks.data.metrics import Metric, RecallAt, as_metric
+from iimm_callbacks.models.tuning import prepare
+from iimm_callbacks.probing.probe import Probe
 
 FOLDER = '''
 import datasets

@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from iimm_callbacks import ImageCollator, Limits, PromptClassifier, append_outcome, read_outcomes
+from iimm_callbacks.models.wrappers import model_fingerprint
 from iimm_callbacks.monitor import IIMMMonitor
-from iimm_callbacks.wrappers import model_fingerprint
 
 
 @pytest.fixture

@@ -28,7 +28,7 @@ print(json.dumps([sorted(added), "scipy.stats" in set(sys.modules) - before]))
 NOT_AT_IMPORT = (
     "scipy.stats", "scipy.optimize", "evaluate", "matplotlib", "open_clip", "pandas", "peft",
     "sklearn", "tensorboard", "torchvision", "typer", "iimm_callbacks.cli",
-    "iimm_callbacks.grading", "iimm_callbacks.pages", "iimm_callbacks.sample",
+    "iimm_callbacks.forecasting.grading", "iimm_callbacks.pages", "iimm_callbacks.sample",
 )  # fmt: skip
 FEW = {"iimm_callbacks", "rich", "markdown_it", "mdurl", "pygments", "platformdirs"}
 
@@ -74,10 +74,13 @@ def test_the_wheel_stays_under_12_megabytes(files):
     assert 1_000_000 < wheel.getbuffer().nbytes < LARGEST
 
 
-def test_the_wheel_holds_types_sample_and_base_rates(files):
+def test_the_wheel_holds_its_types_data_and_pages(files):
     names = {path.relative_to(PACKAGE).as_posix() for path in files}
     wanted = {"py.typed", "sample/model/model.safetensors", "sample/outcomes.jsonl"}
-    wanted |= {"sample/tasks.json", "base_rates/clip.json", "sample/DATA_CARD.md"}
+    wanted |= {"sample/tasks.json", "forecasting/base_rates/clip.json", "sample/DATA_CARD.md"}
+    wanted |= {"data/clip_prompts/templates.json", "data/clip_prompts/SOURCE.md"}
+    wanted |= {"pages/style.css", "pages/base.html", "pages/report.html", "pages/compare.html"}
+    wanted |= {"measurement/iimm/README.md", "measurement/iimm/requirements.txt"}
     assert wanted <= names
 
 

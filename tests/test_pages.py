@@ -22,7 +22,7 @@ from iimm_callbacks.pages.page import PICTURES
 from iimm_callbacks.pages.palette import BEHIND, DARK, LIGHT, MARKS, SERIES, TEXT, contrast
 from iimm_callbacks.pages.past import fit_line, past_runs
 from iimm_callbacks.report import printable
-from iimm_callbacks.run_file import check_run
+from iimm_callbacks.storage.run_file import check_run
 
 PNG = b"\x89PNG\r\n\x1a\n"
 VOID = {"meta", "br", "path", "use", "rect"}

@@ -7,12 +7,12 @@ import torch
 from transformers import BitsAndBytesConfig, CLIPModel
 
 from iimm_callbacks import IIMMCallback
-from iimm_callbacks import probe as probe_module
 from iimm_callbacks.accuracy import zero_shot_correct
-from iimm_callbacks.encoders import class_embeddings, find_encoder, move
-from iimm_callbacks.probe import Probe
-from iimm_callbacks.tuning import detect, prepare
-from iimm_callbacks.wrappers import zero_shot_twin
+from iimm_callbacks.models.encoders import class_embeddings, find_encoder, move
+from iimm_callbacks.models.tuning import detect, prepare
+from iimm_callbacks.models.wrappers import zero_shot_twin
+from iimm_callbacks.probing import probe as probe_module
+from iimm_callbacks.probing.probe import Probe
 
 LOW = [torch.bfloat16, torch.float16]
 

@@ -13,9 +13,9 @@ from torch import nn
 
 from iimm_callbacks import Task, iimm
 from iimm_callbacks.accuracy import zero_shot_correct
-from iimm_callbacks.encoders import class_embeddings, find_encoder
-from iimm_callbacks.probe import Probe
-from iimm_callbacks.undisturbed import undisturbed
+from iimm_callbacks.models.encoders import class_embeddings, find_encoder
+from iimm_callbacks.probing.probe import Probe
+from iimm_callbacks.probing.undisturbed import undisturbed
 
 
 @pytest.fixture
@@ -111,7 +111,7 @@ def test_the_embeddings_carry_no_graph(tiny_clip, make_probe, monkeypatch):
         seen.extend([images, texts])
         return zero_shot_correct(images, texts, labels)
 
-    monkeypatch.setattr("iimm_callbacks.probe.zero_shot_correct", watching)
+    monkeypatch.setattr("iimm_callbacks.probing.probe.zero_shot_correct", watching)
     make_probe().look(tiny_clip(), 0)
     assert [t.requires_grad for t in seen] == [False] * 4
 

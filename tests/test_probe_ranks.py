@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import nn
 
-from iimm_callbacks.probe import Probe
-from iimm_callbacks.sharded import check_measurable
+from iimm_callbacks.models.sharded import check_measurable
+from iimm_callbacks.probing.probe import Probe
 
 WORKER = Path(__file__).with_name("probe_worker.py")
 SEVERAL = (2, 3)

@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from transformers import Trainer, TrainerCallback
 
 from iimm_callbacks import IIMMCallback, IIMMMonitor, read_outcomes
-from iimm_callbacks.journal import Journal
 from iimm_callbacks.judging import judge_look
-from iimm_callbacks.wrappers import model_fingerprint
+from iimm_callbacks.models.wrappers import model_fingerprint
+from iimm_callbacks.storage.journal import Journal
 
 SAVING = {"max_steps": 6, "save_strategy": "steps", "save_steps": 3}
 KEY = "IIMMCallback/colours"

@@ -13,7 +13,7 @@ from test_report import make_record
 
 from iimm_callbacks import report
 from iimm_callbacks.monitor import IIMMMonitor
-from iimm_callbacks.run_file import file_name, read_run, save_run, sweep
+from iimm_callbacks.storage.run_file import file_name, read_run, save_run, sweep
 
 
 @pytest.fixture

@@ -3,8 +3,8 @@
 import pytest
 
 from iimm_callbacks import sample
-from iimm_callbacks.probe import Probe
-from iimm_callbacks.wrappers import model_fingerprint
+from iimm_callbacks.models.wrappers import model_fingerprint
+from iimm_callbacks.probing.probe import Probe
 
 
 def test_there_are_at_least_six_tasks_with_enough_pictures():

@@ -15,9 +15,9 @@ from sentence_transformers import (
 from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
 
 from iimm_callbacks import IIMMCallback
-from iimm_callbacks.encoders import find_encoder
-from iimm_callbacks.tuning import detect
-from iimm_callbacks.wrappers import zero_shot_twin
+from iimm_callbacks.models.encoders import find_encoder
+from iimm_callbacks.models.tuning import detect
+from iimm_callbacks.models.wrappers import zero_shot_twin
 
 
 @pytest.fixture

@@ -19,9 +19,10 @@ from hypothesis import given, settings
 from pyarrow import parquet
 from test_outcomes import PUBLISHED, RUN, outcomes
 
-from iimm_callbacks import append_outcome, read_outcomes, sample, store
-from iimm_callbacks.by_hand import read_csv
-from iimm_callbacks.store import (
+from iimm_callbacks import append_outcome, read_outcomes, sample
+from iimm_callbacks.storage import store
+from iimm_callbacks.storage.by_hand import read_csv
+from iimm_callbacks.storage.store import (
     as_outcomes,
     check_store,
     default_store,

@@ -10,7 +10,7 @@ import pytest
 from scipy import stats
 
 from iimm_callbacks import append_outcome, iimm, read_outcomes, sample
-from iimm_callbacks.outcomes import Outcome
+from iimm_callbacks.storage.outcomes import Outcome
 
 STUDY = Path(__file__).parent.parent / "examples" / "study"
 

@@ -22,7 +22,7 @@ from transformers.integrations import WandbCallback
 
 from iimm_callbacks import IIMMCallback
 from iimm_callbacks.guard import Verdict
-from iimm_callbacks.wrappers import model_fingerprint
+from iimm_callbacks.models.wrappers import model_fingerprint
 
 os.environ["TRACKIO_DIR"] = tempfile.mkdtemp()  # read once, where trackio is imported
 

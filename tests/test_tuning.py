@@ -18,11 +18,11 @@ from torch import nn
 from transformers import Trainer, TrainingArguments
 
 from iimm_callbacks import ImageCollator, PromptClassifier, Task
-from iimm_callbacks.encoders import find_encoder, move
-from iimm_callbacks.heads import ClipAdapter, LinearProbe
-from iimm_callbacks.probe import Probe
-from iimm_callbacks.tuning import detect, prepare, trainable_share
-from iimm_callbacks.wrappers import model_fingerprint, zero_shot_twin
+from iimm_callbacks.models.encoders import find_encoder, move
+from iimm_callbacks.models.heads import ClipAdapter, LinearProbe
+from iimm_callbacks.models.tuning import detect, prepare, trainable_share
+from iimm_callbacks.models.wrappers import model_fingerprint, zero_shot_twin
+from iimm_callbacks.probing.probe import Probe
 
 FAMILIES = dict(tiny.FAMILIES)
 with contextlib.suppress(ModuleNotFoundError):  # an environment of its own: see the README

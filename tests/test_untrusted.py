@@ -20,12 +20,12 @@ from test_outcomes import RUN, json_values
 from test_report import make_record
 
 import iimm_callbacks
-from iimm_callbacks.by_hand import read_csv
-from iimm_callbacks.outcomes import parse_outcome
+from iimm_callbacks.data.saved import check_names
 from iimm_callbacks.report import look_line, plot_run, preflight_table, printable, summary_table
-from iimm_callbacks.run_file import read_run, save_run
-from iimm_callbacks.saved import check_names
-from iimm_callbacks.store import (
+from iimm_callbacks.storage.by_hand import read_csv
+from iimm_callbacks.storage.outcomes import parse_outcome
+from iimm_callbacks.storage.run_file import read_run, save_run
+from iimm_callbacks.storage.store import (
     append_outcome,
     check_store,
     from_dataset,
@@ -44,9 +44,9 @@ lines = st.lists(noise | json_bytes | st.just(json.dumps(asdict(RUN)).encode()),
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """Where every reader of this module reads: it holds what the test put there, and no more."""
-    logging.getLogger("iimm_callbacks.store").setLevel(logging.CRITICAL)
+    logging.getLogger("iimm_callbacks.storage.store").setLevel(logging.CRITICAL)
     yield tmp_path_factory.mktemp("untrusted")
-    logging.getLogger("iimm_callbacks.store").setLevel(logging.NOTSET)
+    logging.getLogger("iimm_callbacks.storage.store").setLevel(logging.NOTSET)
 
 
 def write(folder, name, content):

@@ -17,7 +17,7 @@ from rich.table import Table
 from transformers import HfArgumentParser
 
 from iimm_callbacks import Forecaster, Measurement, Outcome, read_outcomes, sample
-from iimm_callbacks.grading import SHARES
+from iimm_callbacks.forecasting.grading import SHARES
 
 DURING = {0.1: 0.75, 0.2: 0.6, 0.3: 0.5}  # share of the steps -> of the plain mean's error
 

@@ -31,9 +31,9 @@ from transferability import SCORES
 from transformers import HfArgumentParser
 
 from iimm_callbacks import read_outcomes, sample
-from iimm_callbacks.encoders import find_encoder
-from iimm_callbacks.undisturbed import undisturbed
-from iimm_callbacks.wrappers import model_fingerprint
+from iimm_callbacks.models.encoders import find_encoder
+from iimm_callbacks.models.wrappers import model_fingerprint
+from iimm_callbacks.probing.undisturbed import undisturbed
 
 
 @dataclass

@@ -34,7 +34,7 @@ from iimm_callbacks import (
     read_outcomes,
     sample,
 )
-from iimm_callbacks.tuning import prepare
+from iimm_callbacks.models.tuning import prepare
 
 # Gentle and harsh: what the shipped sample bears without and with heavy losses.
 LEARNING_RATES = {

@@ -11,12 +11,12 @@ from typing import Annotated, Any
 
 import typer
 
-from ..forecast import Forecast
-from ..forecaster import Forecaster
+from ..forecasting.forecast import Forecast
+from ..forecasting.forecaster import Forecaster
 from ..guard import Limits, judge, recommend
-from ..outcomes import Outcome
-from ..probe import Probe
-from ..wrappers import model_fingerprint
+from ..models.wrappers import model_fingerprint
+from ..probing.probe import Probe
+from ..storage.outcomes import Outcome
 from . import demo, doctor, outcomes, rescuing, runs, tables
 from .loading import SAMPLE, load_model, load_task
 from .options import LimitOn, Reading
@@ -172,7 +172,7 @@ def grade(
 
     Each run is replayed as if live, and forecast from the runs on other tasks.
     """
-    from ..grading import grade as replay
+    from ..forecasting.grading import grade as replay
 
     chosen = limit or [0.02, 0.03, 0.05]
     checked = [_limits(x, limit_on, confidence) for x in chosen]

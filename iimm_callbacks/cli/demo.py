@@ -13,14 +13,14 @@ from rich.table import Table
 from rich.text import Text
 
 from .. import keys, report
-from ..run_file import save_run
+from ..storage.run_file import save_run
 from .shell import Answer
 
 if TYPE_CHECKING:
     from transformers import Trainer
 
     from ..callback import IIMMCallback
-    from ..outcomes import Outcome
+    from ..storage.outcomes import Outcome
 
 _TASK = "handwritten_digits"
 _COLUMNS = ("step", "done", "IIMM", "gain", "forgetting", "forecast of the end", "P(exceed)")
@@ -163,7 +163,7 @@ def _guard(folder: Path) -> tuple[IIMMCallback, list[Outcome]]:
     """The guard, and the runs that it learns from."""
     from .. import sample
     from ..callback import IIMMCallback
-    from ..tasks import Task
+    from ..data.tasks import Task
 
     letters, emoji = sample.load_dataset("printed_letters"), sample.load_dataset("emoji_groups")
     outcomes = sample_outcomes()
@@ -186,7 +186,7 @@ def _trainer(guard: IIMMCallback, folder: Path, steps: int) -> Trainer:
     from transformers import PrinterCallback, Trainer, TrainingArguments, set_seed
 
     from .. import sample
-    from ..classifier import ImageCollator, PromptClassifier
+    from ..models.classifier import ImageCollator, PromptClassifier
 
     set_seed(0)
     model, processor = sample.load_model(), sample.load_processor()

@@ -16,7 +16,7 @@ from packaging.utils import canonicalize_name
 from rich.table import Table
 
 from ..report import page
-from ..store import check_store, default_store, read_outcomes
+from ..storage.store import check_store, default_store, read_outcomes
 from .shell import Answer
 
 _PACKAGE = "iimm_callbacks"

@@ -6,17 +6,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .. import hub
-from ..folders import has_class_folders
-from ..processors import is_complete
-from ..store import from_dataset, read_outcomes
-from ..tasks import Task
+from ..data import hub
+from ..data.folders import has_class_folders
+from ..data.tasks import Task
+from ..models.processors import is_complete
+from ..storage.store import from_dataset, read_outcomes
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
 
-    from ..outcomes import Outcome
+    from ..storage.outcomes import Outcome
 
 SAMPLE = "sample"
 _OPEN_CLIP = "open_clip:"

@@ -12,10 +12,10 @@ from typing import Annotated, Any
 
 import typer
 
-from ..by_hand import read_csv
-from ..outcomes import Outcome
 from ..sample import OUTCOMES
-from ..store import (
+from ..storage.by_hand import read_csv
+from ..storage.outcomes import Outcome
+from ..storage.store import (
     append_outcome,
     check_store,
     default_store,

@@ -11,12 +11,12 @@ import typer
 from safetensors.torch import load_file
 from torch import nn
 
-from ..counterparts import Kept, core_of, counterparts, save_weights, state_of
+from ..data.tasks import Task
 from ..guard import Limits
-from ..rescue import rescue as rescue_model
-from ..rescue_report import rescue_table
-from ..run_file import save_run
-from ..tasks import Task
+from ..rescue.counterparts import Kept, core_of, counterparts, save_weights, state_of
+from ..rescue.sweep import rescue as rescue_model
+from ..rescue.table import rescue_table
+from ..storage.run_file import save_run
 from .loading import SAMPLE, load_model, load_task
 from .options import LimitOn, Reading
 from .shell import Answer
@@ -97,7 +97,7 @@ def _load(base: str, tuned: str, reading: Reading) -> _Loaded:
             raise ValueError(
                 f"`TUNED` must be a whole model or an adapter of peft, got {tuned!r} with the head "
                 "of a CLIP-Adapter or linear probe, which does not tell its residual ratio; call "
-                "`iimm_callbacks.rescue.rescue` on the model"
+                "`iimm_callbacks.rescue.sweep.rescue` on the model"
             )
         whose = reading.processor or (None if base.startswith("open_clip:") else _folder(base))
         model, _ = load_model(tuned, processor=whose, device=reading.device)

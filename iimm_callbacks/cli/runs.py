@@ -16,7 +16,7 @@ from ..pages.facts import QUANTITIES
 from ..pages.page import PICTURES
 from ..pages.past import past_runs
 from ..report import page, points, summary_table
-from ..run_file import read_run
+from ..storage.run_file import read_run
 from .outcomes import read_record
 from .shell import Answer
 

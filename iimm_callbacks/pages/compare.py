@@ -8,7 +8,7 @@ from typing import Any
 
 from .. import keys
 from ..report import points
-from ..run_file import check_run
+from ..storage.run_file import check_run
 from . import facts
 from .drawing import (
     Picture,

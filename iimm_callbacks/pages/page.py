@@ -11,9 +11,9 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from .. import __version__, keys
-from ..outcomes import Outcome
 from ..report import points, printable
-from ..run_file import check_run
+from ..storage.outcomes import Outcome
+from ..storage.run_file import check_run
 from . import facts
 from .drawing import Picture, as_svg, drawing, require_matplotlib, save_picture
 from .figures import run_pictures

@@ -12,10 +12,10 @@ from scipy import stats
 
 from .. import keys
 from ..accuracy import NEAR_CEILING
-from ..candidates import MIN_TASKS
-from ..forecast import COVERAGE
-from ..outcomes import Outcome, one_of_each_run
+from ..forecasting.candidates import MIN_TASKS
+from ..forecasting.forecast import COVERAGE
 from ..report import interval, percent, points
+from ..storage.outcomes import Outcome, one_of_each_run
 from .drawing import Picture, in_points, legend_above, new_figure
 from .palette import LIGHT
 

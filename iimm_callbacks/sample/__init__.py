@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import CLIPModel, CLIPProcessor
 
-    from ..outcomes import Outcome
-    from ..tasks import Task
+    from ..data.tasks import Task
+    from ..storage.outcomes import Outcome
 
 __all__ = [
     "canaries",
@@ -128,7 +128,7 @@ def load_task(name: str, split: str = "test", probe_size: int | None = None) -> 
     Raises:
         ValueError: As `load_dataset`.
     """
-    from ..tasks import Task
+    from ..data.tasks import Task
 
     return Task(name, load_dataset(name, split), templates=templates(name), probe_size=probe_size)
 
@@ -145,7 +145,7 @@ def canaries(except_for: str, probe_size: int = 128) -> list[Task]:
 
 def load_outcomes() -> list[Outcome]:
     """The runs on record of the shipped model: what `examples/study/run.py` wrote."""
-    from ..store import read_outcomes
+    from ..storage.store import read_outcomes
 
     return read_outcomes(OUTCOMES)
 

@@ -1,0 +1,1 @@
+"""What is probed: tasks, where their images come from, their prompts and metrics."""

@@ -1,0 +1,314 @@
+"""`Task`: labelled images, class names and prompts; its probe is a fixed, balanced subset."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from os import PathLike
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from . import hub
+from .folders import ImageFolder
+from .labels import check_captions, checked_class_names, integer_labels
+from .metrics import as_metric
+from .sources import as_image, kind, open_source
+from .streams import STREAM_SIZE
+from .templates import expand
+
+TASK_PROBE_SIZE = 512
+OFF_TARGET_PROBE_SIZE = 256
+
+
+class Task:
+    """One classification (or captioning) task that a dual encoder can be probed on.
+
+    Args:
+        name: Short and unique within a run; it names the logged keys of the task.
+        dataset: One of
+            - a `datasets.Dataset` with one `Image` and one `ClassLabel` (or integer) column;
+            - the same with a string column instead of labels: image-caption data;
+            - any sequence of ``(image, label)`` or ``(image, caption)`` pairs, e.g. a torch
+              data set. Its labels are read from ``.targets`` where it has that, else by reading
+              every item once;
+            - a `datasets.IterableDataset` of either kind: of its first `stream_size` examples a
+              balanced draw of `probe_size` (512), read when the task is made, once, in order, and
+              kept as encoded bytes; see `streams.read_stream`. All ranks read it for themselves,
+              so each must be given the same, unsplit stream.
+            Images are PIL images, paths, encoded bytes or uint8 arrays; for a model that reads
+            sounds or videos they are what `sources.as_image` takes. A transform set on a
+            `datasets.Dataset` is not applied: the probe uses the model's own processor.
+        templates: One or several prompt templates with one ``{}`` for the class name; several are
+            averaged the CLIP way. A name such as ``"clip:imagenet"`` stands for the templates that
+            CLIP's authors used for that data set; `templates.names()` has all. For captions the
+            default is the caption itself.
+        class_names: One name per class, in label order. Default: those of the `ClassLabel`, or
+            ``dataset.classes``.
+        image_column, label_column: Where a `datasets.Dataset` leaves a choice.
+        probe_size: Images in the probe at the most; default 512 for the task being learnt, 256
+            for an off-target task. The standard error of IIMM is about ``0.1/√n``.
+        seed: Of the drawing of the probe. Same data, size and seed: the same images every time.
+        stream_size: Examples read of a stream, at the most; elsewhere it means nothing.
+        metric: What stands in for accuracy: baseline, gain and forgetting are then in its units.
+            It must lie in [0, 1], and be higher where more images are right: what else there is
+            (a correlation, an error rate) is refused, not rescaled.
+            - ``None``: zero-shot accuracy;
+            - ``"recall@5"`` and so on: the share of images whose own text is among the k nearest,
+              for captions;
+            - another name, or a folder: what `evaluate.load` loads, and runs, e.g. ``"f1"``, which
+              takes the internet, or ``"path/to/my_metric"``, which does not;
+            - a metric that `evaluate` has loaded, or a function ``(predictions, references)`` ->
+              number, of two arrays of class indices (scikit-learn's take them the other way
+              round). It must not depend on the order of the images.
+            The probe is balanced, so on it accuracy weighs the classes alike as it is, where each
+            has images enough; with a `probe_size` of all images the data's own counts hold.
+        metric_kwargs: Passed on to the metric: ``{"average": "macro"}``; JSON values.
+        metric_key: Which of several numbers that the metric gives is the score.
+
+    Attributes:
+        name: As given.
+        class_names: Class names in label order; empty for captions.
+        templates: Tuple of templates.
+        is_captions: Whether images carry captions instead of labels.
+        metric: A `metrics.RecallAt` or `metrics.Metric`; ``None``: zero-shot accuracy.
+
+    Raises:
+        TypeError: `name`, `dataset`, `metric` or a label is of another type.
+        ImportError: `metric` is a name and `evaluate` is not installed.
+        ValueError: Empty data set, fewer than two classes, duplicate class names, class names that
+            do not match the `ClassLabel`, a label outside the classes, a template without exactly
+            one ``{}``, an unknown name of templates, a stream that fails while being read or is
+            of one class, or a metric that is not as above.
+
+    Example:
+        >>> from PIL import Image
+        >>> pairs = [(Image.new("RGB", (8, 8), c), y) for y, c in enumerate(["red", "blue"])]
+        >>> task = Task("colours", pairs, templates="a {} square", class_names=["red", "blue"])
+        >>> task.prompts([0, 1])
+        ['a red square', 'a blue square']
+    """
+
+    def __init__(
+        self,
+        name: str,
+        dataset: Any,
+        *,
+        templates: str | Sequence[str] | None = None,
+        class_names: Sequence[str] | None = None,
+        image_column: str | None = None,
+        label_column: str | None = None,
+        probe_size: int | None = None,
+        seed: int = 0,
+        stream_size: int = STREAM_SIZE,
+        metric: Any = None,
+        metric_kwargs: Mapping[str, Any] | None = None,
+        metric_key: str | None = None,
+    ) -> None:
+        if not isinstance(name, str) or not name.strip():
+            raise TypeError(f"`name` must be a non-empty string, got {name!r}")
+        if probe_size is not None and (not isinstance(probe_size, int) or probe_size < 2):
+            raise ValueError(f"`probe_size` must be an integer of at least 2, got {probe_size!r}")
+        if not isinstance(stream_size, int) or stream_size < 2:
+            raise ValueError(f"`stream_size` must be an integer of at least 2, got {stream_size!r}")
+        self.name = name
+        self.dataset = dataset
+        self.probe_size = probe_size
+        self.seed = seed
+        given = None if templates is None else expand(templates)
+        self._source = open_source(
+            name,
+            dataset,
+            image_column,
+            label_column,
+            size=probe_size or TASK_PROBE_SIZE,
+            first=stream_size,
+            seed=seed,
+        )
+        if len(self._source) < 2:
+            raise ValueError(
+                f"`dataset` of task {name!r} must hold at least 2 images, got {len(self._source)}; "
+                "IIMM is a mean over pairs of images"
+            )
+        self._labels = self._source.labels()
+        self.is_captions = isinstance(self._labels[0], str)
+        if self.is_captions:
+            check_captions(name, self._labels, class_names)
+            self.class_names: tuple[str, ...] = ()
+        else:
+            self.class_names = checked_class_names(name, class_names, self._source.class_names)
+            self._labels = integer_labels(name, self._labels, len(self.class_names))
+        default = "{}" if self.is_captions else "a photo of a {}."
+        self.templates = (default,) if given is None else given
+        for template in self.templates or ("",):
+            if not isinstance(template, str) or template.count("{}") != 1:
+                raise ValueError(
+                    f"`templates` of task {name!r} must each have exactly one '{{}}' for the class "
+                    f"name, got {template!r}; write e.g. 'a photo of a {{}}.', or 'clip:imagenet'"
+                )
+        n_classes = len(self.class_names)
+        if self.is_captions:
+            n_classes = min(len(set(self._labels)), probe_size or TASK_PROBE_SIZE)
+        self.metric = as_metric(metric, metric_kwargs, metric_key, task=name, n_classes=n_classes)
+
+    @classmethod
+    def from_hub(
+        cls,
+        name: str | PathLike[str],
+        split: str | None,
+        *,
+        config: str | None = None,
+        revision: str | None = None,
+        task_name: str | None = None,
+        streaming: bool = False,
+        **settings: Any,
+    ) -> Task:
+        """The task in one split of a data set on the Hub, or in a folder that `datasets` reads.
+
+        Code that comes with a data set is never run. Once downloaded it is read offline as well.
+
+        Args:
+            name: On the Hub, such as ``"ethz/food101"``, or a folder.
+            split: Such as ``"test"`` or ``"test[:1000]"``; ``None``: the only one. Take images
+                that the model is not trained on.
+            config: Of several configurations of the data set, this one.
+            revision: Branch, tag or commit; name a commit to get the same images every time.
+            task_name: Name of the task; ``None``: the last part of `name`.
+            streaming: Fetch only what is read of the stream: see `dataset` and `stream_size`.
+            settings: Further arguments of `Task`.
+
+        Raises:
+            TypeError: As `Task`.
+            ValueError: There is no such data set, configuration or split (tells which there are),
+                it cannot be had offline, it needs code of its own, several splits and none is
+                named, or as `Task`.
+        """
+        loaded = hub.load(name, split, config=config, revision=revision, streaming=streaming)
+        if isinstance(loaded, dict):
+            loaded = hub.pick(loaded, split, name)[0]
+        return cls(task_name or hub.short_name(name), loaded, **settings)
+
+    @classmethod
+    def from_folder(
+        cls, path: str | PathLike[str], *, name: str | None = None, **settings: Any
+    ) -> Task:
+        """The task in a folder that has one folder of images per class.
+
+        Labels go by the sorted names of the class folders. Nothing is copied, and an image is
+        opened only when the probe shows it. Which files count is told in `folders.ImageFolder`.
+
+        Args:
+            path: The folder.
+            name: Name of the task; ``None``: that of the folder.
+            settings: Further arguments of `Task`. Without `class_names` they are the names of the
+                class folders, ``_`` as a space; given ones are in the order of the sorted folders.
+
+        Raises:
+            TypeError: As `Task`.
+            ValueError: There is no such folder, it has fewer than two class folders, they are
+                splits, one of them has no image, or as `Task`.
+        """
+        images = ImageFolder(path)
+        return cls(name or images.path.name, images, **settings)
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    def __repr__(self) -> str:
+        kind = "captions" if self.is_captions else f"{len(self.class_names)} classes"
+        return f"Task({self.name!r}, {len(self)} images, {kind})"
+
+    def subset(self, default_size: int = TASK_PROBE_SIZE) -> list[int]:
+        """Positions of the probe's images: seeded, class-balanced, in a random order.
+
+        Classes take turns, so their counts differ by one at the most unless a class runs out.
+        For captions every distinct caption counts once, since the second image of a caption would
+        make a right text a "wrong" one.
+
+        Args:
+            default_size: Size where the task was given no `probe_size`.
+
+        Returns:
+            Positions in the data set, the same for the same data, size and seed.
+        """
+        size = self.probe_size or default_size
+        rng = np.random.default_rng(self.seed)
+        order = rng.permutation(len(self))
+        if self.is_captions:
+            first = {self._labels[i]: int(i) for i in order[::-1]}
+            return [int(i) for i in order if first[self._labels[i]] == i][:size]
+        turns = np.zeros(len(self), dtype=int)  # how many of its class come before it in `order`
+        labels = np.asarray(self._labels)
+        for c in range(len(self.class_names)):
+            members = order[labels[order] == c]
+            turns[members] = np.arange(len(members))
+        chosen = order[np.argsort(turns[order], kind="stable")][:size]
+        return [int(i) for i in rng.permutation(chosen)]
+
+    def images(self, positions: Sequence[int]) -> list[Any]:
+        """The images at these positions, as `sources.as_image` returns them.
+
+        Raises:
+            ValueError: An image cannot be read; names the task and the position.
+        """
+        images = []
+        for position in positions:
+            try:
+                with warnings.catch_warnings():
+                    # What Pillow only warns of it reads: here it does so whatever the filters.
+                    warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+                    images.append(as_image(self._source.image(position)))
+            except Exception as error:
+                raise ValueError(
+                    f"`dataset` of task {self.name!r}: image {position} cannot be read "
+                    f"({type(error).__name__}: {error}); remove or repair it"
+                ) from error
+        return images
+
+    def kind(self) -> str:
+        """What its images are: ``"image"``, ``"sound"`` or ``"video"``."""
+        for position in self.subset():
+            with suppress(ValueError):  # of those that cannot be read the probe will tell
+                return kind(self.images([position])[0])
+        return "image"
+
+    def labels(self, positions: Sequence[int]) -> list[int]:
+        """Class indices of these images; for captions 0, 1, 2, ... (text i belongs to image i)."""
+        if self.is_captions:
+            return list(range(len(positions)))
+        return [self._labels[i] for i in positions]
+
+    def prompts(self, positions: Sequence[int]) -> list[str]:
+        """All prompts, class by class (for captions: image by image), templates within."""
+        names = [self._labels[i] for i in positions] if self.is_captions else self.class_names
+        return [template.replace("{}", name) for name in names for template in self.templates]
+
+
+def check_tasks(task: Task, off_target: Sequence[Task]) -> None:
+    """Raise unless these tasks can guard one another.
+
+    Raises:
+        TypeError: One is not a `Task`.
+        ValueError: Two of one name, or an off-target task on the data of the task.
+    """
+    for candidate in (task, *off_target):
+        if not isinstance(candidate, Task):
+            raise TypeError(
+                f"`task` and `off_target` must be `Task`s, got {type(candidate).__name__}; wrap "
+                "the data set: Task('name', dataset)"
+            )
+    for other in off_target:
+        if other is task or other.dataset is task.dataset:
+            raise ValueError(
+                f"`off_target` task {other.name!r} is the task itself; off-target tasks are those "
+                "that are not trained on"
+            )
+    names = [t.name for t in (task, *off_target)]
+    doubles = sorted({n for n in names if names.count(n) > 1})
+    if doubles:
+        raise ValueError(
+            f"`task` and `off_target` must have names of their own, got {doubles} more than once; "
+            "they name the logged keys"
+        )

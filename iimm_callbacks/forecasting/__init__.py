@@ -1,0 +1,1 @@
+"""Outcomes on record -> forecasts, and how good they are."""

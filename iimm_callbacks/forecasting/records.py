@@ -1,0 +1,248 @@
+"""Which runs on record a forecast may rest on, and what can be read from them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from ..storage.outcomes import Outcome
+from .candidates import MIN_TASKS
+
+_TOY = "sample/model"  # the shipped one: its runs say nothing of others
+QUANTITIES = ("gain", "forgetting", "worst")
+
+
+@dataclass(frozen=True)
+class Ask:
+    """What is known of the run that is asked about, before it begins.
+
+    Attributes:
+        method: Fine-tuning method.
+        model: `model_fingerprint`.
+        zero_shot_accuracy: On the task, a fraction.
+        iimm, inter, intra: The measure of the untouched model; NaN where it is not known.
+        n_images: Of the measure.
+        task, task_fingerprint: Where known, past runs on the same task are used.
+        recipe: Where known, ``learning_rate`` and ``steps`` are compared with those on record.
+        off_target: Names of the off-target tasks, where known.
+    """
+
+    method: str
+    model: str
+    zero_shot_accuracy: float
+    iimm: float
+    inter: float
+    intra: float
+    n_images: int
+    task: str = ""
+    task_fingerprint: str = ""
+    recipe: Mapping[str, Any] = field(default_factory=dict)
+    off_target: tuple[str, ...] = ()
+
+
+def about(outcome: Outcome) -> dict[str, Any]:
+    """What `Forecaster.predict` is told of a run beside its measurement, as keyword arguments."""
+    return {
+        "method": outcome.method,
+        "zero_shot_accuracy": outcome.zero_shot_accuracy,
+        "model": outcome.model_fingerprint,
+        "task": outcome.task,
+        "task_fingerprint": outcome.task_fingerprint,
+        "recipe": outcome.recipe,
+        "off_target": tuple(outcome.off_target_before),
+    }
+
+
+class Run:
+    """An outcome, read for forecasting.
+
+    Attributes:
+        outcome: The outcome.
+        off_target: Its off-target tasks.
+        guarded: These and the task itself: the same set where every task is guarded by all others.
+    """
+
+    def __init__(self, outcome: Outcome) -> None:
+        self.outcome = outcome
+        self.off_target = frozenset(outcome.off_target_before)
+        self.guarded = self.off_target | {outcome.task}
+        self._looks = sorted(outcome.trajectory, key=lambda look: look["share"])
+        self._known: dict[tuple[str, float], float | None] = {}
+
+    def at(self, quantity: str, share: float) -> float | None:
+        """What the run had gained or lost at this share of its steps, interpolated between looks.
+
+        None where it has no looks, none so late, or no off-target tasks; 1 is the end.
+        """
+        key = quantity, share
+        if key not in self._known:
+            self._known[key] = self._read(quantity, share)
+        return self._known[key]
+
+    def noise_at(self, quantity: str, share: float) -> float | None:
+        """Standard error of the look next to this share, where it is on record."""
+        looks = [look for look in self._looks if f"{quantity}_se" in look]
+        if not looks:
+            return None
+        return min(looks, key=lambda look: abs(look["share"] - share))[f"{quantity}_se"]
+
+    def _read(self, quantity: str, share: float) -> float | None:
+        if share >= 1:
+            end: float | None = getattr(self.outcome, quantity)
+            return end
+        looks = [look for look in self._looks if quantity in look]
+        if not looks or looks[-1]["share"] < share:
+            return None
+        shares = [0.0, *(look["share"] for look in looks)]
+        return float(np.interp(share, shares, [0.0, *(look[quantity] for look in looks)]))
+
+
+@dataclass(frozen=True)
+class Runs:
+    """The runs a forecast rests on.
+
+    Attributes:
+        rows: Complete runs.
+        label: In words.
+        own: Whether they are all of the model that is asked about.
+        base_rate: Whether they are published figures of other people's models.
+        notes: What the reader should know about them.
+        repeats: Whether they are all of the very task and method that is asked about.
+        other_off_target: Whether too few were probed on the off-target tasks that are asked about.
+    """
+
+    rows: list[Run]
+    label: str
+    own: bool
+    base_rate: bool
+    notes: tuple[str, ...]
+    repeats: bool = False
+    other_off_target: bool = False
+
+
+def choose(record: Sequence[Run], base_rates: Sequence[Run], ask: Ask) -> Runs:
+    """The model's own runs; failing these, all runs on record; failing these, base rates.
+
+    Args:
+        record: Complete runs on record.
+        base_rates: Published figures.
+        ask: The run that is asked about.
+
+    Returns:
+        `Runs`; without rows, where nothing suits, and the label then says why.
+    """
+    own = [run for run in record if run.outcome.model_fingerprint == ask.model]
+    notes = _contradictions(record, own, ask)
+    if n_tasks(own) >= MIN_TASKS:
+        n = len([run for run in own if run.outcome.method == ask.method])
+        label = f"{_count(own)} of this model, {n} of them under method {ask.method!r}"
+        other = bool(ask.off_target) and n_tasks(alike(own, ask)) < MIN_TASKS
+        if other and any(run.off_target for run in own):
+            notes.append(
+                "the off-target tasks on record are not those of this run, so its forgetting may "
+                "differ by more than the interval"
+            )
+        notes += _unseen(own, ask)
+        return Runs(own, label, True, False, tuple(notes), other_off_target=other)
+    notes.append(_too_few(own))
+    repeats = [
+        run
+        for run in own
+        if run.outcome.method == ask.method and task_key(run.outcome) == task_key(ask)
+    ]
+    if len(repeats) > 1:
+        label = f"{_count(repeats)} of this model on this very task under method {ask.method!r}"
+        return Runs(repeats, label, True, False, tuple(notes), repeats=True)
+    real = [run for run in record if run.outcome.model != _TOY]
+    if n_tasks(real) >= MIN_TASKS:
+        models = len({run.outcome.model_fingerprint for run in real})
+        label = f"{_count(real)} of {models} model{'s' if models > 1 else ''}"
+        return Runs(real, label, False, False, (*notes, *_unseen(real, ask)))
+    published = [run for run in base_rates if run.outcome.method == ask.method]
+    if published:
+        models = len({run.outcome.model_fingerprint for run in published})
+        label = (
+            f"base rates: {_count(published)} of {models} CLIP model{'s' if models > 1 else ''}, "
+            "published elsewhere, with recipes of their own"
+        )
+        return Runs(published, label, False, True, tuple(notes))
+    return Runs([], f"no forecast: {'; '.join(notes)}", False, False, ())
+
+
+def alike(runs: Sequence[Run], ask: Ask) -> list[Run]:
+    """The runs with the off-target tasks that are asked about."""
+    tasks = frozenset(ask.off_target)
+    return [run for run in runs if run.off_target == tasks or run.guarded == tasks | {ask.task}]
+
+
+def task_key(run: Outcome | Ask) -> str:
+    """What makes two tasks the same: name, images, prompts and preprocessing."""
+    return f"{run.task}\n{run.task_fingerprint}"
+
+
+def _too_few(own: Sequence[Run]) -> str:
+    if not own:
+        return "no complete run of this model is on record"
+    if len(own) >= MIN_TASKS:
+        tasks = sorted({run.outcome.task for run in own})
+        return (
+            f"all {_count(own)} of this model are of {' and '.join(map(repr, tasks))}, which says "
+            f"nothing of how tasks differ; runs on {MIN_TASKS} tasks are needed"
+        )
+    are = "is" if len(own) == 1 else "are"
+    return f"only {_count(own)} of this model {are} on record; {MIN_TASKS} are needed"
+
+
+def _unseen(runs: Sequence[Run], ask: Ask) -> list[str]:
+    if any(run.outcome.method == ask.method for run in runs):
+        return []
+    return [f"no run under method {ask.method!r} is on record: its spread is a guess"]
+
+
+def _contradictions(record: Sequence[Run], own: Sequence[Run], ask: Ask) -> list[str]:
+    notes = []
+    names = {run.outcome.model for run in own} - {""}
+    strangers = [
+        run
+        for run in record
+        if run.outcome.model in names and run.outcome.model_fingerprint != ask.model
+    ]
+    if strangers:
+        notes.append(
+            f"{_count(strangers)} of a model of the same name but with other weights not taken for "
+            "this model's"
+        )
+    fingerprints: dict[str, set[str]] = {}
+    for run in own:
+        fingerprints.setdefault(run.outcome.task, set()).add(run.outcome.task_fingerprint)
+    if ask.task_fingerprint and ask.task in fingerprints:
+        fingerprints[ask.task].add(ask.task_fingerprint)
+    mixed = sorted(task for task, found in fingerprints.items() if len(found - {""}) > 1)
+    if mixed:
+        notes.append(
+            f"on record under one name with other images, prompts or preprocessing: "
+            f"{', '.join(map(repr, mixed))}; such numbers do not compare"
+        )
+    probed = [run for run in own if run.off_target]
+    n_sets = min(len({run.off_target for run in probed}), len({run.guarded for run in probed}))
+    if n_sets > 1:
+        notes.append(
+            f"{n_sets} different sets of off-target tasks on record: their forgetting does not "
+            "quite compare"
+        )
+    bare = [run for run in own if not run.off_target]
+    if bare and len(bare) < len(own):
+        notes.append(f"{_count(bare)} without off-target tasks tell of gain only")
+    return notes
+
+
+def n_tasks(runs: Iterable[Run]) -> int:
+    """Number of different tasks."""
+    return len({run.outcome.task for run in runs})
+
+
+def _count(runs: Sequence[Run]) -> str:
+    return f"{len(runs)} complete run{'s' if len(runs) != 1 else ''}"

@@ -1,0 +1,165 @@
+"""Runs on record -> a table to fit, and the run that is asked about in the same columns."""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from ..storage.outcomes import Outcome
+from .candidates import MIN_TASKS, Floats, Question, Table
+from .records import Ask, Run, Runs, alike, n_tasks, task_key
+
+# Beyond the recorded range by this many half-ranges (at the least: the unit), nothing is said.
+_TOO_FAR = 5.0
+_UNITS = {"iimm": 0.05, "log_learning_rate": math.log(2), "log_steps": math.log(2)}
+_WORDS = {"iimm": "IIMM", "log_learning_rate": "learning rate", "log_steps": "number of steps"}
+
+
+def tabulate(
+    runs: Runs, ask: Ask, quantity: str, share: float
+) -> tuple[Table, Question, list[Run]]:
+    """The runs as a table with this quantity at this share as target, and the question beside it.
+
+    A feature is there only if the run that is asked about and enough of the runs on record have
+    it; rows that lack it are then left out.
+
+    Args:
+        runs: To tabulate.
+        ask: The run that is asked about.
+        quantity: One of `QUANTITIES`.
+        share: Of the steps, in (0, 1]; 1 is the end.
+
+    Returns:
+        Table, question, and the rows that made it into the table.
+    """
+    rows = [run for run in runs.rows if run.at(quantity, share) is not None]
+    if ask.off_target and quantity != "gain":
+        same = alike(rows, ask)
+        rows = same if n_tasks(same) >= MIN_TASKS else rows
+    measured = [r for r in rows if None not in (r.outcome.iimm, r.outcome.inter, r.outcome.intra)]
+    # IIMM does not compare across models.
+    use_iimm = runs.own and math.isfinite(ask.iimm) and _most(measured, rows)
+    rows = measured if use_iimm else rows
+    # A base rate is what other people's recipes did, whatever this one is.
+    known_recipe = {} if runs.base_rate else ask.recipe
+    recipe = [name for name in ("learning_rate", "steps") if _is_positive(known_recipe.get(name))]
+    for name in list(recipe):
+        known = [run for run in rows if _is_positive(run.outcome.recipe.get(name))]
+        if _most(known, rows) and any(run.outcome.method == ask.method for run in known):
+            rows = known
+        else:
+            recipe.remove(name)
+    outcomes = [run.outcome for run in rows]
+    methods = np.array([o.method for o in outcomes], dtype=str)
+    target = np.array([run.at(quantity, share) for run in rows], dtype=float)
+    features = {"zero_shot_error": np.array([1 - o.zero_shot_accuracy for o in outcomes])}
+    asked = {"zero_shot_error": 1 - ask.zero_shot_accuracy}
+    if use_iimm:
+        for name in ("iimm", "inter", "intra"):
+            features[name] = np.array([getattr(o, name) for o in outcomes], dtype=float)
+            asked[name] = getattr(ask, name)
+    for name in recipe:
+        logs = np.array([math.log(o.recipe[name]) for o in outcomes])
+        # A learning rate means something within its method only.
+        centre = {m: logs[methods == m].mean() for m in set(methods)}
+        features[f"log_{name}"] = logs - np.array([centre[m] for m in methods])
+        asked[f"log_{name}"] = math.log(ask.recipe[name]) - centre[ask.method]
+    others = _same_task(outcomes, methods, target, ask)
+    if others is not None:
+        features["same_task"], asked["same_task"] = others
+    table = Table(
+        np.array([o.task for o in outcomes], dtype=str),
+        methods,
+        np.array([o.model_fingerprint for o in outcomes], dtype=str),
+        target,
+        features,
+    )
+    return table, Question(ask.method, ask.model, asked), rows
+
+
+def beyond(
+    table: Table, question: Question, features: Iterable[str] = tuple(_UNITS)
+) -> tuple[float, list[str]]:
+    """How far the question lies outside what is on record for its method.
+
+    Args:
+        table: Of the runs.
+        question: Beside it.
+        features: To look at.
+
+    Returns:
+        The factor ≥ 1 that intervals are widened by, infinite where nothing should be said; and
+        what lies outside, in words.
+    """
+    rows = table.methods == question.method
+    if not rows.any():
+        rows = np.ones(len(table.tasks), bool)
+    factor, words = 1.0, []
+    for name in features:
+        if name not in table.features:
+            continue
+        values, value = table.features[name][rows], question.features[name]
+        low, high = float(values.min()), float(values.max())
+        excess = max(low - value, value - high, 0.0) / max((high - low) / 2, _UNITS[name])
+        if excess > 1e-6:
+            words.append(f"{_WORDS[name]} lies outside the range on record")
+            factor = math.inf if excess > _TOO_FAR else factor + excess
+    return factor, words
+
+
+def within(table: Table, question: Question, features: Iterable[str]) -> Question:
+    """The question with these features moved into the range on record: never extrapolated."""
+    rows = table.methods == question.method
+    moved = {
+        name: float(np.clip(question.features[name], values.min(), values.max()))
+        for name in features
+        if name in table.features and len(values := table.features[name][rows])
+    }
+    return replace(question, features={**question.features, **moved})
+
+
+def _same_task(
+    rows: Sequence[Outcome], methods: Any, target: Floats, ask: Ask
+) -> tuple[Floats, float] | None:
+    """By how much other runs on a run's own task were above the mean of their methods.
+
+    What another method did on the same task is the best predictor there is of gain; better still
+    what this very method did. Those runs alone are taken where the task was learnt by it before,
+    and enough other tasks were learnt twice by one method for the error of doing so to be known.
+    """
+    tasks = np.array([task_key(o) for o in rows], dtype=str)
+    mine = tasks == task_key(ask)
+    if not ask.task or not mine.any():
+        return None
+    # Above the mean of the method on *other* tasks: a run's own end must not hide in its feature.
+    usual = []
+    for task, method in zip(tasks, methods, strict=True):
+        others = (methods == method) & (tasks != task)
+        usual.append(target[others].mean() if others.any() else target[methods == method].mean())
+    above = target - np.array(usual)
+    cells = Counter(zip(tasks, methods, strict=True))
+    repeated = {task for (task, _), n in cells.items() if n > 1}
+    again = bool((mine & (methods == ask.method)).any()) and len(repeated) >= MIN_TASKS
+    values = np.zeros(len(rows))
+    for i in range(len(rows)):
+        others = (tasks == tasks[i]) & ((methods == methods[i]) == again)
+        others[i] = False
+        values[i] = above[others].mean() if others.any() else 0.0
+    use = mine & (methods == ask.method) if again else mine
+    return values, float(above[use].mean())
+
+
+def _most(some: Sequence[Run], runs: Sequence[Run]) -> bool:
+    """Whether leaving out the others is worth what these have."""
+    return len(some) == len(runs) or n_tasks(some) >= max(MIN_TASKS, n_tasks(runs) / 2)
+
+
+def _is_positive(value: Any) -> bool:
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    return number and 0 < value <= sys.float_info.max

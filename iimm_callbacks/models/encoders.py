@@ -1,0 +1,159 @@
+"""Model -> image and text embeddings."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..data.sources import kind
+from .families import Family, family_of
+from .processors import describe, find_processor, is_complete, read_images, read_prompts
+from .wrappers import adapt, breadth_first, find_dual_encoder
+
+TEXT_BATCH = 256  # prompts in one forward pass
+
+EncodePair = tuple[
+    Callable[[nn.Module, list[Any]], Tensor], Callable[[nn.Module, list[str]], Tensor]
+]
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """The functions a probe needs of a dual encoder.
+
+    Attributes:
+        preprocess: Images -> model inputs, e.g. ``pixel_values`` [n, 3, H, W].
+        tokenize: Prompts -> model inputs, e.g. ``input_ids`` [n, L].
+        embed_backbone: (model, preprocessed images) -> [n, D], not normalised, before any `Head`.
+        embed_texts: (model, tokenized prompts) -> [n, D], not normalised.
+        logit_scale: model -> (scale, bias or None) of ``logits = scale · cosine + bias``.
+        description: Of the preprocessing, for fingerprints.
+    """
+
+    preprocess: Callable[[list[Any]], Any]
+    tokenize: Callable[[list[str]], Any]
+    embed_backbone: Callable[[nn.Module, Any], Tensor]
+    embed_texts: Callable[[nn.Module, Any], Tensor]
+    logit_scale: Callable[[nn.Module], tuple[Any, Any]]
+    description: str
+
+    def embed_images(self, model: nn.Module, inputs: Any) -> Tensor:
+        """(model, preprocessed images) -> [n, D], not normalised, as the model is tuned now."""
+        return adapt(model, self.embed_backbone(model, inputs))
+
+
+def find_encoder(
+    model: nn.Module, processor: Any = None, encode: EncodePair | None = None
+) -> Encoder:
+    """The `Encoder` for a model: by its entry in `families`, or from `encode`.
+
+    Args:
+        model: A dual encoder of a family in `families`, bare, under PEFT, DDP or `torch.compile`,
+            or inside a user's `nn.Module`.
+        processor: Its processor (image processor and tokenizer in one), or for open_clip the pair
+            ``(transform, tokenizer)``. Without, or with a part of one: that of the
+            `PromptClassifier` the model is in, or loaded with `AutoProcessor` from where the model
+            came from.
+        encode: ``(encode_images, encode_texts)`` for any other model: each takes the model and a
+            list (RGB PIL images; prompts) and returns embeddings [n, D].
+
+    Returns:
+        The `Encoder`.
+
+    Raises:
+        TypeError: `encode` is not two functions.
+        ValueError: The model has no readable joint space, or no processor was to be found.
+    """
+    if encode is not None:
+        for function in encode:
+            if not callable(function):
+                raise TypeError(
+                    "`encode` must be two functions (encode_images, encode_texts) of (model, "
+                    f"list), got {function!r}"
+                )
+        images, texts = encode
+        names = ", ".join(getattr(f, "__qualname__", type(f).__name__) for f in encode)
+        return Encoder(list, list, images, texts, lambda m: (1.0, None), f"user functions {names}")
+    own = next((e for m in breadth_first(model) if (e := _encoder_of(m)) is not None), None)
+    if own is not None and not is_complete(processor):
+        return own
+    core = find_dual_encoder(model)
+    family = family_of(core)
+    assert family is not None
+    own_way = family.preprocess is not read_images and family.tokenize is not read_prompts
+    if not own_way:
+        processor = find_processor(core, processor, takes_pair=family.name == "open_clip")
+    read = family.preprocess(processor)
+
+    def preprocess(images: list[Any]) -> Any:
+        wrong = next((k for k in map(kind, images) if k != family.reads), None)
+        if wrong is not None:
+            raise ValueError(
+                f"`dataset` must hold {family.reads}s for {type(core).__name__}, got {wrong}s"
+            )
+        return read(images)
+
+    return Encoder(
+        preprocess,
+        family.tokenize(core, processor),
+        lambda m, inputs: _vectors(m, family, "embed_images", inputs),
+        lambda m, inputs: _vectors(m, family, "embed_texts", inputs),
+        lambda m: family.logit_scale(find_dual_encoder(m)),
+        family.name if own_way else describe(processor),
+    )
+
+
+def move(inputs: Any, model: nn.Module) -> Any:
+    """Model inputs on the model's device, floating ones in its dtype; anything else as it is."""
+    if not isinstance(inputs, Mapping):
+        return inputs
+    first = next((p for p in model.parameters() if p.is_floating_point()), None)
+    if first is None:
+        return inputs
+    return {
+        k: v.to(first.device, first.dtype if v.is_floating_point() else v.dtype, non_blocking=True)
+        if isinstance(v, Tensor)
+        else v
+        for k, v in inputs.items()
+    }
+
+
+def class_embeddings(prompt_embeds: Tensor, n_templates: int) -> Tensor:
+    """Several templates per class -> one text embedding per class, the CLIP convention.
+
+    Normalise each template's embedding, average over the templates, normalise again.
+
+    Args:
+        prompt_embeds: [C * T, D], all templates of class 0 first.
+        n_templates: T.
+
+    Returns:
+        [C, D], in the dtype of the input, float32 at least.
+    """
+    wide = prompt_embeds.to(torch.promote_types(prompt_embeds.dtype, torch.float32))
+    unit = nn.functional.normalize(wide, dim=1)
+    per_class = unit.reshape(-1, n_templates, unit.shape[1])  # [C, T, D]
+    return nn.functional.normalize(per_class.mean(1), dim=1)
+
+
+def _encoder_of(module: nn.Module) -> Encoder | None:
+    encoder = getattr(module, "encoder", None)
+    return encoder if isinstance(encoder, Encoder) else None
+
+
+def _vectors(model: nn.Module, family: Family, function: str, inputs: Any) -> Tensor:
+    core = find_dual_encoder(model)
+    output = getattr(family, function)(core, inputs)
+    if not isinstance(output, Tensor) or output.ndim != 2:
+        got = list(output.shape) if isinstance(output, Tensor) else type(output).__name__
+        raise ValueError(
+            f"`model` must give one joint-space vector per input, [n, D], got {got} from "
+            f"`{function}` of {type(core).__name__}; pass `encode=(encode_images, encode_texts)`, "
+            "or teach its family with `register_encoder`"
+        )
+    embeds: Tensor = output
+    return embeds

@@ -1,0 +1,277 @@
+"""The dual encoder in whatever training puts around it; the untouched model under adapters."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from .families import family_of, why_not
+from .heads import Head
+from .sharded import full_parameters, is_fsdp1
+
+_WRAPPERS = (
+    "module",
+    "_orig_mod",
+    "_fsdp_wrapped_module",
+    "base_model.model",
+    "base_layer",
+    "original_module",
+)
+
+
+def find_dual_encoder(model: nn.Module) -> Any:
+    """The outermost module, in `model` or inside it, that is a dual encoder of a known family.
+
+    Args:
+        model: Any module; DDP, `torch.compile` and a user's wrappers are looked through.
+
+    Returns:
+        The module.
+
+    Raises:
+        ValueError: There is none; says why, where the model is of a kind that cannot be one.
+    """
+    for module in breadth_first(model):
+        if family_of(module) is not None and not is_fsdp1(module):
+            return module
+    reasons = ((module, why_not(module)) for module in breadth_first(model))
+    module, reason = next((found for found in reasons if found[1]), (model, None))
+    raise ValueError(
+        f"`model` must be a dual encoder with a joint space, got {type(module).__name__}: "
+        + (
+            reason
+            or "neither it nor any module inside has `get_image_features` and "
+            "`get_text_features`, or `encode_image` and `encode_text`"
+        )
+        + "; pass `encode=(encode_images, encode_texts)`, two functions of (model, list) that "
+        "return embeddings [n, D], or teach its family with `register_encoder`"
+    )
+
+
+def find_head(model: nn.Module) -> Head | None:
+    """The `Head` on the dual encoder, in `model` or inside it, if there is one."""
+    return next((module for module in breadth_first(model) if isinstance(module, Head)), None)
+
+
+def adapt(model: nn.Module, backbone_embeds: Tensor) -> Tensor:
+    """Embeddings of the backbone -> those of the tuned model: through its `Head`, if it has one.
+
+    Args:
+        model: Any module.
+        backbone_embeds: [n, D].
+
+    Returns:
+        [n, D].
+    """
+    head = find_head(model)
+    return backbone_embeds if head is None else head.adapt(backbone_embeds)
+
+
+def zero_shot_twin(model: nn.Module) -> AbstractContextManager[None] | None:
+    """Inside it, a model with adapters is the untouched model again, at any step.
+
+    Args:
+        model: Any module.
+
+    Returns:
+        A context in which the adapters of peft are switched off; None where that is not exactly the
+        model before fine-tuning: no adapters, a merged one, tuned biases, weights that train beside
+        them, an initialisation that changed the base weights (PiSSA and the like), or batch norms
+        whose statistics move (those that `freeze` stopped do not). Weights that trained and were
+        frozen again are not noticed.
+    """
+    for module in breadth_first(model):
+        configs = getattr(module, "peft_config", None)
+        if not isinstance(configs, dict) or not configs:
+            continue
+        adapters = adapter_ids(module)
+        exact = (
+            all(getattr(c, "bias", "none") == "none" for c in configs.values())
+            and all(
+                isinstance(getattr(c, "init_lora_weights", True), bool) for c in configs.values()
+            )
+            and not any(getattr(m, "merged", False) for m in module.modules())
+            and all(map(_is_still, module.modules()))
+            and all(id(p) in adapters for p in module.parameters() if p.requires_grad)
+        )
+        return _without_adapters(module) if exact else None
+    return None
+
+
+def find_untouched(
+    model: nn.Module, base: nn.Module | str | Path | Callable[[], nn.Module] | None
+) -> nn.Module | AbstractContextManager[None]:
+    """The untouched model of one that has been trained already.
+
+    Args:
+        model: The model that trains.
+        base: See `load_untouched`; None: not given.
+
+    Returns:
+        `base` loaded; else, see `zero_shot_twin`, the context in which `model` is untouched.
+
+    Raises:
+        OSError, TypeError: See `load_untouched`.
+        ValueError: It is not to be had.
+    """
+    if base is not None:
+        return load_untouched(base, model)
+    twin = zero_shot_twin(model)
+    if twin is None:
+        raise ValueError(
+            "the checkpoint was written without the guard, so the untouched model was never "
+            "measured; give it as `base_model`"
+        )
+    return twin
+
+
+def load_untouched(
+    base: nn.Module | str | Path | Callable[[], nn.Module], like: nn.Module
+) -> nn.Module:
+    """The untouched model, where the model that is training is.
+
+    Args:
+        base: The model, its Hub name or folder, or a function that returns it.
+        like: The model that trains: its device and dtype are taken over.
+
+    Raises:
+        OSError: There is no model of that name.
+        TypeError: It is no model.
+    """
+    if isinstance(base, str | Path):
+        from transformers import AutoModel
+
+        model = AutoModel.from_pretrained(base)
+    else:
+        model = base if isinstance(base, nn.Module) else base()
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            "`base_model` must be a model, its Hub name or folder, or a function that returns it, "
+            f"got {type(model).__name__}"
+        )
+    first = next(p for p in like.parameters() if p.is_floating_point())
+    return model.to(first.device, first.dtype)
+
+
+def model_fingerprint(model: nn.Module) -> str:
+    """A short hash of a model's weights: a few values of every parameter.
+
+    PEFT adapters and wrapper prefixes do not count, so a model has one fingerprint bare, under
+    PEFT and wrapped. Not a checksum: it tells models apart, it does not prove that two files are
+    equal.
+
+    Args:
+        model: Any module.
+
+    Returns:
+        16 hexadecimal digits.
+    """
+    try:
+        core = find_dual_encoder(model)
+    except ValueError:
+        core = model  # it has functions of its own: all its parameters count
+    adapters = adapter_ids(core)
+    values = {}
+    for name, parameter, whole in full_parameters(model, core):
+        if id(parameter) in adapters:
+            continue
+        some = whole.detach().flatten()[:16].float().cpu()
+        some = some.clone()  # numpy would keep FSDP from freeing `whole`
+        values[bare_name(name)] = some.numpy().tobytes()
+    digest = hashlib.sha256()
+    for name in sorted(values):
+        digest.update(name.encode() + values[name])
+    return digest.hexdigest()[:16]
+
+
+def freeze(model: nn.Module) -> None:
+    """No parameter trains, and no batch norm moves by its running statistics.
+
+    For that it must be in eval mode, out of which every ``model.train()`` takes it: each goes back
+    at its next forward pass, unless its weight is made to train later.
+
+    Args:
+        model: Changed in place.
+    """
+    model.requires_grad_(False)
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.register_forward_pre_hook(_stay_in_eval_mode)
+
+
+def _stay_in_eval_mode(module: nn.Module, inputs: Any) -> None:
+    if not getattr(module.weight, "requires_grad", False):
+        module.eval()
+
+
+def _is_still(module: nn.Module) -> bool:
+    moves = isinstance(module, nn.modules.batchnorm._BatchNorm) and module.track_running_stats
+    return not moves or _stay_in_eval_mode in module._forward_pre_hooks.values()
+
+
+@contextmanager
+def _without_adapters(module: Any) -> Iterator[None]:
+    trains = [(p, p.requires_grad) for p in module.parameters()]
+    try:
+        if hasattr(module, "disable_adapter"):  # a PeftModel
+            with module.disable_adapter():
+                yield
+        else:  # a transformers model after `add_adapter`
+            module.disable_adapters()
+            try:
+                yield
+            finally:
+                module.enable_adapters()
+    finally:
+        for parameter, flag in trains:  # peft wakes all adapters, frozen ones too
+            parameter.requires_grad_(flag)
+
+
+def breadth_first(model: nn.Module) -> Iterator[nn.Module]:
+    """All modules, the outermost first."""
+    queue: Sequence[nn.Module] = [model]
+    while queue:
+        yield from queue
+        queue = [child for module in queue for child in module.children()]
+
+
+def bare_name(name: str) -> str:
+    """A weight's name without what wrappers and PEFT put into it.
+
+    Example:
+        >>> bare_name("base_model.model.text_model.q_proj.base_layer.weight")
+        'text_model.q_proj.weight'
+    """
+    for wrapper in _WRAPPERS:
+        name = f".{name}".replace(f".{wrapper}.", ".")[1:]
+    return name
+
+
+def adapter_ids(model: nn.Module) -> set[int]:
+    """Identities (`id`) of the parameters of all PEFT adapters, `modules_to_save` included."""
+    return {
+        id(parameter)
+        for module in model.modules()
+        for layer in getattr(module, "adapter_layer_names", ())  # of every PEFT layer
+        if isinstance(getattr(module, layer, None), nn.Module)
+        for parameter in getattr(module, layer).parameters()
+    }
+
+
+def model_name(model: nn.Module) -> str:
+    """What to call a model: its Hub name, else its class.
+
+    Of a folder of the user's machine only the last two parts are told.
+    """
+    try:
+        core = find_dual_encoder(model)
+    except ValueError:
+        return type(model).__name__
+    path = getattr(getattr(core, "config", None), "_name_or_path", "")
+    # FSDP 2 makes a class of its own of a module's.
+    return "/".join(Path(path).parts[-2:]) if path else type(core).__name__.removeprefix("FSDP")

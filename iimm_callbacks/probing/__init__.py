@@ -1,0 +1,1 @@
+"""A model in training -> looks, on any number of ranks, leaving no trace."""

@@ -1,0 +1,96 @@
+"""What one probe of a model saw: IIMM of the task, and which images of each task are right."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+
+from ..accuracy import Score
+from ..measure import Measurement
+from ..storage import checks
+
+
+@dataclass(frozen=True)
+class Look:
+    """What one probe of a model saw.
+
+    Attributes:
+        step: Optimizer steps taken before it.
+        measurement: IIMM of the task being learnt.
+        correct: Task name -> [n] bool, which of its probe images are classified right, or have the
+            right text among the first k where ``recall@k`` is its metric; the task being learnt
+            comes first, then the off-target tasks.
+        runtime: Wall time of the probe without the first preprocessing, seconds.
+        scores: Task name -> its score by its metric; none of the tasks of which `correct` says all.
+    """
+
+    step: int
+    measurement: Measurement
+    correct: dict[str, np.ndarray]
+    runtime: float
+    scores: dict[str, Score] = field(default_factory=dict)
+
+    def accuracy(self, task: str) -> float:
+        """Zero-shot accuracy on a task, or the task's own metric in its place; a fraction."""
+        score = self.scores.get(task)
+        return float(self.correct[task].mean()) if score is None else score.value
+
+    def seen(self, task: str) -> np.ndarray | Score:
+        """What `accuracy` is made of, image by image: for `accuracy.paired_drop`."""
+        return self.scores.get(task, self.correct[task])
+
+    def to_json(self) -> dict[str, Any]:
+        """As JSON-ready data, without step and runtime: the baseline of a run, for a checkpoint."""
+        measurement = asdict(self.measurement)
+        if math.isnan(measurement["standard_error"]):  # JSON has no NaN
+            measurement["standard_error"] = None
+        bits = {name: "".join("01"[int(c)] for c in row) for name, row in self.correct.items()}
+        data = {"measurement": measurement, "correct": bits}
+        if self.scores:
+            data["scores"] = {
+                name: {"value": score.value, "images": score.images.tolist()}
+                for name, score in self.scores.items()
+            }
+        return data
+
+    @classmethod
+    def from_json(cls, data: Any) -> Look:
+        """The baseline that `to_json` gave.
+
+        Raises:
+            ValueError: It is not that; the message names the field.
+        """
+        look = checks.fields(data, "baseline", _BASELINE, {"scores": checks.dict_of(_score)})
+        if look["measurement"]["standard_error"] is None:
+            look["measurement"]["standard_error"] = math.nan
+        correct, scores = look["correct"], look.get("scores", {})
+        for name, score in scores.items():
+            if name not in correct or len(score.images) != len(correct[name]):
+                raise ValueError(f"`baseline`: `scores` and `correct` of {name!r:.40} do not match")
+        return cls(0, Measurement(**look["measurement"]), correct, 0.0, scores)
+
+
+def _bits(value: Any, name: str) -> np.ndarray:
+    if not isinstance(value, str) or not value or set(value) - {"0", "1"}:
+        raise ValueError(f"`{name}` must be a string of 0 and 1, got {value!r:.40}")
+    return np.array([bit == "1" for bit in value])
+
+
+def _score(value: Any, name: str) -> Score:
+    found = checks.fields(value, name, _SCORE)
+    return Score(found["value"], np.array(found["images"]))
+
+
+_MEASUREMENT = {
+    "iimm": checks.DIFFERENCE,
+    "inter": checks.DIFFERENCE,
+    "intra": checks.DIFFERENCE,
+    "standard_error": checks.or_none(checks.ERROR),
+    "n_images": checks.count,
+    "n_classes": checks.count,
+}
+_SCORE = {"value": checks.FRACTION, "images": checks.list_of(checks.finite)}
+_BASELINE = {"measurement": checks.object_of(_MEASUREMENT), "correct": checks.dict_of(_bits)}

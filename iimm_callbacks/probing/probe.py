@@ -1,0 +1,328 @@
+"""Model + tasks -> looks: IIMM and zero-shot accuracies now, training left undisturbed."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from accelerate.utils.memory import clear_device_cache
+from torch import Tensor, nn
+
+from .. import ranks
+from ..accuracy import zero_shot_correct, zero_shot_scores
+from ..data.tasks import Task
+from ..embeddings import NotFiniteError
+from ..measure import GROUPS, IIMMAccumulator
+from ..models.encoders import EncodePair, Encoder, class_embeddings, find_encoder, move
+from ..models.sharded import check_measurable, inside_forward, is_sharded
+from ..models.wrappers import adapt, find_dual_encoder, find_head
+from .frozen import FrozenPart
+from .halving import Halving
+from .look import Look
+from .scoring import fingerprint, score, warn_of_mixed_units
+from .share import Batch, ProbeTask, Share, read_share
+from .undisturbed import autocast, undisturbed
+
+
+class Probe:
+    """The fixed images and prompts of a run, ready to be shown to the model again and again.
+
+    Of several ranks each shows its model a share of the images; only sums travel, in one
+    all-reduce per look, and all ranks have the same `Look`. All of them must look together. Towers
+    that are frozen are run once: see `frozen.FrozenPart`. A task's own metric is computed by the
+    first rank, which tells the others.
+
+    Args:
+        task: The task being learnt; its IIMM and accuracy are measured.
+        off_target: Tasks that must not be forgotten; their accuracy is measured.
+        processor: See `encoders.find_encoder`.
+        encode: See `encoders.find_encoder`.
+        batch_size: Images in one forward pass; halved where memory does not suffice.
+        cache_limit: Bytes of preprocessed images kept in memory on each rank; what is beyond it
+            is preprocessed anew at each look.
+        progress: Show a progress bar while preprocessing for the first time.
+    """
+
+    def __init__(
+        self,
+        task: Task,
+        off_target: Sequence[Task] = (),
+        *,
+        processor: Any = None,
+        encode: EncodePair | None = None,
+        batch_size: int = 64,
+        cache_limit: int = 2**31,
+        progress: bool = True,
+    ) -> None:
+        self.task = task
+        self.off_target = list(off_target)
+        self.processor = processor
+        self.encode = encode
+        self.batch_size = batch_size
+        self.cache_limit = cache_limit
+        self.progress = progress
+        self._share: Share | None = None
+        self._width = 0  # of the embeddings
+        # On the CPU: a look leaves nothing on the device.
+        self._frozen_images, self._frozen_texts = FrozenPart("cpu"), FrozenPart("cpu")
+        self._halving = Halving()
+
+    @property
+    def fingerprints(self) -> dict[str, str]:
+        """Task name -> hash of its images, labels, prompts, preprocessing and metric.
+
+        Two measurements compare only where these are equal. Empty before `prepare`.
+        """
+        return {t.task.name: fingerprint(t) for t in self._share.tasks} if self._share else {}
+
+    def prepare(self, model: nn.Module) -> None:
+        """Find the model's encoder, then read and preprocess the probe images; done once.
+
+        Raises:
+            ValueError: No encoder or processor for the model, fewer than two images of a task can
+                be read, or an off-target task holds the very images of the task.
+            RuntimeError: Another rank failed.
+        """
+        if self._share is not None:
+            return
+        check_measurable(model)
+        with undisturbed(model):
+            encoder = ranks.together(lambda: find_encoder(model, self.processor, self.encode))
+            share = read_share(
+                [self.task, *self.off_target],
+                encoder,
+                batch_size=self.batch_size,
+                cache_limit=self.cache_limit,
+                progress=self.progress,
+            )
+            for other in share.tasks[1:]:
+                if other.fingerprint == share.tasks[0].fingerprint:
+                    raise ValueError(
+                        f"`off_target` task {other.task.name!r} is the task itself (same images, "
+                        "labels and prompts); off-target tasks are those that are not trained on"
+                    )
+            self._width = ranks.together(lambda: self._measure_width(model, share))
+        self._share = share
+        warn_of_mixed_units(self.off_target)
+
+    def _measure_width(self, model: nn.Module, share: Share) -> int:
+        def embed() -> int:
+            return share.encoder.embed_texts(model, move(share.prompt, model)).shape[1]
+
+        return inside_forward(model, self._core(model), embed)
+
+    def _core(self, model: nn.Module) -> nn.Module:
+        return model if self.encode is not None else find_dual_encoder(model)
+
+    def check_fingerprints(self, then: dict[str, str]) -> None:
+        """Raise unless images, prompts and preprocessing are those of an earlier probe.
+
+        Args:
+            then: Its `fingerprints`.
+
+        Raises:
+            ValueError: They are not.
+        """
+        now = self.fingerprints
+        if then != now:
+            changed = sorted(k for k in then.keys() | now.keys() if then.get(k) != now.get(k))
+            raise ValueError(
+                f"`task` and `off_target` must be those the run began with, but {changed} have "
+                "other images, prompts, preprocessing or another metric now, so the recorded "
+                "baseline does not compare; restore them, or start a new run"
+            )
+
+    def look(self, model: nn.Module, step: int, autocast_dtype: torch.dtype | None = None) -> Look:
+        """Show the model every probe image and class prompt once.
+
+        Weights, gradients, train mode of every module and all random streams are as before.
+
+        Args:
+            model: The model as it trains; moved nowhere.
+            step: Optimizer steps taken so far.
+            autocast_dtype: Run under `torch.autocast` with this dtype, as a mixed-precision
+                training does.
+
+        Returns:
+            The same on all ranks, and as a single process would have it to 1e-9.
+
+        Raises:
+            ValueError: An image cannot be read any more, an embedding is zero, or a metric failed
+                or left [0, 1].
+            NotFiniteError: An embedding is not finite.
+            RuntimeError: Another rank failed.
+        """
+        self.prepare(model)
+        start = time.perf_counter()
+        share = self._share
+        assert share is not None
+        rank, n_ranks = ranks.world()
+        sums = _Sums(
+            torch.zeros(GROUPS, self._width + 2, dtype=torch.float64),
+            [torch.zeros(len(t.labels), dtype=torch.float64) for t in share.tasks],
+            torch.zeros(n_ranks, dtype=torch.float64),
+        )
+        failure: Exception | None = None
+        classes = torch.zeros(0)
+        try:
+            with undisturbed(model):
+                classes, failure = inside_forward(
+                    model,
+                    self._core(model),
+                    lambda: self._show(model, share, autocast_dtype, sums),
+                )
+        except Exception as error:
+            failure = error
+        if isinstance(failure, NotFiniteError) and step:
+            failure = NotFiniteError(f"training has diverged, which is not forgetting: {failure}")
+        clear_device_cache()  # of what the look took
+        sums.seconds[rank] = time.perf_counter() - start
+        sums = sums.of_all_ranks(failure)
+        accumulator = IIMMAccumulator(classes.cpu())
+        accumulator.state = sums.state
+        scored = score(share.tasks, sums.seen)
+        runtime = float(sums.seconds.max()) + scored.seconds
+        return Look(step, accumulator.compute(), scored.correct, runtime, scored.scores)
+
+    def _show(
+        self, model: nn.Module, share: Share, autocast_dtype: torch.dtype | None, sums: _Sums
+    ) -> tuple[Tensor, Exception | None]:
+        """Add what this rank sees to `sums`.
+
+        Returns:
+            The class embeddings of the task, [C, D]; and the first failure. It is not raised here:
+            where the model is sharded this rank's forward passes must go on beside the others'.
+        """
+        encoder = share.encoder
+        in_step = is_sharded(model)
+        run = _at_once if in_step else self._halving  # halves would fall out of step
+        with autocast(model, autocast_dtype):
+            if not in_step:
+                self._find_frozen(model, share, autocast_dtype)
+            classes = [
+                self._frozen_texts.get(t.task.name, partial(_embed_classes, model, encoder, t, run))
+                for t in share.tasks
+            ]
+        failure = None
+        for batch in share.batches:
+            key = (batch.task, batch.first)
+            inputs = None
+            try:
+                if batch.positions and not self._frozen_images.holds(key):
+                    inputs = share.inputs(batch)
+            except Exception as error:
+                failure = failure or error
+            if failure or not batch.positions:
+                if in_step:
+                    encoder.embed_backbone(model, move(share.image, model))
+                continue
+            with autocast(model, autocast_dtype):
+                embed = partial(_embed_images, model, encoder, inputs, run)
+                images = adapt(model, self._frozen_images.get(key, embed))
+            try:
+                _check_rows(images, len(batch.positions), "image")
+                # Not in autocast, which would round cosines until classes tie.
+                self._add(sums, model, batch, images, classes, share.tasks[batch.task])
+            except Exception as error:
+                failure = error
+        return classes[0], failure
+
+    def _add(
+        self,
+        sums: _Sums,
+        model: nn.Module,
+        batch: Batch,
+        images: Tensor,
+        classes: list[Tensor],
+        shown: ProbeTask,
+    ) -> None:
+        """Add one batch's embeddings to the sums."""
+        rows = slice(batch.first, batch.first + len(images))
+        labels, metric = shown.labels[rows], shown.task.metric
+        texts = classes[batch.task]
+        scores = None
+        if batch.task == 0:
+            accumulator = IIMMAccumulator(texts, offset=batch.first)
+            accumulator.update(images, labels)
+            sums.state += accumulator.state.cpu()
+            scores = self._classify(model, images, len(texts))
+        if metric is not None:
+            scores = zero_shot_scores(images, texts) if scores is None else scores
+            seen = metric.see(scores, labels).cpu()
+        elif scores is not None:
+            seen = scores.argmax(1).cpu() == labels
+        else:
+            seen = torch.from_numpy(zero_shot_correct(images, texts, labels))
+        sums.seen[batch.task][rows] = seen.double()
+
+    def _find_frozen(
+        self, model: nn.Module, share: Share, autocast_dtype: torch.dtype | None
+    ) -> None:
+        if self.encode is not None:
+            return  # a user's functions may hide gradients, and all would look frozen
+        encoder, image, prompt = share.encoder, move(share.image, model), move(share.prompt, model)
+        # Autocast's cache holds casts made without gradients, which would look frozen.
+        with autocast(model, autocast_dtype, cache_enabled=False):
+            self._frozen_images.update(model, lambda: encoder.embed_backbone(model, image))
+            self._frozen_texts.update(model, lambda: encoder.embed_texts(model, prompt))
+
+    def _classify(self, model: nn.Module, images: Tensor, n_classes: int) -> Tensor | None:
+        """Logits of the model's linear probe [n, C]; None where it has none."""
+        head = find_head(model)
+        logits = None if head is None else head.classify(images)
+        if logits is None:
+            return None
+        if logits.shape[1] != n_classes:
+            raise ValueError(
+                f"`task` {self.task.name!r} must have the {logits.shape[1]} classes of the model's "
+                f"linear probe, got {n_classes}"
+            )
+        return logits
+
+
+@dataclass
+class _Sums:
+    """What the ranks add up: of the task `IIMMAccumulator.state`; of each task [N] numbers.
+
+    These are 1 where an image is right, or what the task's metric sees of it.
+    """
+
+    state: Tensor
+    seen: list[Tensor]
+    seconds: Tensor  # [ranks]
+
+    def of_all_ranks(self, failure: Exception | None) -> _Sums:
+        parts = [self.state.flatten(), *self.seen, self.seconds]
+        added = ranks.add_up(torch.cat(parts), failure)
+        sums = torch.split(added, [len(part) for part in parts])
+        return _Sums(sums[0].reshape(self.state.shape), list(sums[1:-1]), sums[-1])
+
+
+def _check_rows(embeds: Tensor, n: int, kind: str) -> None:
+    if len(embeds) != n:
+        raise ValueError(
+            f"the model must give one embedding per {kind}, [{n}, D], got {list(embeds.shape)}; "
+            "correct `encode`, or the family's entry"
+        )
+
+
+_Run = Callable[[Callable[[Any], Tensor], Any], Tensor]
+
+
+def _at_once(embed: Callable[[Any], Tensor], inputs: Any) -> Tensor:
+    return embed(inputs)
+
+
+def _embed_images(model: nn.Module, encoder: Encoder, inputs: Any, run: _Run) -> Tensor:
+    return run(partial(encoder.embed_backbone, model), move(inputs, model))
+
+
+def _embed_classes(model: nn.Module, encoder: Encoder, shown: ProbeTask, run: _Run) -> Tensor:
+    embed = partial(encoder.embed_texts, model)
+    prompts = torch.cat([run(embed, move(p, model)) for p in shown.prompts])
+    _check_rows(prompts, shown.n_prompts, "prompt")
+    return class_embeddings(prompts, len(shown.task.templates))

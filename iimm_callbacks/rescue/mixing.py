@@ -1,0 +1,261 @@
+"""A model anywhere between untouched and fine-tuned: its weights mixed, its adapters scaled."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..models.heads import ClipAdapter
+from ..models.sharded import check_measurable, is_sharded
+from ..models.wrappers import adapter_ids, find_head, zero_shot_twin
+from .counterparts import Kept, core_of, counterparts, weights_of
+
+# Adapter weights -> what they are where the adapter does nothing. Its effect is linear in them.
+_NEUTRAL = {"lora_B": 0.0, "lora_embedding_B": 0.0, "ia3_l": 1.0}
+_LEFT_ALONE = ("lora_A", "lora_embedding_A", "lora_E")  # the other factors of that effect
+
+
+class Mixture:
+    """Sets a model to ``(1 - α) θ_untouched + α θ_tuned`` (WiSE-FT arXiv 2109.01903), in place.
+
+    Of the dual encoder every floating-point parameter and buffer that differs is mixed, tied
+    weights once, in float32 (float64 for those) and cast back; running statistics of batch norms
+    too. Integer buffers, and what is outside of the dual encoder, stay. Adapters of peft are scaled
+    in their own weights, so that they are saved as they are measured: B of LoRA by α, the factors
+    of IA3 towards 1, copies of whole modules (``modules_to_save``) towards the originals.
+    CLIP-Adapter is scaled in ``W₂``, which has the cosines of the residual ratio r' with
+    ``r'/(1 - r') = α r/(1 - r)``.
+
+    Both values of all that is mixed are kept on the CPU: the model's device holds one model.
+
+    Args:
+        model: The fine-tuned model; it is as it was until `set`.
+        untouched: The model before fine-tuning: a module, or a state dict of one, or `Kept`;
+            ``None`` where the model has it in itself, under adapters or a CLIP-Adapter.
+
+    Attributes:
+        n_tensors: How many are mixed.
+        notes: What a reader of the numbers should know, in words.
+
+    Raises:
+        TypeError: `untouched` is none of these.
+        ValueError: The two differ in names or shapes, or in nothing; weights are spread over ranks,
+            quantised or not finite; or the model is tuned in a way that has no mixes.
+    """
+
+    def __init__(
+        self, model: nn.Module, untouched: nn.Module | Mapping[str, Tensor] | Kept | None = None
+    ) -> None:
+        _check_whole(model)
+        parts = _own_parts(model)
+        if untouched is None:
+            _check_has_untouched(model, parts)
+        else:
+            names = {id(tensor): name for name, tensor in model.named_buffers()} | _names(model)
+            for tensor, other in counterparts(core_of(model), untouched):
+                parts.append(_Part(names[id(tensor)], tensor, other))
+        self._parts = [part for part in parts if part.differs()]
+        if not self._parts:
+            raise ValueError(
+                "`base` must be the model before fine-tuning, got one that differs in nothing from "
+                "`model`; there is nothing to mix"
+            )
+        for part in self._parts:
+            part.keep_tuned()
+        self.n_tensors = len(self._parts)
+        self.notes = []
+        if any(part.name.endswith(("running_mean", "running_var")) for part in self._parts):
+            self.notes.append(
+                "running statistics of batch norms are mixed as weights are; they are not those "
+                "that the mixed weights would have"
+            )
+
+    def set(self, alpha: float) -> None:
+        """Make the model the mix of this α: 0 the untouched model, 1 the fine-tuned one, exactly.
+
+        Raises:
+            ValueError: α is outside of [0, 1].
+        """
+        if not 0 <= alpha <= 1:
+            raise ValueError(f"`alpha` must lie in [0, 1], got {alpha}")
+        for part in self._parts:
+            part.write(alpha)
+
+    def tuned_weights(self) -> dict[str, Tensor]:
+        """Name in the model -> fine-tuned value on the CPU, of all that is mixed.
+
+        ``model.load_state_dict(weights, strict=False)`` brings the fine-tuned model back.
+        """
+        return {part.name: part.tuned for part in self._parts}
+
+
+@dataclass
+class _Part:
+    name: str
+    tensor: Tensor  # the model's own
+    untouched: Tensor | float
+    tuned: Tensor = field(init=False)  # a copy, on the CPU
+
+    def _untouched(self) -> Tensor:
+        if isinstance(self.untouched, float):
+            return torch.full_like(self.tensor, self.untouched)
+        return self.untouched.detach().to(self.tensor.device)
+
+    def differs(self) -> bool:
+        return not torch.equal(self._untouched().to(self.tensor.dtype), self.tensor)
+
+    def keep_tuned(self) -> None:
+        if not self.tensor.isfinite().all():
+            raise ValueError(
+                f"`model` must have finite weights, got {self.name!r} with infinity or NaN: "
+                "training has diverged, and no mix with it is finite; go back to a checkpoint"
+            )
+        self.tuned = self.tensor.detach().to("cpu", copy=True)
+
+    @torch.no_grad()
+    def write(self, alpha: float) -> None:
+        if alpha == 1:
+            self.tensor.copy_(self.tuned)
+            return
+        wide = torch.promote_types(self.tensor.dtype, torch.float32)
+        tuned = self.tuned.to(self.tensor.device, wide)
+        self.tensor.copy_(torch.lerp(self._untouched().to(wide), tuned, alpha))
+
+
+def needs_untouched(model: nn.Module) -> bool:
+    """Whether a `Mixture` will need the untouched weights from elsewhere.
+
+    Not where only adapters or a CLIP-Adapter train, which have the untouched model in themselves.
+
+    Args:
+        model: Ready to be trained, or trained.
+
+    Raises:
+        ValueError: The model is tuned in a way that has no mixes, or its weights are spread over
+            ranks.
+    """
+    _check_whole(model)
+    return not _own_parts(model) or not _has_untouched(model)
+
+
+def keep_untouched(model: nn.Module) -> Kept:
+    """What a later `Mixture` needs of the model before training; take it before the first step.
+
+    It takes as much memory, on the CPU, as what trains and the floating-point buffers; of several
+    ranks on each.
+
+    Args:
+        model: Ready to be trained, before its first step.
+    """
+    return Kept(
+        {
+            weight.names[0]: weight.tensor.detach().to("cpu", copy=True)
+            for weight in weights_of(core_of(model))
+            if weight.tensor.is_floating_point()
+            and (weight.tensor.requires_grad or not isinstance(weight.tensor, nn.Parameter))
+        }
+    )
+
+
+def _check_whole(model: nn.Module) -> None:
+    check_measurable(model)
+    if is_sharded(model):
+        raise ValueError(
+            "`model` must have whole weights to be rescued, got one that FSDP shards; save it, and "
+            "rescue what was saved with `iimm rescue`"
+        )
+    for name, tensor in model.named_parameters():
+        if tensor.is_meta:
+            raise ValueError(
+                f"`model` must have its weights in memory, got {name!r} on the meta device; load "
+                "it without offloading"
+            )
+
+
+# --- adapters and heads: they hold the untouched model ---
+
+
+def _own_parts(model: nn.Module) -> list[_Part]:
+    names, parts = _names(model), []
+    for name, module in model.named_modules():
+        if hasattr(module, "adapter_layer_names"):
+            parts += _adapter_parts(name, module, names)
+    head = find_head(model)
+    if isinstance(head, ClipAdapter):
+        if head.residual_ratio == 1:
+            raise ValueError(
+                "`model` has a CLIP-Adapter with `residual_ratio` 1, of which no scale is the "
+                "untouched model; train it with a smaller one"
+            )
+        parts.append(_Part(names[id(head.up.weight)], head.up.weight, 0.0))
+    elif head is not None:
+        raise ValueError(
+            f"`model` has a {type(head).__name__}, which off-target tasks do not pass through: "
+            "there is nothing to rescue"
+        )
+    return parts
+
+
+def _names(model: nn.Module) -> dict[int, str]:
+    return {id(parameter): name for name, parameter in model.named_parameters()}
+
+
+def _adapter_parts(name: str, module: Any, names: dict[int, str]) -> list[_Part]:
+    """Of one layer of peft, those of its active adapters."""
+    active = set(module.active_adapters)
+    if getattr(module, "merged", False):
+        raise ValueError(
+            f"`model` must have its adapters apart, got {name!r} with one merged; unmerge it, or "
+            "`merge_and_unload` and give `base`"
+        )
+    if module.disable_adapters:
+        raise ValueError(f"`model` must have its adapters switched on, got {name!r} without")
+    parts = []
+    for layer in module.adapter_layer_names:
+        held: Any = getattr(module, layer, None)
+        for adapter in active.intersection(held.keys() if hasattr(held, "keys") else ()):
+            tensors = _parameters(held[adapter])
+            if layer == "modules_to_save":
+                originals: dict[str, Any] = dict(module.original_module.named_parameters())
+            elif layer in _NEUTRAL and not getattr(module, "lora_variant", {}).get(adapter):
+                originals = dict.fromkeys(tensors, _NEUTRAL[layer])
+            elif layer in _LEFT_ALONE:
+                continue
+            else:
+                raise ValueError(
+                    f"`model` has an adapter that cannot be scaled, {layer!r} of {name!r}: its "
+                    "effect is not linear in any one part of it (DoRA and others); "
+                    "`merge_and_unload` and give `base`"
+                )
+            parts += [_Part(names[id(t)], t, originals[key]) for key, t in tensors.items()]
+    return parts
+
+
+def _parameters(held: Any) -> dict[str, nn.Parameter]:
+    return {"": held} if isinstance(held, nn.Parameter) else dict(held.named_parameters())
+
+
+def _has_untouched(model: nn.Module) -> bool:
+    head = find_head(model)
+    if head is None:
+        return zero_shot_twin(model) is not None
+    encoder = head.dual_encoder
+    return not adapter_ids(encoder) and not any(p.requires_grad for p in encoder.parameters())
+
+
+def _check_has_untouched(model: nn.Module, parts: list[_Part]) -> None:
+    if not parts:
+        raise ValueError(
+            "`base` must be given, as `model` has no adapters under which it is untouched: the "
+            "model before fine-tuning, its state dict, Hub name or folder"
+        )
+    if not _has_untouched(model):
+        raise ValueError(
+            "`base` must be given: what is under the adapters of `model` is not exactly the model "
+            "before fine-tuning (tuned biases, weights that train beside them, an initialisation "
+            "that changed the weights, or moving batch norms)"
+        )

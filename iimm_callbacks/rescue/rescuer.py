@@ -1,0 +1,162 @@
+"""`on_exceed="rescue"`: the untouched weights kept from a run's first step on, for its end."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from .. import keys, ranks
+from ..guard import Limits
+from ..probing.look import Look
+from ..probing.probe import Probe
+from .counterparts import Kept, save_weights
+from .mixing import keep_untouched, needs_untouched
+from .sweep import Rescue, Untouched, sweep
+
+if TYPE_CHECKING:
+    from ..monitor import IIMMMonitor
+
+logger = logging.getLogger(__name__)
+
+
+class Rescuer:
+    """Keeps what a rescue needs while a run lasts, and rescues at its end.
+
+    Where only adapters or a CLIP-Adapter train, that is nothing. Otherwise it is a copy of the
+    weights that train on the CPU of every rank, and, for a run that will be resumed, a file of the
+    same size beside its checkpoints. The device holds no second model at any time.
+
+    Args:
+        folder: Of the run: for the files.
+        name: What their names begin with.
+        base_model: The model before fine-tuning, where it is to be had again: a model, its Hub
+            name or folder, or a function that returns it. Then nothing is kept.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        name: str,
+        base_model: nn.Module | str | Path | Callable[[], nn.Module] | None = None,
+    ) -> None:
+        self.kept_file = folder / f"{name}_untouched.safetensors"
+        self.tuned_file = folder / f"{name}_tuned.safetensors"
+        self._base: Untouched = base_model
+        self._given = base_model is not None
+
+    def begin(self, model: nn.Module, *, will_save: bool) -> None:
+        """Keep the untouched weights; call it before the first step.
+
+        Args:
+            model: The untouched model, ready to be trained.
+            will_save: Whether checkpoints will be written, from which it could be resumed.
+
+        Raises:
+            OSError: The file cannot be written.
+            ValueError: See `mixing.needs_untouched`.
+        """
+        if not ranks.together(lambda: needs_untouched(model)) or self._given:
+            return
+        kept = self._base = keep_untouched(model)
+        if will_save:
+            ranks.from_first(lambda: save_weights(kept.weights, self.kept_file))
+
+    def resume(self, model: nn.Module) -> None:
+        """Find the untouched weights again; call it where a run goes on from a checkpoint.
+
+        Args:
+            model: The model as the checkpoint has it.
+
+        Raises:
+            ValueError: They are not to be had; or see `mixing.needs_untouched`.
+        """
+        if ranks.together(lambda: needs_untouched(model)) and not self._given:
+            self._base = ranks.from_first(self._read)
+
+    def _read(self) -> Kept:
+        try:
+            return Kept.load(self.kept_file)
+        except OSError as error:
+            raise ValueError(
+                f"`base_model` must be given to rescue a resumed run without {self.kept_file.name}"
+                f" in its folder ({error}): the untouched weights were not kept"
+            ) from error
+
+    def rescue(
+        self,
+        model: nn.Module,
+        probe: Probe,
+        limits: Limits,
+        *,
+        baseline: Look,
+        autocast_dtype: torch.dtype | None = None,
+    ) -> Rescue:
+        """Leave the model with the mix chosen; the fine-tuned weights go to `tuned_file`.
+
+        Args:
+            model: The fine-tuned model.
+            probe: That of the run.
+            limits: Those of the run.
+            baseline: The look before training.
+            autocast_dtype: As at the run's looks.
+
+        Returns:
+            The curve and the choice.
+
+        Raises:
+            Exception: As `rescue.sweep.sweep`; the model is as it was.
+        """
+        return sweep(
+            model,
+            self._base,
+            probe,
+            limits,
+            baseline=baseline,
+            autocast_dtype=autocast_dtype,
+            keep_tuned=self.tuned_file,
+        )
+
+
+def rescue_at_end(
+    monitor: IIMMMonitor, rescuer: Rescuer, model: nn.Module, *, strict: bool
+) -> None:
+    """Rescue a model whose training is over; where that fails it is as trained, with a warning.
+
+    Args:
+        monitor: Of the run.
+        rescuer: What has the untouched weights.
+        model: The model after training.
+        strict: Raise instead.
+    """
+    speaks = ranks.world()[0] == 0
+    try:
+        found = monitor.rescue(model, rescuer)
+    except Exception as error:  # the model is as it was, on all ranks
+        if strict:
+            raise
+        if speaks:
+            logger.warning("The model could not be rescued and is as trained: %s", error)
+        return
+    if found.alpha == 0 and speaks:
+        logger.warning(
+            "The model is the UNTOUCHED one again, as %s; the fine-tuned weights are in %s",
+            found.reason,
+            rescuer.tuned_file,
+        )
+
+
+def is_exceeded(row: dict[str, Any], limits: Limits) -> bool:
+    """Whether a look's observed forgetting is over the limit, its sampling error or not.
+
+    Args:
+        row: Of the look, see `keys.look_row`.
+        limits: The user's.
+    """
+    key = keys.observed_key("forgetting") if limits.limit_on == "mean" else keys.WORST
+    limit = limits.max_forgetting
+    return limit is not None and row.get(key, 0.0) > limit
