@@ -18,14 +18,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import transformers
 from PIL import Image
 from test_outcomes import RUN
 from tqdm.auto import tqdm
 from transformers import CLIPModel, TrainerCallback
 
 from iimm_callbacks import IIMMCallback, Task, append_outcome, read_outcomes
+from iimm_callbacks.accuracy import zero_shot_scores
+from iimm_callbacks.guard import LEVELS
 from iimm_callbacks.models.encoders import find_encoder
+from iimm_callbacks.probing.undisturbed import undisturbed
 from iimm_callbacks.storage.run_file import read_run
 from iimm_callbacks.storage.store import FileLock
 
@@ -48,7 +50,7 @@ class Fault:
     same: bool = True  # numbers are those of a run without the fault
     left_out: int = 0  # of the task's images
     lost: str = ""  # file that cannot be written
-    check: Any = None  # more to be asserted of the logged rows
+    check: Any = None  # more to be asserted of the looks
 
 
 # What is injected
@@ -123,15 +125,40 @@ def fill(part, value, **since):
     return lambda run: weights(run, lambda model: getattr(model, part).weight.fill_(value), **since)
 
 
+def class_vectors(run, model, task):
+    """[C, D] embeddings of a task's prompts, now."""
+    template, names, _ = TASKS[task]
+    encoder = find_encoder(model, run.processor)
+    with undisturbed(model):
+        return encoder.embed_texts(model, encoder.tokenize([template.format(n) for n in names]))
+
+
+def taken_for(run, task):
+    """Classes that the untouched model takes a task's images for."""
+    encoder = find_encoder(run.model, run.processor)
+    with undisturbed(run.model):
+        pixels = encoder.preprocess([image for image, _ in run.data[task]])
+        images = encoder.embed_backbone(run.model, pixels)
+    return zero_shot_scores(images, class_vectors(run, run.model, task)).argmax(1).tolist()
+
+
+def nothing_right(run):
+    untouched = taken_for(run, "shapes")
+    labels(run, "shapes", lambda i: (untouched[i] + 1) % 3)
+
+
 def collapse(run):
-    """All images become one vector, away from what the untouched model takes them for."""
+    """All shapes are right, then all images become the vector of the rarest one."""
+    untouched = taken_for(run, "shapes")
+    rarest = min(range(3), key=untouched.count)
 
     def change(model):
-        model.vision_model.post_layernorm.weight.zero_()
-        model.vision_model.post_layernorm.bias.fill_(-1.0)
+        norm, projection = model.vision_model.post_layernorm, model.visual_projection.weight
+        norm.weight.zero_()
+        norm.bias.copy_(torch.linalg.pinv(projection) @ class_vectors(run, model, "shapes")[rarest])
 
     weights(run, change)
-    labels(run, "shapes", lambda i: i // 16)
+    labels(run, "shapes", lambda i: untouched[i])
     labels(run, "colours", lambda i: i % 4)
 
 
@@ -258,20 +285,20 @@ def calling(hook, do):
 
 
 def collapsed(first, second, *rest):
+    assert first["eval_iimm_shapes_accuracy"] == 1
     for row in rest:
-        right = row["eval_iimm_shapes_accuracy"]  # all are taken for circles, or all for squares
-        assert right == pytest.approx(1 / 3) or right == pytest.approx(2 / 3)
-        drop = first["eval_iimm_shapes_accuracy"] - right
-        assert row["eval_iimm_forgetting_observed"] == pytest.approx(drop)
+        right = row["eval_iimm_shapes_accuracy"]
+        assert right <= 1 / 3
+        assert row["eval_iimm_forgetting_observed"] == pytest.approx(1 - right)
+        assert row["level"] == "stop"
         assert row["eval_iimm_accuracy"] == pytest.approx(1 / 4)
         assert row["eval_iimm_intra"] == pytest.approx(1, abs=1e-5)
 
 
 def none_forgotten(first, *rest):
-    if transformers.__version__ < "5":
-        return  # its tiny model takes some pictures for the class that here is right
     assert first["eval_iimm_shapes_accuracy"] == 0
     assert all(row["eval_iimm_forgetting_observed"] <= 0 for row in rest)
+    assert all(row["level"] == "continue" for row in (first, *rest))
 
 
 NOISE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (16, 16), dtype=np.uint8))
@@ -314,16 +341,14 @@ FAULTS = {
     "raises once": Fault(
         lambda run: unreadable(run, lambda step: step == 4, cache_limit=0), UNMEASURED, (0, 2, 6)),
     "labels change type": Fault(lambda run: data_set(run, lambda i, image, y: (image, str(y)))),
-    "nothing right off target": Fault(
-        lambda run: labels(run, "shapes", lambda i: 1 + i % 2), check=none_forgotten, **OTHER),
+    "nothing right off target": Fault(nothing_right, check=none_forgotten, **OTHER),
     # Training
     "images NaN": Fault(fill("visual_projection", math.nan), DIVERGED, **NAN),
     "texts infinite": Fault(fill("text_projection", math.inf), DIVERGED, **NAN),
     "images NaN at the last step": Fault(
         fill("visual_projection", math.nan, since=6), DIVERGED, (0, 2, 4), "training diverged"),
     "images zero": Fault(fill("visual_projection", 0.0), "row 0 has norm 0.0", **FAILED),
-    "collapse to one class": Fault(
-        collapse, check=collapsed, **OTHER),
+    "collapse to one class": Fault(collapse, check=collapsed, **OTHER),
     "training raises": Fault(
         lambda run: tracker(run, lambda logs: "loss" in logs and run.step == 5),
         None, (0, 2, 4), "interrupted", ConnectionError),
@@ -396,6 +421,7 @@ def start(make_trainer, tiny_clip, processor, colours, shapes, tmp_path, own_sto
             run = SimpleNamespace(
                 patch=patch, folder=tmp_path, store=own_store, processor=processor, step=0,
                 data=data,  # task -> (image, label) pairs
+                model=tiny_clip(dropout=0.3),
                 settings={}, arguments={},  # of the guard, of the Trainer
                 before=[], after=[],  # callbacks, as seen from the guard
             )  # fmt: skip
@@ -408,8 +434,7 @@ def start(make_trainer, tiny_clip, processor, colours, shapes, tmp_path, own_sto
             usual = {"every": 2, "max_overhead": None, "verbose": False, "off_target": tasks[1:]}
             guard = IIMMCallback(tasks[0], **usual | run.settings | settings)
             callbacks = [count, *run.before, *[guard] * guarded, *run.after]
-            model = tiny_clip(dropout=0.3)
-            trainer = make_trainer(callbacks, model=model, max_steps=6, **run.arguments)
+            trainer = make_trainer(callbacks, model=run.model, max_steps=6, **run.arguments)
             error = None
             try:
                 trainer.train()
@@ -429,13 +454,24 @@ def timeless(rows):
 
 
 def warned(caplog):
-    """The warnings of faults; verdicts are none, and depend on how each transformers trains."""
+    """The warnings: those of faults, and those of verdicts."""
     messages = [
         record.getMessage()
         for record in caplog.records
         if record.levelno >= logging.WARNING and record.name.startswith("iimm_callbacks")
     ]
-    return [message for message in messages if not message.startswith("IIMM guard, step")]
+    of_verdicts = [message for message in messages if message.startswith("IIMM guard, step")]
+    return [message for message in messages if message not in of_verdicts], of_verdicts
+
+
+def verdicts(looks):
+    """The warnings there are to be: one whenever a verdict is worse than all before."""
+    levels = [LEVELS.index(look["level"]) for look in looks]
+    return [
+        f"IIMM guard, step {look['step']}: {look['reason']}"
+        for i, look in enumerate(looks)
+        if levels[i] > max(levels[:i], default=0)
+    ]
 
 
 def on_disk(guard, tmp_path, own_store):
@@ -469,7 +505,7 @@ def test_a_fault_costs_one_warning(start, name, caplog, tmp_path, own_store):
     torch.testing.assert_close(*states, rtol=0, atol=0, equal_nan=True)
 
     # One clear warning, and no number that is not one.
-    messages = warned(caplog)
+    messages, of_verdicts = warned(caplog)
     assert len(messages) == (fault.warning is not None), messages
     assert all(fault.warning in message for message in messages)
     rows = seen(trainer)
@@ -480,11 +516,12 @@ def test_a_fault_costs_one_warning(start, name, caplog, tmp_path, own_store):
         assert len(rows) == len(expected)
         for row, clean in zip(timeless(rows), expected, strict=True):
             assert row == pytest.approx(clean, abs=1e-6)
+    record = guard.record()
+    assert of_verdicts == ([] if callable(guard.action) else verdicts(record["looks"]))
     if fault.check:
-        fault.check(*rows)
+        fault.check(*record["looks"])
 
     # Everything measured up to then is on disk.
-    record = guard.record()
     saved, outcomes = on_disk(guard, tmp_path, own_store)
     if saved:
         disk_full = fault.lost == "run file"
@@ -514,7 +551,7 @@ def test_strict_ends_in_an_exception(start, name, tmp_path, own_store, caplog):
     trainer, guard, error = start(FAULTS[name].inject, strict=True)
     assert (DIVERGED if name == "images NaN" else "no route to host") in str(error)
     assert trainer.state.global_step == (4 if len(STRICT[name]) > 1 else 0)
-    assert warned(caplog) == []
+    assert warned(caplog)[0] == []
     saved, (outcome,) = on_disk(guard, tmp_path, own_store)
     assert tuple(look["step"] for look in saved["looks"]) == STRICT[name]
     assert (outcome.complete, outcome.ended) == (False, "interrupted")
