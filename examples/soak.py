@@ -11,23 +11,23 @@ weights, losses, looks, verdicts and the outcome in the store must be those of t
 peace, bit for bit (looks to 1e-5 where the probe ran out of memory). Only a look during which the
 data set raised may be missing. Exits with 1 if anything else was lost. Five minutes on two cores:
 
-             80 runs, 169 processes, 300 seconds
+            101 runs, 209 processes, 301 seconds
     ┏━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━┳━━━━━━━┓
     ┃ what befell them                          ┃ times ┃
     ┡━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━╇━━━━━━━┩
-    │ SIGKILL                                   │ 68    │
-    │ started again after its end               │ 9     │
-    │ a checkpoint is cut short                 │ 16    │
-    │ pictures cannot be read from the start on │ 19    │
+    │ SIGKILL                                   │ 85    │
+    │ started again after its end               │ 8     │
+    │ a checkpoint is cut short                 │ 25    │
+    │ pictures cannot be read from the start on │ 24    │
     │ the data set raises during a look         │ 17    │
-    │ a tracker raises in on_log                │ 88    │
-    │ the user's action raises                  │ 32    │
-    │ the disk is full for the run file         │ 131   │
-    │ out of memory in the probe                │ 108   │
-    │ the training raises                       │ 12    │
+    │ a tracker raises in on_log                │ 112   │
+    │ the user's action raises                  │ 41    │
+    │ the disk is full for the run file         │ 158   │
+    │ out of memory in the probe                │ 118   │
+    │ the training raises                       │ 17    │
     └───────────────────────────────────────────┴───────┘
-    80 runs ended as if nothing had been: same weights, losses, 352 looks and verdicts, and one
-    outcome each (put on record 97 times).
+    101 runs ended as if nothing had been: same weights, losses, 464 looks and verdicts, and one
+    outcome each (put on record 128 times).
     0 runs lost something.
 
 Not among them, since it is known to lose something: a picture that cannot be read, twice in a row,
