@@ -42,6 +42,18 @@ def test_the_recorded_runs_are_of_the_shipped_model_and_gain_and_forget():
     assert sum(full) / len(full) > 0.01
 
 
+def test_the_recorded_runs_are_of_the_tasks_as_they_are_probed_now():
+    """Else the forecast would take its own past tasks for others of the same name."""
+    model, processor = sample.load_model(), sample.load_processor()
+    first = {outcome.task: outcome for outcome in sample.load_outcomes()}
+    for name, outcome in first.items():
+        probe = Probe(sample.load_task(name), processor=processor, progress=False)
+        look = probe.look(model, 0)
+        assert probe.fingerprints == {name: outcome.task_fingerprint}
+        assert look.accuracy(name) == pytest.approx(outcome.zero_shot_accuracy, abs=0.01)
+        assert look.measurement.iimm == pytest.approx(outcome.iimm, abs=1e-4)
+
+
 def test_no_recorded_run_names_a_folder_of_anyones_machine():
     assert {o.model for o in sample.load_outcomes()} == {"sample/model"}
 
