@@ -23,6 +23,7 @@ from .guard import LEVELS, Limits, Verdict
 from .models.encoders import EncodePair
 from .models.wrappers import find_untouched
 from .monitor import IIMMMonitor
+from .probing.undisturbed import undisturbed
 from .rescue.rescuer import Rescuer, rescue_at_end
 from .rescue.table import rescue_table
 from .schedule import Budget, Every, check_every
@@ -191,7 +192,7 @@ class IIMMCallback(TrainerCallback):  # type: ignore[misc]  # transformers is un
         self.outcome: Outcome | None = None
         self._model: weakref.ref[nn.Module] | None = None  # that the latest run trains
         self._stop_reason = ""
-        self._hold_first_step = False
+        self._held: host.HeldStep | None = None
         self._rescuer: Rescuer | None = None
         self._forgiving = Forgiving(strict)
         self._back_in_line: Callable[[], None] | None = None
@@ -203,36 +204,34 @@ class IIMMCallback(TrainerCallback):  # type: ignore[misc]  # transformers is un
         model = kwargs["model"]
         broken_off = self.outcome is None and self._model is not None and self._model() is model
         self._model = weakref.ref(model)
-        self._stop_reason, self._hold_first_step = "", False
+        self._stop_reason, self._held = "", None
         self._forgiving = Forgiving(self.strict)
         self.outcome = None
-        self._amend_card()
         if state.global_step > 0:
             self._resume(args, state, control, model, kwargs.get("processing_class"))
-            self._hold_if_stopped(args, control)
+            self._amend_card()
+            self._hold_if_stopped(args, state, model)
             return
         # `auto_find_batch_size` tries anew with the model as it was when memory ran out, and so
         # does a user after an exception: its baseline stays that of the first try.
-        again = self.monitor is not None and broken_off
-        if self.monitor is not None and broken_off:
-            self.monitor.restart()
-        else:
-            self.monitor = None  # should the model not be measurable
-            self.monitor = self._new_monitor(args, state, kwargs.get("processing_class"))
-        monitor = self.monitor
-        try:
-            if not again:  # else the model has been trained, and what is kept is of the first try
-                self._rescuer = self._new_rescuer(args)
-                if self._rescuer is not None:
-                    self._rescuer.begin(model, will_save=args.save_strategy != "no")
-            verdict = monitor.begin(model, recipe=host.recipe(args, state))
-        except BaseException:
-            self.monitor = None
-            raise
+        first_try = self.monitor if broken_off else None
+        if first_try is not None and first_try.probe.task is not self.task:
+            first_try = None
+        kept = self._rescuer if first_try is not None else None
+        self.monitor = self._rescuer = None  # should the model not be measurable
+        monitor = self._new_monitor(args, state, kwargs.get("processing_class"))
+        if first_try is not None:
+            monitor.try_again(first_try)
+        rescuer = self._new_rescuer(args)
+        if rescuer is not None:
+            rescuer.begin(model, will_save=args.save_strategy != "no", kept=kept)
+        verdict = monitor.begin(model, recipe=host.recipe(args, state))
+        self.monitor, self._rescuer = monitor, rescuer
+        self._amend_card()
         self._show(state, lambda: report.preflight_table(monitor.record()))
         self._emit(state, control, monitor.row())
         self._act(state, control, verdict, "continue")
-        self._hold_if_stopped(args, control)
+        self._hold_if_stopped(args, state, model)
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -242,14 +241,15 @@ class IIMMCallback(TrainerCallback):  # type: ignore[misc]  # transformers is un
         The Trainer tests `should_training_stop` only after a training step. Without gradients
         (None, not zeros: weight decay acts on zeros) the optimizer changes nothing.
         """
-        if self._hold_first_step:
+        if self._held is not None:
             kwargs["optimizer"].zero_grad(set_to_none=True)
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Look where one is due and the budget allows."""
-        if self._hold_first_step:
+        if self._held is not None:
+            self._held.undo()
             control.should_save = control.should_evaluate = control.should_log = False
         else:
             self._look_if_due(state, control, kwargs["model"])
@@ -258,7 +258,9 @@ class IIMMCallback(TrainerCallback):  # type: ignore[misc]  # transformers is un
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Look, with ``every="epoch"``."""
-        if not self._hold_first_step:
+        if self._held is not None:
+            control.should_save = control.should_evaluate = control.should_log = False
+        else:
             self._look_if_due(state, control, kwargs["model"], "epoch")
 
     def on_evaluate(
@@ -273,18 +275,20 @@ class IIMMCallback(TrainerCallback):  # type: ignore[misc]  # transformers is un
 
         Looks first with ``every="evaluate"``, or where `metric_for_best_model` is one of ours.
         """
-        if self.monitor is None or metrics is None or not self.monitor.history:
+        if metrics is None:
             return
         wanted = f"eval_{(args.metric_for_best_model or '').removeprefix('eval_')}"
-        over = self.outcome is not None  # the user evaluates after training
-        if wanted.startswith(keys.PREFIX):
-            if self.monitor.looked_at != _step(state) and not over:
+        chooses = wanted.startswith(keys.PREFIX)
+        if self.monitor is not None and self.monitor.history:
+            step, trains = self._step(state), self.outcome is None and self._held is None
+            if trains and not chooses:
+                self._look_if_due(state, control, kwargs["model"], "evaluate")
+            elif trains and self.monitor.looked_at != step:
                 self._look(state, control, kwargs["model"])
-        elif not over:
-            self._look_if_due(state, control, kwargs["model"], "evaluate")
-        if self.monitor.history[-1]["step"] == _step(state):
-            metrics.update(self.monitor.row())
-        if wanted.startswith(keys.PREFIX) and wanted not in metrics:
+            if self.monitor.history[-1]["step"] == step and not self.monitor.is_mixed:
+                metrics.update(self.monitor.row())
+        in_run = self._model is not None and self.outcome is None  # whether the guard is on or off
+        if chooses and in_run and wanted not in metrics:
             # The Trainer would end in a KeyError; NaN is never the best.
             metrics[wanted] = math.nan
 
@@ -313,12 +317,11 @@ class IIMMCallback(TrainerCallback):  # type: ignore[misc]  # transformers is un
         monitor, model = self.monitor, kwargs["model"]
         if monitor is None:
             return
-        if not self._hold_first_step:
-            swapped = args.load_best_model_at_end and state.best_model_checkpoint is not None
-            if swapped or monitor.looked_at != _step(state):
-                self._look(state, control, model)
-        step = monitor.looked_at if self._hold_first_step else _step(state)
-        if not self._hold_first_step and self._rescuer is not None and monitor.is_exceeded():
+        step = self._step(state)
+        swapped = args.load_best_model_at_end and state.best_model_checkpoint is not None
+        if swapped or monitor.looked_at != step:
+            self._look(state, control, model, may_stop=False)
+        if self._rescuer is not None and monitor.is_exceeded():
             rescue_at_end(monitor, self._rescuer, model, strict=self.strict)
         self.outcome = monitor.end(model, step, ended=self._stop_reason)
         self._card_of_checkpoints(state)
@@ -341,13 +344,13 @@ class IIMMCallback(TrainerCallback):  # type: ignore[misc]  # transformers is un
         return self.monitor.record()
 
     def _amend_card(self) -> None:
-        trainer = host.find_trainer()
+        trainer, monitor = host.find_trainer(), self.monitor
         if self.card and trainer is not None:
-            amend_cards(trainer, self.task.name, self._update_card)
+            amend_cards(trainer, self.task.name, lambda path: self._update_card(path, monitor))
 
-    def _update_card(self, path: Path) -> None:
-        if self.monitor is not None:  # else the guard is off
-            self._forgiving("the model card", lambda: update_card(path, self.record()))
+    def _update_card(self, path: Path, monitor: IIMMMonitor | None) -> None:
+        if monitor is not None:  # else the guard is off
+            self._forgiving("the model card", lambda: update_card(path, monitor.record()))
 
     @property
     def _file_stem(self) -> str:
@@ -387,16 +390,23 @@ class IIMMCallback(TrainerCallback):  # type: ignore[misc]  # transformers is un
             strict=self.strict,
         )
 
-    def _hold_if_stopped(self, args: TrainingArguments, control: TrainerControl) -> None:
+    def _hold_if_stopped(self, args: TrainingArguments, state: TrainerState, model: Any) -> None:
         """Stopped in `on_train_begin`: the Trainer still does a step, which must change nothing."""
-        if not control.should_training_stop:
+        if not self._stop_reason:
             return
-        self._hold_first_step = True
+        self._held = host.HeldStep(state, model)
         if not host.can_hold_step(args):
             raise RuntimeError(
-                f"{self._stop_reason}. It ends in this error because neither DeepSpeed nor "
-                "fp16 without gradient clipping can be stopped otherwise before the first step"
+                f"{self._stop_reason}. It ends in this error because DeepSpeed, optimizers that "
+                "step in backward, and fp16 without gradient clipping cannot be stopped otherwise "
+                "before the first step"
             )
+
+    def _step(self, state: TrainerState) -> int:
+        """Steps done; the Trainer also counts a held one, and one after the last checkpoint."""
+        if self._held is not None:
+            return self._held.step
+        return min(int(state.global_step), int(state.max_steps))
 
     def _resume(
         self,
@@ -415,7 +425,8 @@ class IIMMCallback(TrainerCallback):  # type: ignore[misc]  # transformers is un
             if saved is not None:
                 monitor.load_state_dict(saved["attributes"])
             else:
-                untouched = find_untouched(model, self.base_model)
+                with undisturbed(model):  # a user's function may draw, or fail on some ranks
+                    untouched = ranks.together(lambda: find_untouched(model, self.base_model))
             monitor.begin(model, recipe=host.recipe(args, state), untouched=untouched)
         except Exception as error:
             if self.strict:
@@ -458,26 +469,34 @@ class IIMMCallback(TrainerCallback):  # type: ignore[misc]  # transformers is un
     def _look_if_due(
         self, state: TrainerState, control: TrainerControl, model: Any, event: str | None = None
     ) -> None:
-        if self.monitor and self.monitor.is_due(_step(state), state.max_steps, event):
+        if self.monitor and self.monitor.is_due(self._step(state), state.max_steps, event):
             self._look(state, control, model)
 
-    def _look(self, state: TrainerState, control: TrainerControl, model: Any) -> None:
+    def _look(
+        self, state: TrainerState, control: TrainerControl, model: Any, *, may_stop: bool = True
+    ) -> None:
         monitor = self.monitor
         assert monitor is not None
         looks, alarm = len(monitor.history), monitor.alarm
-        verdict = monitor.check(model, _step(state), state.max_steps)
+        verdict = monitor.check(model, self._step(state), state.max_steps)
         if len(monitor.history) > looks:
             self._show(state, lambda: report.look_line(monitor.history[-1]))
             self._emit(state, control, monitor.row())
-            self._act(state, control, verdict, alarm)
+            self._act(state, control, verdict, alarm, may_stop=may_stop)
         else:
             self._remember(state)
 
     def _act(
-        self, state: TrainerState, control: TrainerControl, verdict: Verdict, alarm: str
+        self,
+        state: TrainerState,
+        control: TrainerControl,
+        verdict: Verdict,
+        alarm: str,
+        *,
+        may_stop: bool = True,
     ) -> None:
         """Warn where it got worse than the `alarm` so far, and stop where that is asked for."""
-        step = state.global_step
+        step = self._step(state)
         stop = self.action == "stop" and verdict.level == "stop"
         if callable(self.action):
             action = self.action
@@ -488,7 +507,7 @@ class IIMMCallback(TrainerCallback):  # type: ignore[misc]  # transformers is un
             before = [row["level"] for row in self.monitor.history[-2:-1]] or ["continue"]
             for tracker, alert in alerts.due(self.task.name, verdict, before[0]):
                 self._forgiving(f"an alert to {tracker}", alert)
-        if ranks.any_rank(stop) and step < state.max_steps:
+        if ranks.any_rank(stop) and may_stop and step < state.max_steps:
             self._stop_reason = f"stopped by the guard at step {step}: {verdict.reason}"
             control.should_training_stop = True
             self._show(state, lambda: self._stop_reason)
@@ -509,7 +528,7 @@ class IIMMCallback(TrainerCallback):  # type: ignore[misc]  # transformers is un
         """Checkpoints are pushed with the card in the output folder; nobody writes one for them."""
         trainer = host.find_trainer() if self.card and state.is_world_process_zero else None
         if trainer is not None and trainer.args.push_to_hub:
-            self._update_card(Path(trainer.args.output_dir) / "README.md")
+            self._update_card(Path(trainer.args.output_dir) / "README.md", self.monitor)
 
     def _emit(self, state: TrainerState, control: TrainerControl, row: dict[str, float]) -> None:
         self._forgiving("a tracker", lambda: host.log(state, control, row))
@@ -523,8 +542,3 @@ def _write_report(record: dict[str, Any], folder: Path, monitor: IIMMMonitor) ->
     from .pages import write_report  # takes time to import
 
     write_report(record, folder, monitor.outcomes())
-
-
-def _step(state: TrainerState) -> int:
-    # Resumed from the checkpoint of the last step, the Trainer takes one more.
-    return min(int(state.global_step), int(state.max_steps))

@@ -31,6 +31,7 @@ class Limits:
         confidence: Probability of exceeding the limit from which to stop, in [0.5, 1).
 
     Raises:
+        TypeError: A value is no number.
         ValueError: A value is out of its range.
     """
 
@@ -50,8 +51,13 @@ class Limits:
             )
         if self.limit_on not in LIMIT_ON:
             raise ValueError(f"`limit_on` must be 'mean' or 'worst', got {self.limit_on!r}")
+        if not isinstance(self.confidence, Real):
+            raise TypeError(f"`confidence` must be a number, got {self.confidence!r}")
         if not 0.5 <= self.confidence < 1:
             raise ValueError(f"`confidence` must lie in [0.5, 1), got {self.confidence}")
+        # What numpy made of them, JSON would not hold.
+        object.__setattr__(self, "max_forgetting", None if limit is None else float(limit))
+        object.__setattr__(self, "confidence", float(self.confidence))
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import (
     Trainer,
     TrainerCallback,
@@ -73,13 +74,40 @@ def first_in_line(callback: TrainerCallback) -> Callable[[], None]:
     return lambda: move(place)
 
 
+class HeldStep:
+    """A step that the Trainer takes after it was told to stop, and that must change nothing.
+
+    Its gradients are taken away in `on_pre_optimizer_step`; what the forward pass changed in the
+    model's buffers, such as the statistics of batch norms, is put back here.
+
+    Args:
+        state: Before the step.
+        model: Before the step.
+
+    Attributes:
+        step: Steps done before it.
+    """
+
+    def __init__(self, state: TrainerState, model: nn.Module) -> None:
+        self.step = int(state.global_step)
+        self._buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+
+    @torch.no_grad()
+    def undo(self) -> None:
+        """Put the buffers back."""
+        for buffer, before in self._buffers:
+            buffer.copy_(before)
+
+
 def can_hold_step(args: TrainingArguments) -> bool:
     """Whether taking the gradients away in `on_pre_optimizer_step` keeps the weights as they are.
 
-    DeepSpeed steps in backward; a GradScaler that has seen no gradient refuses to step, unless
-    clipping has unscaled them before.
+    DeepSpeed steps in backward, and so do layerwise optimizers and LOMO; a GradScaler that has seen
+    no gradient refuses to step, unless clipping has unscaled them before.
     """
-    return args.deepspeed is None and not (args.fp16 and not args.max_grad_norm)
+    optimizer = _name(args.optim)
+    in_backward = args.deepspeed is not None or "layerwise" in optimizer or "lomo" in optimizer
+    return not in_backward and not (args.fp16 and not args.max_grad_norm)
 
 
 def autocast_dtype(args: TrainingArguments) -> torch.dtype | None:
@@ -91,13 +119,19 @@ def autocast_dtype(args: TrainingArguments) -> torch.dtype | None:
 
 def recipe(args: TrainingArguments, state: TrainerState) -> dict[str, Any]:
     """What is worth knowing of a run's settings years later, JSON-ready."""
+    # `auto_find_batch_size` may have come to another one than was asked for.
+    batch_size = getattr(state, "train_batch_size", None) or args.train_batch_size
     return {
-        "optimizer": str(getattr(args.optim, "value", args.optim)),
+        "optimizer": _name(args.optim),
         "learning_rate": float(args.learning_rate),
-        "schedule": str(getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)),
+        "schedule": _name(args.lr_scheduler_type),
         "warmup_steps": args.get_warmup_steps(state.max_steps),
         "weight_decay": float(args.weight_decay),
         "steps": state.max_steps,
-        "batch_size": args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
+        "batch_size": batch_size * args.gradient_accumulation_steps * args.world_size,
         "seed": args.seed,
     }
+
+
+def _name(choice: Any) -> str:
+    return str(getattr(choice, "value", choice))

@@ -205,8 +205,10 @@ class IIMMMonitor:
         self._forecaster.fit(outcomes)
         settings = dict_of(anything)(dict(recipe or {}), "recipe")  # a file must be able to hold it
         journal = resumed or self._first_look(model, untouched, len(outcomes))
-        if not journal.history:  # tried anew, maybe with other settings
+        if not journal.history:  # maybe tried anew with other settings
             journal.start = replace(journal.start, recipe=journal.start.recipe | settings)
+        elif isinstance(steps := settings.get("steps"), int) and steps > 0:
+            journal.plan(steps)
         start = journal.start
         total = start.recipe.get("steps")
         prior = self._forecaster.predict(
@@ -333,6 +335,11 @@ class IIMMMonitor:
         self._ledger.close()
         return outcome
 
+    @property
+    def is_mixed(self) -> bool:
+        """Whether the model is not the one last looked at, but a mix that it was rescued by."""
+        return self._rescue is not None and self._rescue.applied and self._rescue.alpha < 1
+
     def is_exceeded(self) -> bool:
         """Whether the forgetting that the latest look observed is over the limit."""
         journal = self._require_begun("is_exceeded")
@@ -364,15 +371,22 @@ class IIMMMonitor:
         )
         return self._rescue
 
-    def restart(self) -> None:
-        """Begin again from the same baseline, at step 0: a run that was broken off is tried anew.
+    def try_again(self, first: IIMMMonitor) -> None:
+        """Take the baseline of a run that was broken off and is tried anew: call it before `begin`.
 
-        What was trained in between does not become the baseline.
+        What was trained in between does not become the baseline; images that were preprocessed are
+        used again. It is one run, on record once.
+
+        Args:
+            first: The monitor of that run, which is given up.
+
+        Raises:
+            RuntimeError: `begin` of `first` was not called.
         """
-        journal = self._require_begun("restart")
-        journal.history.clear()
-        journal.failures = journal.dropped = 0
-        self._prior = self.forecast = self._first_step = None
+        journal = first._require_begun("try_again")
+        first._ledger.drop()
+        self.probe = first.probe
+        self._journal = replace(journal, history=[], failures=0, dropped=0)
 
     def row(self) -> dict[str, float]:
         """The latest look's logged keys, Python floats only; empty where it failed."""

@@ -5,6 +5,7 @@ All of it is for every rank at the same time: a rank that stays away lets the ot
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -90,11 +91,20 @@ def from_first(make: Callable[[], _T]) -> _T:
         try:
             made[0] = make()
         except Exception as error:
-            made[1] = error
+            made[1] = _sendable(error)
     distributed.broadcast_object_list(made, device=_device())
     if made[1] is not None:
         raise made[1]
     return made[0]  # type: ignore[no-any-return]
+
+
+def _sendable(error: Exception) -> Exception:
+    """The exception, or one that says the same where the others could not receive it."""
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:
+        return RuntimeError(f"{type(error).__name__}: {error}")
+    return error
 
 
 def first_said(word: str | None) -> str | None:

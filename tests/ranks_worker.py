@@ -21,6 +21,8 @@ from transformers.utils import logging as transformers_logging
 from iimm_callbacks import IIMMCallback, ImageCollator, PromptClassifier, Task, monitor
 from iimm_callbacks.probing.probe import Probe
 
+FOLDER = Path(sys.argv[1]) if __name__ == "__main__" else Path()
+
 
 class ForgetsAtStep4(Probe):
     """All images of the off-target task right before step 4, none from there on."""
@@ -61,6 +63,12 @@ def raise_on_rank_1(verdict):
         raise OSError("the pager is down")
 
 
+def base_model_but_on_rank_1():
+    if distributed.get_rank() == 1:
+        raise OSError("the network is down")
+    return CLIPModel.from_pretrained(FOLDER / "model")
+
+
 def wake_dropout(model):
     for module in model.modules():
         if isinstance(getattr(module, "dropout", None), float):
@@ -78,6 +86,8 @@ SCENARIOS = {
     "clock": ({"every": 1, "max_overhead": 0.05}, SlowClockOnRank1, {}),
     "failing": ({"every": 2}, FailsOnRank1, {}),
     "raising": ({"every": 2, "action": raise_on_rank_1}, Probe, {}),
+    "unguarded": (None, Probe, {"save_strategy": "steps", "save_steps": 3}),
+    "no-base": ({"base_model": base_model_but_on_rank_1}, Probe, {}),  # goes on from unguarded
     "batch-of-4": (None, Probe, SGD | {"per_device_train_batch_size": 4}),
     "batch-of-8": (None, Probe, SGD | {"per_device_train_batch_size": 8}),  # for one process
 }
@@ -118,23 +128,25 @@ def train(folder, scenario, output):
         processing_class=processor,
         callbacks=callbacks,
     )
-    trainer.train()
+    resumed = {"no-base": str(folder / "out-unguarded-0" / "checkpoint-3")}
+    trainer.train(resume_from_checkpoint=resumed.get(scenario))
+    guard = callbacks[0] if callbacks and callbacks[0].monitor else None  # it may be off
     return {
         "weights": model.state_dict(),
         "log": trainer.state.log_history,
         "steps": trainer.state.global_step,
         "world_size": trainer.args.world_size,
-        "ended": callbacks[0].outcome.ended if callbacks else "",
-        "history": [row["step"] for row in callbacks[0].monitor.history] if callbacks else [],
+        "ended": guard.outcome.ended if guard else "",
+        "history": [row["step"] for row in guard.monitor.history] if guard else [],
         "optimizer": trainer.optimizer.state_dict(),
-        "dropped": callbacks[0].record()["looks_dropped"] if callbacks else 0,
+        "dropped": guard.record()["looks_dropped"] if guard else 0,
         "run_files": sorted(path.name for path in output.glob("*.json*")),
     }
 
 
 def main():
     """All scenarios that are named, on every rank."""
-    folder, names = Path(sys.argv[1]), sys.argv[2:]
+    folder, names = FOLDER, sys.argv[2:]
     torch.set_num_threads(1)
     logging.getLogger("iimm_callbacks").setLevel(logging.ERROR)
     transformers_logging.set_verbosity_error()

@@ -15,9 +15,11 @@ from conftest import make_dataset
 from tiny import FAMILIES
 from torch import distributed
 
-from iimm_callbacks import Task
+from iimm_callbacks import Task, ranks
 from iimm_callbacks.guard import Limits
 from iimm_callbacks.probing.probe import Probe
+from iimm_callbacks.rescue import sweep as module
+from iimm_callbacks.rescue.mixing import Mixture
 from iimm_callbacks.rescue.sweep import sweep
 
 COLOURS, SHAPES = make_dataset("colour", 40, seed=1), make_dataset("shape", 30, seed=2)
@@ -29,6 +31,24 @@ class FailsOnRank1(Probe):
         if self.looks == 3 and distributed.get_rank() == 1:
             raise OSError("disk on fire")
         return super()._show(*arguments)
+
+
+class SetFailsOnRank1(Mixture):
+    def set(self, alpha):
+        if alpha == 0.3 and distributed.get_rank() == 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        super().set(alpha)
+
+
+class Odd(Exception):
+    """Cannot be pickled, and so not be sent to other ranks."""
+
+    def __reduce__(self):
+        raise TypeError("no")
+
+
+def raise_odd():
+    raise Odd("the disk is full")
 
 
 def probe_of(kind=Probe):
@@ -58,6 +78,11 @@ def work(path, world, rank):
         failing = copy.deepcopy(TUNED)
         result["error"] = told(lambda: sweep(failing, base, probe_of(FailsOnRank1), Limits(1.0)))
         result["after failure"] = failing.state_dict()
+        module.Mixture = SetFailsOnRank1
+        result["set"] = told(lambda: sweep(failing, base, probe_of(), Limits(1.0), alphas=[0.3]))
+        module.Mixture = Mixture
+        result["after set"] = failing.state_dict()
+        result["odd"] = told(lambda: ranks.from_first(raise_odd))
         result["no base"] = told(
             lambda: sweep(failing, base if rank == 0 else None, probe_of(), Limits(1.0))
         )

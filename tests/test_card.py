@@ -291,9 +291,6 @@ def test_what_push_to_hub_uploads_has_the_run(make_trainer, guard, uploads):
     assert '- shapes: "a {}"' in uploads[1]
 
 
-@pytest.mark.skipif(
-    not hasattr(IIMMCallback, "_card_of_checkpoints"), reason="no card at looks yet"
-)
 def test_checkpoints_are_pushed_with_what_is_known_by_then(make_trainer, guard, uploads):
     settings = {"push_to_hub": True, "hub_strategy": "every_save", "save_strategy": "steps"}
     trainer = make_trainer([guard], save_steps=4, hub_model_id="me/x", **settings)
@@ -311,6 +308,17 @@ def test_a_second_run_and_a_resumed_one_replace_the_section(make_trainer, guard,
     trainer.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-5"))
     trainer.create_model_card()
     assert shows((tmp_path / "out" / "README.md").read_text(), guard)
+
+
+def test_a_callback_that_serves_two_trainers_writes_each_its_own_run(make_trainer, guard, tmp_path):
+    first = make_trainer([guard], output_dir=str(tmp_path / "one"))
+    first.train()
+    first.create_model_card()
+    card = (tmp_path / "one" / "README.md").read_text()
+    second = make_trainer([guard], output_dir=str(tmp_path / "two"), max_steps=3)
+    second.train()
+    first.create_model_card()
+    assert (tmp_path / "one" / "README.md").read_text() == card
 
 
 def test_two_guards_of_one_trainer_each_have_a_section(make_trainer, guard, shape_task, tmp_path):

@@ -40,6 +40,17 @@ def test_a_run_over_its_limit_is_rescued_also_when_resumed(
         assert torch.equal(one, other)
 
 
+def test_evaluated_after_a_rescue_the_model_is_not_given_the_numbers_of_another(
+    monkeypatch, make_trainer, guard
+):
+    monkeypatch.setattr(monitor, "is_exceeded", lambda *_: True)
+    for alpha, shown in ((0.5, False), (1.0, True)):
+        monkeypatch.setattr("iimm_callbacks.rescue.sweep.choose", lambda *_, a=alpha: (a, "so"))
+        trainer = make_trainer([guard(on_exceed="rescue")], max_steps=4)
+        trainer.train()
+        assert ("eval_iimm" in trainer.evaluate()) == shown
+
+
 def test_a_run_within_its_limit_is_left_as_trained(make_trainer, guard, monkeypatch):
     monkeypatch.setattr(monitor, "is_exceeded", lambda *_: False)
     plain, guarded = make_trainer([]), make_trainer([guard(on_exceed="rescue")])

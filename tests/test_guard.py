@@ -1,7 +1,10 @@
 """The verdict, case by case."""
 
+import json
 import re
+from dataclasses import asdict
 
+import numpy as np
 import pytest
 
 from iimm_callbacks import Forecast, Limits, Verdict
@@ -119,3 +122,12 @@ def test_good_limits_are_kept_as_given():
     assert Limits() == Limits(max_forgetting=0.05, limit_on="mean", confidence=0.8)
     assert Limits(1).max_forgetting == 1
     assert Limits(None).max_forgetting is None
+
+
+def test_limits_are_plain_floats_whatever_they_were_given_as():
+    limits = Limits(np.float32(0.25), confidence=np.float64(0.75))
+    assert json.loads(json.dumps(asdict(limits))) == {
+        "max_forgetting": 0.25, "limit_on": "mean", "confidence": 0.75,
+    }  # fmt: skip
+    with pytest.raises(TypeError, match=r"`confidence` must be a number, got '0\.9'"):
+        Limits(confidence="0.9")

@@ -57,6 +57,17 @@ def embeds(model, processor, task, positions):
 # That it leaves no trace
 
 
+def test_streams_of_other_accelerators_are_restored_too(tiny_clip, monkeypatch):
+    """`torch.manual_seed` seeds all of them."""
+    stream = [123]
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    monkeypatch.setattr(torch.mps, "get_rng_state", lambda: stream[0])
+    monkeypatch.setattr(torch.mps, "set_rng_state", lambda state: stream.__setitem__(0, state))
+    with undisturbed(tiny_clip()):
+        stream[0] = 0
+    assert stream == [123]
+
+
 def test_modes_are_restored_module_by_module(tiny_clip):
     model = tiny_clip().train()
     model.vision_model.eval()

@@ -114,6 +114,12 @@ def test_an_action_that_raises_on_one_rank_harms_none(ranks):
         assert rank["ended"] == "finished"
 
 
+def test_a_base_model_that_one_rank_cannot_load_turns_the_guard_off_on_both(ranks):
+    for rank in ranks["no-base"]:
+        assert rank["steps"] == 6
+        assert rank["history"] == []
+
+
 def test_the_first_rank_alone_writes_files(ranks):
     first, second = ranks["guarded"]
     assert first["run_files"] == ["iimm_colours.json"]

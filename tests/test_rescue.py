@@ -650,5 +650,10 @@ def test_a_rank_that_fails_leaves_all_of_them_as_they_were(ranks):
     assert second["error"] == "OSError: disk on fire"
     for rank in (first, second):
         assert_equal(rank["after failure"], rank["tuned"])
+    assert first["set"] == "RuntimeError: rank 1 failed (OutOfMemoryError: CUDA out of memory)"
+    assert second["set"] == "OutOfMemoryError: CUDA out of memory"
+    for rank in (first, second):
+        assert_equal(rank["after set"], rank["tuned"])
+        assert rank["odd"] == "RuntimeError: Odd: the disk is full"
     assert "RuntimeError: rank 1 failed" in first["no base"]
     assert second["no base"].startswith("ValueError: `base` must be given")

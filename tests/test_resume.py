@@ -13,6 +13,7 @@ from transformers import Trainer, TrainerCallback
 from iimm_callbacks import IIMMCallback, IIMMMonitor, read_outcomes
 from iimm_callbacks.judging import judge_look
 from iimm_callbacks.models.wrappers import model_fingerprint
+from iimm_callbacks.probing.probe import Probe
 from iimm_callbacks.storage.journal import Journal
 
 SAVING = {"max_steps": 6, "save_strategy": "steps", "save_steps": 3}
@@ -128,6 +129,33 @@ def test_without_a_base_model_the_guard_is_off_and_says_so_once(
     assert not [row for row in trainer.state.log_history if "eval_iimm" in row]
 
 
+def test_making_the_base_model_draws_nothing_from_the_runs_streams(
+    make_trainer, guard, tiny_clip, tmp_path
+):
+    """A checkpoint of the model only has no streams that would be put back."""
+    settings = SAVING | {"save_only_model": True}
+    make_trainer(model=tiny_clip(dropout=0.3), output_dir=str(tmp_path / "a"), **settings).train()
+    ends = []
+    for callbacks in ([], [guard(base_model=lambda: (torch.rand(1), tiny_clip(dropout=0.3))[1])]):
+        folder = str(tmp_path / f"b{len(ends)}")
+        model = tiny_clip(dropout=0.3)
+        trainer = make_trainer(callbacks, model=model, output_dir=folder, **settings)
+        trainer.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-3"))
+        ends.append(trainer.model.state_dict())
+    assert all(torch.equal(value, ends[1][name]) for name, value in ends[0].items())
+
+
+def test_with_the_guard_off_a_best_model_metric_of_ours_is_nan_and_no_error(
+    make_trainer, guard, unguarded, tmp_path
+):
+    trainer = make_trainer(
+        [guard()], output_dir=str(tmp_path / "late"), metric_for_best_model="iimm_accuracy",
+        load_best_model_at_end=True, eval_strategy="steps", eval_steps=3, **SAVING,
+    )  # fmt: skip
+    trainer.train(resume_from_checkpoint=unguarded)
+    assert trainer.state.global_step == 6
+
+
 # A checkpoint of a guarded run
 
 
@@ -167,6 +195,18 @@ def test_a_resumed_run_has_the_history_and_outcome_of_one_in_one_piece(
     assert resumed.outcome == whole.outcome
     ours = [row["step"] for row in trainer.state.log_history if "eval_iimm_se" in row]
     assert set(ours) == set(steps(whole))
+
+
+def test_a_run_resumed_to_go_on_longer_counts_its_shares_anew(make_trainer, guard, tmp_path):
+    folder = str(tmp_path / "out")
+    make_trainer([guard()], output_dir=folder, **SAVING).train()
+    callback = guard()
+    longer = SAVING | {"max_steps": 12}
+    make_trainer([callback], output_dir=folder, **longer).train(resume_from_checkpoint=True)
+    shares = [look["share"] for look in callback.outcome.trajectory]
+    assert shares == [0, 0.25, 0.5, 0.75, 1]
+    assert callback.outcome.recipe["steps"] == 12
+    assert callback.outcome.complete
 
 
 def test_a_warning_that_was_given_is_not_given_again_after_resuming(
@@ -341,6 +381,37 @@ def test_auto_find_batch_size_keeps_the_baseline_of_its_first_try(
     assert ours == [0, 3, 6]
     (outcome,) = read_outcomes(own_store)
     assert outcome.complete
+    assert outcome.recipe["batch_size"] == trainer._train_batch_size < 16
+
+
+def test_tried_again_nothing_of_the_first_try_is_left(
+    make_trainer, guard, tmp_path, monkeypatch, own_store
+):
+    """No look that failed, no seconds spent, no folder; the settings are those of now."""
+    look, first = Probe.look, [True]
+
+    def failing(self, model, step, autocast_dtype=None):
+        if step == 4 and first:
+            first.clear()
+            raise ValueError("no look")
+        return look(self, model, step, autocast_dtype)
+
+    monkeypatch.setattr(Probe, "look", failing)
+    callback = guard(every=4, on_exceed="rescue")
+    folders = [tmp_path / "one", tmp_path / "two"]
+    broken = make_trainer([callback, Interrupt(5)], output_dir=str(folders[0]))
+    with pytest.raises(KeyboardInterrupt):
+        broken.train()
+    callback.every = 2
+    again = make_trainer([callback], output_dir=str(folders[1]), **SAVING)
+    again.model = again.model_wrapped = broken.model
+    again.train()
+    assert again.state.log_history[0]["eval_iimm_gain_observed"] == 0
+    assert steps(callback) == [0, 2, 4, 6]
+    assert callback.record()["failures"] == 0
+    assert (folders[1] / "iimm_colours.json").exists()
+    assert (folders[1] / "iimm_colours_untouched.safetensors").exists()
+    assert [outcome.complete for outcome in read_outcomes(own_store)] == [True]
 
 
 def test_two_guarded_trainers_in_one_process_keep_apart(make_trainer, guard, tiny_clip, tmp_path):

@@ -32,7 +32,7 @@ def demo(
 ) -> Answer:
     """Fine-tune the shipped sample under guard: see it work.
 
-    A small CLIP learns handwritten digits, offline, in about a minute; the guard stops it once it
+    A small CLIP learns handwritten digits, offline, in under a minute; the guard stops it once it
     is likely to forget more than 5 points of letters and emoji. Nothing goes on your record.
     """
     started = time.perf_counter()

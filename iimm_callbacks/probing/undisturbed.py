@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -30,7 +31,7 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
     packing: list[Any] = [
         m for m in model.modules() if getattr(m, "support_avx512bf16_for_cpu", False)
     ]
-    cuda_states = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else None
+    restore_devices = _keep_device_streams()
     model.eval()
     for module in packing:
         module.support_avx512bf16_for_cpu = False
@@ -45,8 +46,24 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
         random.setstate(python_state)
         np.random.set_state(numpy_state)
         torch.set_rng_state(torch_state)
-        if cuda_states is not None:
-            torch.cuda.set_rng_state_all(cuda_states)
+        restore_devices()
+
+
+def _keep_device_streams() -> Callable[[], None]:
+    """Puts the random streams of all accelerators back; `torch.manual_seed` seeds them, too."""
+    restore: list[Callable[[], None]] = []
+    for name in ("cuda", "xpu"):
+        many = getattr(torch, name, None)
+        if many is not None and many.is_available():
+            restore.append(partial(many.set_rng_state_all, many.get_rng_state_all()))
+    if torch.backends.mps.is_available():
+        restore.append(partial(torch.mps.set_rng_state, torch.mps.get_rng_state()))
+
+    def put_back() -> None:
+        for stream in restore:
+            stream()
+
+    return put_back
 
 
 def autocast(

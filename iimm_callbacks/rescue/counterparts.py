@@ -52,6 +52,9 @@ def save_weights(weights: Mapping[str, Tensor], path: Path) -> None:
     try:
         save_file({name: tensor.contiguous() for name, tensor in weights.items()}, unfinished)
         os.replace(unfinished, path)
+    except SafetensorError as error:  # of a disk that is full, say
+        unfinished.unlink(missing_ok=True)
+        raise OSError(f"{path} cannot be written: {error}") from error
     except BaseException:
         unfinished.unlink(missing_ok=True)
         raise

@@ -49,12 +49,13 @@ class Rescuer:
         self._base: Untouched = base_model
         self._given = base_model is not None
 
-    def begin(self, model: nn.Module, *, will_save: bool) -> None:
+    def begin(self, model: nn.Module, *, will_save: bool, kept: Rescuer | None = None) -> None:
         """Keep the untouched weights; call it before the first step.
 
         Args:
             model: The untouched model, ready to be trained.
             will_save: Whether checkpoints will be written, from which it could be resumed.
+            kept: Where the model has been trained in a run that was broken off: that run's.
 
         Raises:
             OSError: The file cannot be written.
@@ -62,9 +63,10 @@ class Rescuer:
         """
         if not ranks.together(lambda: needs_untouched(model)) or self._given:
             return
-        kept = self._base = keep_untouched(model)
-        if will_save:
-            ranks.from_first(lambda: save_weights(kept.weights, self.kept_file))
+        self._base = keep_untouched(model) if kept is None else kept._base
+        if will_save and isinstance(self._base, Kept):
+            weights = self._base.weights
+            ranks.from_first(lambda: save_weights(weights, self.kept_file))
 
     def resume(self, model: nn.Module) -> None:
         """Find the untouched weights again; call it where a run goes on from a checkpoint.

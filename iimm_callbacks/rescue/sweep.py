@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -185,7 +186,7 @@ def sweep(
     try:
         looks = {}
         for alpha in grid:
-            mixture.set(alpha)
+            ranks.together(partial(mixture.set, alpha))
             looks[alpha] = probe.look(model, 0, autocast_dtype)
             if alpha == 0 and baseline is not None:
                 _check_same(looks[alpha], baseline)

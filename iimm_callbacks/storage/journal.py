@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from torch import nn
@@ -64,6 +64,16 @@ class Journal:
     def outcome(self, complete: bool, ended: str) -> Outcome:
         """The outcome of the run, were it to end with its latest look."""
         return keys.as_outcome(self.start, self.history, complete, ended)
+
+    def plan(self, steps: int) -> None:
+        """Go on to another number of steps than was planned: shares done are shares of these.
+
+        Args:
+            steps: In all.
+        """
+        self.start = replace(self.start, recipe=self.start.recipe | {"steps": steps})
+        for row in self.history:
+            row["share"] = min(row["step"] / steps, 1.0)
 
     def to_json(self) -> dict[str, Any]:
         """As JSON-ready data."""

@@ -71,6 +71,10 @@ class Ledger:
         """Write the draft."""
         self._finalizer()
 
+    def drop(self) -> None:
+        """Forget the draft: another ledger goes on with the run."""
+        self._drafts.clear()
+
 
 def _write(path: Path | None, drafts: list[Outcome], pid: int) -> None:
     forked = os.getpid() != pid  # a data loader's worker has a copy of this ledger
