@@ -474,9 +474,11 @@ def verdicts(looks):
     ]
 
 
-def on_disk(guard, tmp_path, own_store):
+def on_disk(trainer, guard, tmp_path, own_store):
     """The run file, if there is one, and what is in the store once the run is over."""
-    guard.monitor = None  # what ended in an exception is put on record when it goes
+    # What ended in an exception is put on record when it goes; the Trainer has it for its card.
+    guard.monitor = None
+    vars(trainer).pop("create_model_card", None)
     gc.collect()
     path = tmp_path / "out" / "iimm_colours.json"
     outcomes = read_outcomes(own_store) if own_store.exists() else []
@@ -522,7 +524,7 @@ def test_a_fault_costs_one_warning(start, name, caplog, tmp_path, own_store):
         fault.check(*record["looks"])
 
     # Everything measured up to then is on disk.
-    saved, outcomes = on_disk(guard, tmp_path, own_store)
+    saved, outcomes = on_disk(trainer, guard, tmp_path, own_store)
     if saved:
         disk_full = fault.lost == "run file"
         assert saved["looks"] == record["looks"][: 2 if disk_full else None]
@@ -552,7 +554,7 @@ def test_strict_ends_in_an_exception(start, name, tmp_path, own_store, caplog):
     assert (DIVERGED if name == "images NaN" else "no route to host") in str(error)
     assert trainer.state.global_step == (4 if len(STRICT[name]) > 1 else 0)
     assert warned(caplog)[0] == []
-    saved, (outcome,) = on_disk(guard, tmp_path, own_store)
+    saved, (outcome,) = on_disk(trainer, guard, tmp_path, own_store)
     assert tuple(look["step"] for look in saved["looks"]) == STRICT[name]
     assert (outcome.complete, outcome.ended) == (False, "interrupted")
 
@@ -578,7 +580,7 @@ def test_without_a_first_measurement_nothing_is_trained(
     assert (trainer.state.global_step, seen(trainer)) == (0, [])
     untouched = tiny_clip(dropout=0.3).state_dict()
     torch.testing.assert_close(trainer.model.dual_encoder.state_dict(), untouched, rtol=0, atol=0)
-    assert on_disk(guard, tmp_path, own_store) == (None, [])
+    assert on_disk(trainer, guard, tmp_path, own_store) == (None, [])
 
 
 @pytest.mark.parametrize("name", ["raises later", "images NaN"])
