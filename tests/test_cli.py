@@ -305,7 +305,10 @@ def test_off_target_folders_of_one_name_are_two_tasks(tmp_path, monkeypatch):
         assert seen["tasks"] == names
     told = fails(*start, "sample:emoji_groups", *food, *digits, *food)
     assert "`--off-target` must be data sets with names of their own" in told
-    assert f"got '{folders[0]}', which is called 'food/test' like another" in told
+    assert f"got '{folders[0]}' ('food/test') more than once" in told
+    for name in ("sample:emoji_groups", folders[0]):  # the task itself
+        told = fails(*start, name, "--template", "a {}", "--off-target", name)
+        assert f"other than that of `DATASET`, got '{name}' (" in told
 
 
 def test_errors_of_rescue_name_the_argument_that_is_wrong(tmp_path, monkeypatch):

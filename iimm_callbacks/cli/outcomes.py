@@ -144,7 +144,9 @@ def read_record(store: Path | None, argument: str = "--store") -> tuple[Path, li
         return path, read_outcomes(path) if path.exists() else []
     except (OSError, TypeError, ValueError) as error:
         told = (error.strerror if isinstance(error, OSError) else None) or first_line(error)
-        raise _no_outcomes(path, argument, f"which cannot be read ({told})") from error
+        is_empty = path.is_dir() and isinstance(error, FileNotFoundError)
+        why = "which holds none" if is_empty else f"which cannot be read ({told})"
+        raise _no_outcomes(path, argument, why) from error
 
 
 def _existing(store: Path | None, argument: str = "--store") -> Path:

@@ -60,8 +60,7 @@ def rescue(
         if to.exists() and (not to.is_dir() or any(to.iterdir())):
             raise ValueError(f"`--to` must be a folder that is empty or new, got {str(to)!r}")
     with nullcontext() if to is None else folder_to_write(to, "--to"):
-        learnt = reading.task_name or task_name_of(dataset)
-        others = None if off_target is None else _off_target(off_target, learnt, reading)
+        others = None if off_target is None else _off_target(off_target, dataset, reading)
         model, untouched, processor, save = _load(base, tuned, reading)
         found = rescue_model(
             model,
@@ -82,19 +81,20 @@ def rescue(
     return Answer(data, text, 0 if found.alpha > 0 else 2)
 
 
-def _off_target(off_target: Sequence[str], learnt: str, reading: Reading) -> list[Task]:
+def _off_target(off_target: Sequence[str], dataset: str, reading: Reading) -> list[Task]:
     """The tasks, named by the last part of a path, or by two where others have that name too."""
+    learnt = reading.task_name or task_name_of(dataset)
     short = [learnt, *map(task_name_of, off_target)]
     names = [
         _long_name(name) if short.count(own) > 1 else own
         for name, own in zip(off_target, short[1:], strict=True)
     ]
     for name, own in zip(off_target, names, strict=True):
-        if [learnt, *names].count(own) > 1:
+        if [learnt, *names].count(own) > 1 or _place(name) == _place(dataset):
             raise ValueError(
                 "`--off-target` must be data sets with names of their own, other than that of "
-                f"`DATASET`, got {name!r}, which is called {own!r} like another; give it once, or "
-                "rename its folder"
+                f"`DATASET`, got {name!r} ({own!r}) more than once; give it once, or rename its "
+                "folder"
             )
     return [
         _task(name, reading, task_name=own, argument="--off-target")
@@ -104,8 +104,12 @@ def _off_target(off_target: Sequence[str], learnt: str, reading: Reading) -> lis
 
 def _long_name(name: str) -> str:
     """The last two parts of a path or a name on the Hub."""
+    return "/".join(_place(name).parts[-2:])
+
+
+def _place(name: str) -> Path:
     path = Path(name).expanduser()
-    return "/".join((path.resolve() if path.is_dir() else path).parts[-2:])
+    return path.resolve() if path.is_dir() else path
 
 
 _Loaded = tuple[Any, nn.Module | None, Any, Callable[[Path], None]]

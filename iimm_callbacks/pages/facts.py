@@ -225,11 +225,11 @@ def rescue(record: dict[str, Any]) -> dict[str, Any] | None:
         return None
     became = "The model is as it was fine-tuned, and so is all on this page."
     if mixed(record) is not None:
-        what = f"{found['alpha']:.3g} fine-tuned and {1 - found['alpha']:.3g} untouched"
-        what = f"a mix of {what}" if found["alpha"] else "the untouched one again"
+        share = found["alpha"]
+        mix = f"a mix of {share:.3g} fine-tuned and {1 - share:.3g} untouched"
         became = (
-            f"The model is {what} now. All else on this page is of the fine-tuned model before "
-            "that, which it no longer is."
+            f"The model is {mix if share else 'the untouched one again'} now. All else on this "
+            "page is of the fine-tuned model before that."
         )
     return {"became": became, "rows": curve(found), "explained": explained(found)}
 
