@@ -15,7 +15,8 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard
 
 from . import keys
-from .report import interval, percent, points, printable
+from .report import interval, percent, points, printable, score_name, standard_error
+from .rescue.table import mixed
 from .storage.run_file import file_name
 
 HEADING = "Gain and forgetting (iimm_callbacks)"
@@ -39,8 +40,8 @@ def update_card(
     nothing of another prompt.
 
     Args:
-        card: The card, or a folder with its ``README.md``, or that file; made if it is not there.
-            A file is written, a `ModelCard` only changed.
+        card: The card, or a folder with its ``README.md``, or that file (``.md``); made if it is
+            not there. A file is written, a `ModelCard` only changed.
         record: `IIMMCallback.record`, `IIMMMonitor.record`, or what `run_file.read_run` read.
         templates: Task name -> its prompt templates. ``None``: those of the record.
         metrics: Task name -> what stands in for accuracy there. ``None``: as the record says, else
@@ -61,7 +62,8 @@ def update_card(
         _amend(card, record, templates, metrics)
         return card
     path = Path(card)
-    path = path / "README.md" if path.is_dir() else path
+    if path.is_dir() or not (path.is_file() or path.suffix.lower() == ".md"):
+        path = path / "README.md"
     found = ModelCard.load(path) if path.exists() else ModelCard("---\n{}\n---\n")
     data: Any = found.data  # a `ModelCardData`, which its type does not say
     data.model_name = data.model_name or path.absolute().parent.name
@@ -84,12 +86,12 @@ def eval_results(
         templates: Task name -> its prompt templates.
         metrics: Task name -> what stands in for accuracy.
     """
-    learnt = record["task"]
+    learnt, fingerprints = record["task"], record.get("fingerprints", {})
     results = []
     for name, before, after in _scores(record):
-        metric = metrics.get(name, "accuracy")
+        metric, score = metrics.get(name, "accuracy"), score_name(metrics, name)
         prompts = [printable(template) for template in templates.get(name, ())]
-        about: dict[str, Any] = {"fingerprint": record["fingerprints"].get(name)}
+        about: dict[str, Any] = {"fingerprint": fingerprints.get(name)}
         if prompts:
             about |= {"prompts": prompts[:_MOST_PROMPTS], "n_prompts": len(prompts)}
         for when, value in (("after", after), ("before", before)):
@@ -103,7 +105,7 @@ def eval_results(
                     dataset_name=printable(name),
                     dataset_args=about,
                     metric_type=re.sub(r"[^A-Za-z0-9_-]", "_", metric),
-                    metric_name=f"{_metric(metric)}, {when} fine-tuning on {printable(learnt)}",
+                    metric_name=f"{score}, {when} fine-tuning on {printable(learnt)}",
                     metric_value=value,
                     metric_args={"measured_by": _MEASURED_BY, "fine_tuned_on": _slug(learnt)},
                 )
@@ -124,7 +126,7 @@ def section(
         metrics: Task name -> what stands in for accuracy.
     """
     first, last = record["looks"][0], record["looks"][-1]
-    learnt, fingerprints = record["task"], record["fingerprints"]
+    learnt, fingerprints = record["task"], record.get("fingerprints", {})
     lines = [
         f"## {HEADING}",
         "",
@@ -138,7 +140,7 @@ def section(
         role = "learnt" if name == learnt else "off-target"
         cells = (
             f"{_shown(name)} ({role})",
-            _shown(_metric(metrics.get(name, "accuracy"))),
+            _shown(score_name(metrics, name)),
             percent(before),
             "not measured" if after is None else percent(after),
             "" if after is None else points(after - before),
@@ -169,7 +171,7 @@ def _amend(
         if not _is_ours(old, _slug(record["task"]))
         and (old.dataset_type, old.metric_name) not in measured
     ]
-    data.model_name = data.model_name or record.get("model") or "model"
+    data.model_name = data.model_name or str(record.get("model") or "model")
     data.eval_results = kept + new
     text = section(record, templates, metrics)
     begin, end = map(re.escape, _markers(record["task"]))
@@ -187,7 +189,7 @@ def _scores(record: Mapping[str, Any]) -> Iterator[tuple[str, float, float | Non
     that of `Rescue.held_out`, which does not flatter; of single off-target tasks there is none.
     """
     first, last = record["looks"][0], record["looks"][-1]
-    rescue = _mixed(record)
+    rescue = mixed(record)
     after = last[keys.ACCURACY] if rescue is None else rescue["held_out"]["accuracy"]
     yield record["task"], first[keys.ACCURACY], after
     for name in record["off_target"]:
@@ -195,17 +197,10 @@ def _scores(record: Mapping[str, Any]) -> Iterator[tuple[str, float, float | Non
         yield name, first[key], last[key] if rescue is None else None
 
 
-def _mixed(record: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The rescue that the model was left with; None where it is the fine-tuned one."""
-    rescue: dict[str, Any] | None = record.get("rescue")
-    return rescue if rescue and rescue["applied"] and rescue["alpha"] < 1 else None
-
-
 def _facts(record: Mapping[str, Any], first: Any, last: Any) -> Iterator[str]:
     forecast = record["forecast"] or {}
     predicted = {} if forecast.get("base_rate") else forecast
-    errors = last.get("standard_errors", {})
-    rescue = _mixed(record)
+    rescue = mixed(record)
     if rescue is not None:
         held = rescue["held_out"]
         yield (
@@ -220,7 +215,8 @@ def _facts(record: Mapping[str, Any], first: Any, last: Any) -> Iterator[str]:
         observed |= {"forgetting": keys.observed_key("forgetting"), "worst": keys.WORST}
     words = {"gain": "Gain", "forgetting": "Mean forgetting", "worst": "Worst forgetting"}
     for name, key in observed.items():
-        spread = f" ± {points(errors[name]).removeprefix('+')}" if name in errors else ""
+        error = standard_error(last, name)
+        spread = "" if error is None else f" ± {points(error).removeprefix('+')}"
         told = f"{words[name]}: {points(last[key])}{spread} points (standard error)"
         told = told if spread else told.removesuffix(" (standard error)")
         if name in predicted:
@@ -241,10 +237,6 @@ def _facts(record: Mapping[str, Any], first: Any, last: Any) -> Iterator[str]:
 def _is_ours(result: EvalResult, learnt: str) -> bool:
     about = result.metric_args or {}
     return about.get("measured_by") == _MEASURED_BY and about.get("fine_tuned_on") == learnt
-
-
-def _metric(metric: str) -> str:
-    return "zero-shot accuracy" if metric == "accuracy" else printable(metric)
 
 
 def _markers(task: str) -> tuple[str, str]:

@@ -7,7 +7,9 @@ terminal is shown.
 from __future__ import annotations
 
 import io
+import math
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from textwrap import wrap
 from typing import Any
@@ -46,10 +48,14 @@ def preflight_table(record: dict[str, Any]) -> str:
     table.add_row("IIMM", f"{row[keys.PREFIX]:.3f}{se}", f"{n} images, {c} class prompts")
     table.add_row("  inter-modal", f"{row[keys.INTER]:.3f}", "image to wrong-class text")
     table.add_row("  intra-modal", f"{row[keys.INTRA]:.3f}", "image to image")
-    table.add_row("zero-shot accuracy", percent(row[keys.ACCURACY]), record["task"])
+    metrics = record.get("metrics", {})
+    above = score_name(metrics, record["task"])
+    table.add_row(above, percent(row[keys.ACCURACY]), record["task"])
     for name in record["off_target"]:
-        accuracy = percent(row[keys.accuracy_key(name)])
-        table.add_row("", accuracy, f"{name} (off-target)")
+        score = score_name(metrics, name)
+        value = percent(row[keys.accuracy_key(name)])
+        table.add_row("" if score == above else score, value, f"{name} (off-target)")
+        above = score
     trainable = f"{100 * record['recipe']['trainable_share']:.3g} %"
     table.add_row("trainable", trainable, f"of the parameters, method {record['method']!r}")
     forecast = record["forecast"]
@@ -101,8 +107,9 @@ def look_line(row: dict[str, Any]) -> str:
     ]
     if keys.observed_key("forgetting") in row:
         parts.append(f"forgetting {points(row[keys.observed_key('forgetting')])}")
-    if _has(row, "forgetting") and row["share"] < 1:
-        parts.append(f"forecast {_forecast(row, 'forgetting')}")
+    ahead = forecast_in(row, "forgetting")
+    if ahead is not None and row["share"] < 1:
+        parts.append(f"forecast {interval(ahead)}")
     if keys.EXCEED in row:
         parts.append(f"P(exceed) {row[keys.EXCEED]:.2f}")
     return page(" | ".join([*parts, row["level"]]))
@@ -125,8 +132,9 @@ def summary_table(record: dict[str, Any]) -> str:
         table.add_column(column, justify="left" if column == "in points" else "right")
     forecast = record["forecast"]
     predicted = {} if forecast["base_rate"] else forecast
-    gain = points(last[keys.observed_key("gain")])
-    table.add_row("gain", interval(predicted.get("gain")), gain)
+    metrics = record.get("metrics", {})
+    gain, own = points(last[keys.observed_key("gain")]), own_metric(metrics, record["task"])
+    table.add_row(f"gain{own}", interval(predicted.get("gain")), gain)
     if record["off_target"]:
         mean = points(last[keys.observed_key("forgetting")])
         worst = points(last[keys.WORST])
@@ -135,7 +143,7 @@ def summary_table(record: dict[str, Any]) -> str:
     for name in record["off_target"]:
         key = keys.accuracy_key(name)
         change = f"{percent(first[key])} -> {percent(last[key])}"
-        table.add_row(f"  {name}", "", change)
+        table.add_row(f"  {name}{own_metric(metrics, name)}", "", change)
     notes = [f"Run: {record['ended']}."]
     if last["reason"] not in record["ended"]:
         notes = [f"{notes[0]} Last verdict: {last['level']} ({last['reason']})."]
@@ -189,7 +197,7 @@ def _plot_outcome(axis: Any, record: dict[str, Any], name: str) -> None:
     if name == "forgetting" and looks:
         worst = [100 * row[keys.WORST] for row in looks]
         axis.plot(steps, worst, "--", color="grey", label="worst off-target task")
-    forecast = [row for row in looks if _has(row, name)]
+    forecast = [row for row in looks if keys.forecast_key(name) in row]
     if forecast:
         key = keys.forecast_key(name)
         at = [row["step"] for row in forecast]
@@ -246,8 +254,41 @@ class _Console(Console):
         return super().render_str(printable(text), **settings)
 
 
-def _has(row: dict[str, Any], name: str) -> bool:
-    return keys.forecast_key(name) in row
+def score_name(metrics: Mapping[str, str], *tasks: str) -> str:
+    """What the score of these tasks is called: "zero-shot accuracy", or metrics of their own.
+
+    Args:
+        metrics: Task name -> what stands in for accuracy there, as a record's ``metrics``.
+        tasks: Their names.
+
+    Example:
+        >>> score_name({"captions": "recall@5"}, "digits", "captions")
+        'zero-shot accuracy or recall@5'
+    """
+    own = dict.fromkeys(metrics.get(task, "accuracy") for task in tasks)
+    return " or ".join("zero-shot accuracy" if m == "accuracy" else printable(m) for m in own)
+
+
+def own_metric(metrics: Mapping[str, str], task: str) -> str:
+    """What follows the name of a task: its metric in brackets, nothing where that is accuracy."""
+    metric = metrics.get(task, "accuracy")
+    return "" if metric == "accuracy" else f" ({printable(metric)})"
+
+
+def standard_error(row: dict[str, Any], name: str) -> float | None:
+    """Of what a look observed, a fraction; None where it is not on record."""
+    errors = row.get("standard_errors")
+    found = errors.get(name) if isinstance(errors, dict) else None
+    real = isinstance(found, int | float) and not isinstance(found, bool) and 0 <= found < math.inf
+    return float(found) if real else None  # type: ignore[arg-type]
+
+
+def forecast_in(row: dict[str, Any], name: str) -> dict[str, float] | None:
+    """The forecast of "gain" or "forgetting" at a look, as `interval` takes it; None without."""
+    key = keys.forecast_key(name)
+    if key not in row:
+        return None
+    return {"point": row[key], "low": row[f"{key}_low"], "high": row[f"{key}_high"]}
 
 
 def interval(prediction: dict[str, float] | None) -> str:
@@ -256,11 +297,6 @@ def interval(prediction: dict[str, float] | None) -> str:
         return "none"
     point, low, high = (points(prediction[k]) for k in ("point", "low", "high"))
     return f"{point} [{low}, {high}]"
-
-
-def _forecast(row: dict[str, Any], name: str) -> str:
-    key = keys.forecast_key(name)
-    return interval({"point": row[key], "low": row[f"{key}_low"], "high": row[f"{key}_high"]})
 
 
 def _limit(record: dict[str, Any]) -> tuple[str, str]:

@@ -8,13 +8,18 @@ from pathlib import Path
 import pytest
 import transformers
 from huggingface_hub import EvalResult, ModelCard
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from markdown_it import MarkdownIt
-from test_report import HOSTILE
+from test_outcomes import json_values
+from test_report import HOSTILE, make_record
+from test_untrusted import change_at
 from transformers import Trainer
 
 from iimm_callbacks import IIMMCallback, IIMMMonitor, PromptClassifier
 from iimm_callbacks.amended import amend_cards
 from iimm_callbacks.card import HEADING, update_card
+from iimm_callbacks.storage.run_file import check_run
 
 TEMPLATES = {"digits": ["the number {}"], "letters": ["the letter {}", "a big {}"]}
 
@@ -173,6 +178,42 @@ def test_names_and_prompts_are_shown_as_they_are_written(tmp_path, name):
     again = ModelCard.load(tmp_path / "README.md")
     assert len(again.data.eval_results) == 4
     assert set(again.data.to_dict()) == {"model-index"}
+
+
+def test_a_folder_that_is_not_there_is_made(tmp_path):
+    update_card(tmp_path / "runs" / "new-model.v2", record())
+    assert ModelCard.load(tmp_path / "runs" / "new-model.v2" / "README.md").data.model_name == (
+        "new-model.v2"
+    )
+    update_card(tmp_path / "card.md", record())
+    assert {path.name for path in tmp_path.iterdir()} == {"runs", "card.md"}
+
+
+CHANGES = [(key,) for key in ("templates", "metrics", "fingerprints", "model", "model_fingerprint")]
+CHANGES += [("looks", 1, key) for key in ("standard_errors", "time")]
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.sampled_from(CHANGES), st.sampled_from([None, 5, "x", [], {}, {"digits": 1}]) | json_values
+)
+def test_any_record_that_can_be_read_has_a_card(place, value):
+    changed = make_record()
+    change_at(changed, place, value)
+    try:
+        changed = check_run(changed)
+    except ValueError:
+        return
+    assert HEADING in str(update_card(ModelCard("---\n{}\n---\n"), changed))
+
+
+def test_a_record_without_prompts_metrics_and_fingerprints_has_a_card():
+    bare = record()
+    for key in ("templates", "fingerprints"):
+        del bare[key]
+    text = update_card(ModelCard("---\n{}\n---\n"), bare).text
+    assert "- letters: not on record" in text
+    assert table(text)[1] == [*table(text)[1][:5], "none"]
 
 
 def test_a_card_that_cannot_be_parsed_is_left_as_it_was(tmp_path):

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from test_pages import rescued_record
 from test_report import (
     HOSTILE,
     PREDICTED,
@@ -263,6 +264,65 @@ def test_rescue_refuses_what_is_no_mix_of_the_two(rescued, tmp_path):
     assert "residual ratio" in fails("rescue", base, tmp_path / "head", *options)
     too_much = fails("rescue", base, tuned, options[0], "--max-forgetting", 5)
     assert "must be a fraction in (0, 1]" in too_much
+
+
+@pytest.mark.parametrize("inside", ["", "sub"])
+def test_rescue_finds_out_before_the_sweep_that_it_cannot_write(tmp_path, monkeypatch, inside):
+    (tmp_path / "afile").touch()
+    monkeypatch.setattr("iimm_callbacks.cli.rescuing.rescue_model", None)
+    monkeypatch.setattr("iimm_callbacks.cli.rescuing.load_model", None)
+    to = tmp_path / "afile" / inside
+    told = fails("rescue", "sample", "tuned", "sample:emoji_groups", "--to", to)
+    assert re.search(f"`--to` (needs|must be) a folder .*, got '{to}'", told)
+
+
+def test_rescue_leaves_no_folder_where_it_fails(tmp_path):
+    (tmp_path / "there").mkdir()
+    for to in (tmp_path / "new" / "er", tmp_path / "there"):
+        fails("rescue", "sample", tmp_path / "no", "sample:emoji_groups", "--to", to)
+    assert [path.name for path in tmp_path.iterdir()] == ["there"]
+
+
+def test_off_target_folders_of_one_name_are_two_tasks(tmp_path, monkeypatch):
+    for name in ("food", "cars", "digits"):
+        pictures(tmp_path / name / "test")
+    seen = {}
+
+    def stand_in(model, base, task, off_target, limits, **settings):
+        seen["tasks"] = [task.name, *(t.name for t in off_target)]
+        raise ValueError("seen")
+
+    monkeypatch.setattr("iimm_callbacks.cli.rescuing.rescue_model", stand_in)
+    start = ["rescue", "sample", "sample"]
+    folders = [tmp_path / name / "test" for name in ("food", "cars", "digits")]
+    food, cars, digits = (["--off-target", folder] for folder in folders)
+    for options, names in (
+        ([folders[2], *food, *cars], ["test", "food/test", "cars/test"]),
+        (["sample:emoji_groups", *food], ["emoji_groups", "test"]),
+        ([folders[2], "--task-name", "digits", *food, *cars], ["digits", "food/test", "cars/test"]),
+    ):
+        assert fails(*start, *options) == "iimm: error: seen"
+        assert seen["tasks"] == names
+    told = fails(*start, "sample:emoji_groups", *food, *digits, *food)
+    assert "`--off-target` must be data sets with names of their own" in told
+    assert f"got '{folders[0]}' ('food/test') more than once" in told
+    for name in ("sample:emoji_groups", folders[0]):  # the task itself
+        told = fails(*start, name, "--template", "a {}", "--off-target", name)
+        assert f"other than that of `DATASET`, got '{name}' (" in told
+
+
+def test_errors_of_rescue_name_the_argument_that_is_wrong(tmp_path, monkeypatch):
+    no, emoji = tmp_path / "no", "sample:emoji_groups"
+    assert f"`BASE` must be a folder or a name on the Hub, got '{no}'" in fails(
+        "rescue", no, "sample", emoji
+    )
+    assert "`TUNED` must be a folder or a name" in fails("rescue", "sample", no, emoji)
+    assert "`DATASET` must be a folder or" in fails("rescue", "sample", "sample", no)
+    for name in (no, "sample:no"):
+        told = fails("rescue", "sample", "sample", emoji, "--off-target", name)
+        assert "`--off-target` must be " in told
+    monkeypatch.setitem(sys.modules, "open_clip", None)
+    assert "`TUNED` 'open_clip:a:b' needs" in fails("rescue", "sample", "open_clip:a:b", emoji)
 
 
 # --- forecast ---
@@ -734,6 +794,53 @@ def test_report_refuses_what_is_no_run(tmp_path):
     assert "does not exist" in fails("report", path, "--outcomes", tmp_path / "none.jsonl")
     assert not (tmp_path / "good_report").exists()
     assert "No such file" in fails("report", tmp_path / "none.json")
+
+
+def test_report_tells_of_the_rescue_and_that_the_rest_was_before(tmp_path):
+    path = tmp_path / "run.json"
+    save_run(rescued_record() | {"metrics": {"digits": "recall@5"}}, path)
+    shown = run("report", path).stdout
+    assert "Rescue: digits, untouched (α 0) to fine-tuned (α 1)" in shown
+    assert re.search("α.*recall@5.*gain.*forgot, mean", shown)
+    assert lines_with(shown, "0.40 60.0 %", "chosen")
+    assert lines_with(shown, "0.37 58.0 %", "held out")
+    assert "What was observed, above, is of the fine-tuned model before the rescue." in shown
+    other = save(tmp_path / "other.json")
+    assert "escue" not in run("report", other).stdout
+    told = run("compare", path, other, "--to", tmp_path / "c.svg").stdout
+    assert "Rescued at the end, shown as before: run." in told
+
+
+def test_report_and_compare_name_the_argument_whose_file_is_wrong(tmp_path):
+    path, missing = save(tmp_path / "run.json"), tmp_path / "missing.json"
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "afile").touch()
+    for command in (["report"], ["compare", path]):
+        for wrong, why in ((missing, "No such file"), (tmp_path / "empty", "Is a directory")):
+            told = fails(*command, wrong)
+            assert "`RUN.json` must be a run file, as the guard writes one for each run" in told
+            assert f", got '{wrong}' ({why}" in told
+    told = fails("report", path, "--to", tmp_path / "afile")
+    assert f"`--to` needs a folder that can be written to, got '{tmp_path / 'afile'}'" in told
+    told = fails("compare", path, path, "--to", tmp_path / "afile" / "c.png")
+    assert f"`--to` needs a folder that can be written to, got '{tmp_path / 'afile'}'" in told
+    for wrong in (tmp_path / "nosuch", tmp_path / "empty"):
+        told = fails("report", path, "--outcomes", wrong)
+        assert "`--outcomes` must be a file or folder of outcomes" in told
+        assert f"got {wrong}, which" in told
+    assert "`--store` must be a file" in fails("grade", "--store", tmp_path / "empty")
+    assert {p.name for p in tmp_path.iterdir()} == {"run.json", "empty", "afile"}
+    run("compare", path, path, "--to", tmp_path / "new" / "c.svg")
+    assert (tmp_path / "new" / "c.svg").exists()
+
+
+@pytest.mark.parametrize("name", ["c", "empty", "c.docx", "c.jpg"])
+def test_compare_refuses_what_it_would_not_write_there(tmp_path, name):
+    path = save(tmp_path / "run.json")
+    (tmp_path / "empty").mkdir()
+    told = fails("compare", path, path, "--to", tmp_path / name)
+    assert f"`--to` must end in .png, .svg, .pdf or .html, got '{tmp_path / name}'" in told
+    assert {p.name for p in tmp_path.iterdir()} == {"run.json", "empty"}
 
 
 def test_compare_shows_runs_by_the_names_of_their_folders_and_draws_them(tmp_path):

@@ -190,6 +190,73 @@ def test_a_model_that_knows_the_task_is_said_to_be_near_the_ceiling(tmp_path):
     assert report(record, tmp_path).shows("Zero-shot accuracy is 97.0 %: so near the ceiling")
 
 
+def test_metrics_are_called_by_their_names(tmp_path, page):
+    assert page.shows("zero-shot accuracy 25.0 % 25.0 % on the task being learnt")
+    assert page.shows("Each off-target task, zero-shot accuracy largest drop first")
+    record = full_record() | {"metrics": {"digits": "recall@5", "[v2]": "macro f1"}}
+    record["looks"][0]["eval_iimm_accuracy"] = 0.97
+    page = report(record, tmp_path)
+    for words in (
+        "recall@5 97.0 % 25.0 % on the task being learnt",
+        "Recall@5 is 97.0 %: so near the ceiling",
+        "What recall@5 on the task being learnt has risen by",
+        "Mean drop of zero-shot accuracy or macro f1 over the off-target tasks",
+        "[v2] (macro f1) 75.0 % 75.0 %",
+        "Gain: recall@5 on the task now",
+    ):
+        assert page.shows(words), words
+    assert "accuracy on the task" not in page.text
+    record = full_record() | {"metrics": dict.fromkeys(("digits", "emoji", "[v2]"), "recall@5")}
+    assert "accuracy" not in report(record, tmp_path).text
+
+
+# --- rescued ---
+
+
+def rescued_record(alpha=0.4, applied=True):
+    """`full_record`, at its end the mix of this α."""
+    numbers = {"gain_se": 0.02, "forgetting_se": 0.01, "worst_se": 0.03, "worst_task": "emoji"}
+    mixes = [
+        {"alpha": a, "accuracy": 0.25 + g, "gain": g, "forgetting": f, "worst": 2 * f,
+         "inside": f <= 0.05} | numbers
+        for a, g, f in ((0.0, 0.0, 0.0), (0.4, 0.35, 0.02), (1.0, 0.415, 0.07))
+    ]  # fmt: skip
+    held = mixes[1] | {"alpha": 0.37, "accuracy": 0.58, "gain": 0.33, "forgetting": 0.023}
+    rescue = {
+        "mixes": mixes, "alpha": alpha, "reason": "it gains most within the limit",
+        "held_out": held, "limits": {"max_forgetting": 0.05, "limit_on": "mean"}, "n_tensors": 9,
+        "applied": applied, "notes": ["norms are not mixed"], "runtime": 1.0,
+    }  # fmt: skip
+    return full_record() | {"rescue": rescue}
+
+
+def test_a_rescued_run_shows_what_the_model_is_now_and_that_all_else_was_before(tmp_path, page):
+    assert "Rescue" not in page.text
+    rescued = report(rescued_record(), tmp_path)
+    for words in (
+        "Rescued at its end: these numbers are of the fine-tuned model before that.",
+        "The model is a mix of 0.4 fine-tuned and 0.6 untouched now. All else on this page is of "
+        "the fine-tuned model before that",
+        "0.40 60.0 % +35.0 ± 2.0 +2.0 ± 1.0 +4.0 ± 3.0 emoji chosen",
+        "1.00 66.5 % +41.5 ± 2.0 +7.0 ± 1.0 +14.0 ± 3.0 emoji over",
+        "0.37 58.0 % +33.0 ± 2.0 +2.3 ± 1.0 +4.0 ± 3.0 emoji held out",
+        "Chosen: α = 0.4, as it gains most within the limit.",
+        "Held out: what choosing like this gave",
+        "Note: norms are not mixed.",
+    ):
+        assert rescued.shows(words), words
+    assert rescued.open == []
+    untouched = report(rescued_record(0.0), tmp_path)
+    assert untouched.shows("The model is the untouched one again now.")
+
+
+@pytest.mark.parametrize("kept", [{"alpha": 1.0}, {"applied": False}])
+def test_a_rescue_that_left_the_fine_tuned_model_says_so(tmp_path, kept):
+    page = report(rescued_record(**kept), tmp_path)
+    assert page.shows("The model is as it was fine-tuned, and so is all on this page.")
+    assert not page.shows("Rescued at its end")
+
+
 # --- for every reader ---
 
 
@@ -556,6 +623,13 @@ def test_numbers_that_no_axis_holds_can_be_drawn(tmp_path, far):
     compare_runs([record], tmp_path / "c.svg")
 
 
+def test_a_point_outside_its_interval_can_be_drawn(tmp_path):
+    record = full_record()
+    one_look(record)
+    record["looks"][0] |= {"eval_iimm_gain_forecast": 0.9, "eval_iimm_forgetting_forecast": -0.9}
+    assert report(record, tmp_path, drawn=True).open == []
+
+
 # --- several runs ---
 
 
@@ -608,6 +682,21 @@ def test_what_does_not_compare_is_said(tmp_path, change, says):
     records = [full_record(), full_record() | change]
     notes = compare_runs(records, tmp_path / "c.svg", names=["a", "b"])["notes"]
     assert any(note.startswith(says) for note in notes), notes
+
+
+def test_rescued_runs_are_compared_as_before_that_and_named(tmp_path):
+    records = [full_record(), rescued_record(), rescued_record(1.0)]
+    notes = compare_runs(records, tmp_path / "c.svg", names=["a", "b", "c"])["notes"]
+    assert notes == ["Rescued at the end, shown as before: b."]
+
+
+@pytest.mark.parametrize("name", ["c", "c.docx", "c.png"])
+def test_a_comparison_is_not_written_where_nobody_would_find_it(tmp_path, name):
+    (tmp_path / "c.png").mkdir()
+    says = re.escape(f"`path` must end in .png, .svg, .pdf or .html, got '{tmp_path / name}'")
+    with pytest.raises(ValueError, match=says):
+        compare_runs([full_record()], tmp_path / name)
+    assert [path.name for path in tmp_path.iterdir()] == ["c.png"]
 
 
 def test_other_off_target_tasks_do_not_compare(tmp_path):

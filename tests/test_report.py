@@ -154,6 +154,24 @@ def test_an_unknown_standard_error_is_left_out():
     assert lines_with(preflight_table(record), "IIMM 0.432 512 images")
 
 
+def test_a_metric_of_its_own_is_called_by_its_name():
+    record = make_record() | {"metrics": {"digits": "recall@5", "[v2]": "macro f1"}}
+    text = preflight_table(record)
+    for line in (
+        "recall@5 25.0 % digits",
+        "zero-shot accuracy 50.0 % emoji (off-target)",
+        "macro f1 75.0 % [v2] (off-target)",
+    ):
+        assert lines_with(text, line), (line, text)
+    text = summary_table(record)
+    assert lines_with(text, "gain (recall@5) +30.0 [+10.0, +50.0] +41.5")
+    assert lines_with(text, "emoji 50.0 % -> 37.5 %")
+    assert lines_with(text, "[v2] (macro f1) 75.0 % -> 75.0 %")
+    alike = preflight_table(make_record() | {"metrics": {"digits": HOSTILE, "emoji": HOSTILE}})
+    assert shows_no_control_code(alike)
+    assert lines_with(alike, "50.0 % emoji (off-target)")[0].startswith("50.0 %")
+
+
 def test_one_look_is_one_line():
     assert look_line(LAST | FORECAST) == (
         "IIMM step 50 (50%): 0.432 | gain +41.5 | forgetting +3.1 | forecast +6.0 [-1.0, +13.0]"

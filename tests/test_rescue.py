@@ -3,6 +3,7 @@
 import copy
 import json
 import os
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -17,6 +18,7 @@ from torch import nn
 from transformers import TrainerCallback
 
 from iimm_callbacks import PromptClassifier
+from iimm_callbacks.data.tasks import Task
 from iimm_callbacks.guard import Limits
 from iimm_callbacks.measure import Measurement
 from iimm_callbacks.models.heads import ClipAdapter
@@ -490,6 +492,17 @@ def test_arguments_are_checked(tiny_clip, processor, colour_task, shape_task):
         Mixture(model, base).set(2)
 
 
+def test_tasks_of_one_name_and_the_task_itself_are_refused(tiny_clip, colour_task, shape_task):
+    model, base = stir(tiny_clip()), tiny_clip()
+    twin = Task("shapes", shape_task.dataset, seed=1)
+    for off_target, says in (
+        ([shape_task, twin], "must have names of their own, got ['shapes'] more than once"),
+        ([colour_task], "is the task itself"),
+    ):
+        with pytest.raises(ValueError, match=re.escape(says)):
+            rescue(model, base, colour_task, off_target, progress=False)
+
+
 def test_the_curve_is_json_a_run_file_can_hold_and_a_table_can_show(
     tuned, tiny_clip, colour_task, shape_task
 ):
@@ -502,6 +515,7 @@ def test_the_curve_is_json_a_run_file_can_hold_and_a_table_can_show(
     assert max(map(len, table.splitlines()[:15])) <= 96
     assert f"Chosen: α = {found.alpha:.3g}, as {found.reason}." in table
     assert "The model is this mix now." in table
+    assert re.search("α.*recall@5.*gain", rescue_table(data, "colours", "recall@5"))
     rows = [[cell.strip() for cell in line.split("│")[1:3]] for line in table.splitlines()]
     for m in found.mixes:
         assert [f"{m.alpha:.2f}", f"{100 * m.accuracy:.1f} %"] in rows

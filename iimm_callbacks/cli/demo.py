@@ -14,6 +14,7 @@ from rich.text import Text
 
 from .. import keys, report
 from ..storage.run_file import save_run
+from .files import folder_to_write
 from .shell import Answer
 
 if TYPE_CHECKING:
@@ -37,15 +38,15 @@ def demo(
     """
     started = time.perf_counter()
     folder = output.expanduser()
-    folder.mkdir(parents=True, exist_ok=True)
-    guard, outcomes = _guard(folder)
-    trainer = _trainer(guard, folder, steps)
-    with Looks(guard, Console(stderr=True)) as looks:
-        trainer.add_callback(looks.callback())
-        trainer.train()
-    record = guard.record()
-    save_run(record, folder / "run.json")
-    written, told = _report(record, folder, outcomes)
+    with folder_to_write(folder, "--output"):
+        guard, outcomes = _guard(folder)
+        trainer = _trainer(guard, folder, steps)
+        with Looks(guard, Console(stderr=True)) as looks:
+            trainer.add_callback(looks.callback())
+            trainer.train()
+        record = guard.record()
+        save_run(record, folder / "run.json")
+        written, told = _report(record, folder, outcomes)
     seconds = time.perf_counter() - started
     data = {
         "output": str(folder),
@@ -142,18 +143,14 @@ def looks_table(record: dict[str, Any], step: int, total: int) -> Table:
 
 
 def _cells(row: dict[str, Any]) -> list[Any]:
-    key = keys.forecast_key("forgetting")
-    expected = ""
-    if key in row:
-        found = {"point": row[key], "low": row[f"{key}_low"], "high": row[f"{key}_high"]}
-        expected = report.interval(found)
+    expected = report.forecast_in(row, "forgetting")
     observed = [row.get(keys.observed_key(name)) for name in ("gain", "forgetting")]
     return [
         row["step"],
         f"{row['share']:.0%}",
         f"{row[keys.PREFIX]:.3f}",
         *("" if value is None else report.points(value) for value in observed),
-        expected,
+        "" if expected is None else report.interval(expected),
         f"{row[keys.EXCEED]:.2f}" if keys.EXCEED in row else "",
         row["level"],
     ]

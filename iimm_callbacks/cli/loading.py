@@ -19,12 +19,17 @@ if TYPE_CHECKING:
     from ..storage.outcomes import Outcome
 
 SAMPLE = "sample"
-_OPEN_CLIP = "open_clip:"
+_SHIPPED = f"{SAMPLE}:"
+OPEN_CLIP = "open_clip:"
 _IN_ONE_PIECE = ("hf-hub:", "local-dir:")  # open_clip's own prefixes, which hold a colon
 
 
 def load_model(
-    name: str, *, processor: str | None = None, device: str | None = None
+    name: str,
+    *,
+    processor: str | None = None,
+    device: str | None = None,
+    argument: str = "MODEL",
 ) -> tuple[nn.Module, Any]:
     """The model of this name and its processor, in float32 and eval mode.
 
@@ -33,6 +38,7 @@ def load_model(
             model, or ``"open_clip:NAME:PRETRAINED"`` (``"open_clip:hf-hub:..."`` as well).
         processor: Hub name or folder of the processor; ``None``: where the model is.
         device: Of the model; ``None``: cuda where there is one, else cpu.
+        argument: What `name` is called in errors.
 
     Returns:
         ``(model, processor)``; for open_clip the processor is the pair (transform, tokenizer).
@@ -48,15 +54,15 @@ def load_model(
 
         model: Any = sample.load_model()
         found = sample.load_processor() if processor is None else _load_processor(processor)
-    elif name.startswith(_OPEN_CLIP):
+    elif name.startswith(OPEN_CLIP):
         if processor is not None:
             raise ValueError(
                 f"`--processor` must be left out for {name!r}, got {processor!r}: open_clip models "
                 "bring their own"
             )
-        model, found = _load_open_clip(name.removeprefix(_OPEN_CLIP))
+        model, found = _load_open_clip(name.removeprefix(OPEN_CLIP), argument)
     else:
-        model = _load_transformers(hub.local_name(name, "MODEL"))
+        model = _load_transformers(hub.local_name(name, argument), argument)
         found = _load_processor(hub.local_name(processor or name, "--processor"))
     return model.float().eval().to(at), found
 
@@ -67,6 +73,7 @@ def load_task(
     split: str | None = None,
     task_name: str | None = None,
     templates: Sequence[str] | None = None,
+    argument: str = "DATASET",
     **settings: Any,
 ) -> tuple[Task, str]:
     """The task in the data set of this name.
@@ -79,6 +86,7 @@ def load_task(
         split: Of the data set; ``None``: "test", or the only one.
         task_name: Name of the task; ``None``: the last part of `name`.
         templates: Prompt templates; ``None``: those of a shipped task, else as `Task`.
+        argument: What `name` is called in errors.
         settings: Further settings of `Task`.
 
     Returns:
@@ -88,20 +96,19 @@ def load_task(
         ValueError: There is no such data set or split, or no task can be made of it.
         TypeError: As `Task`.
     """
-    prefix = f"{SAMPLE}:"
-    if name.startswith(prefix):
+    own = task_name_of(name)
+    if name.startswith(_SHIPPED):
         from .. import sample
 
-        own = name.removeprefix(prefix)
         if own not in sample.task_names():
             choices = ", ".join(sample.task_names())
-            raise ValueError(f"`DATASET` must be {prefix} and one of {choices}, got {name!r}")
+            raise ValueError(f"`{argument}` must be {_SHIPPED} and one of {choices}, got {name!r}")
         split = split or "test"
         dataset: Any = sample.load_dataset(own, split)
         templates = templates or sample.templates(own)
     else:
         settings["templates"] = templates or None
-        own = task_name or hub.short_name(name).partition(":")[0]
+        own = task_name or own
         path = Path(name).expanduser()
         if has_class_folders(path):
             hub.pick(path, split, name, splits="--split")
@@ -110,7 +117,7 @@ def load_task(
             path = path / (split or "test")
             return Task.from_folder(path, name=own, **settings), path.name
         dataset, split = hub.pick(
-            _load_dataset(name, "DATASET"), split, name, default="test", splits="--split"
+            _load_dataset(name, argument), split, name, default="test", splits="--split"
         )
         return Task(own, dataset, **settings), split
     return Task(task_name or own, dataset, templates=templates or None, **settings), split
@@ -141,6 +148,18 @@ def load_recorded(source: str) -> list[Outcome]:
     return [outcome for split in splits for outcome in from_dataset(split)]
 
 
+def task_name_of(name: str) -> str:
+    """What the task in the data set of this name is called, unless it is named."""
+    if name.startswith(_SHIPPED):
+        return name.removeprefix(_SHIPPED)
+    return hub.short_name(name).partition(":")[0]
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says, without what it says below."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 def _device(device: str | None) -> torch.device:
     import torch
 
@@ -151,12 +170,12 @@ def _device(device: str | None) -> torch.device:
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise ValueError(
             f"`--device` must be one that torch has here, such as 'cpu', got {device!r} "
-            f"({_first_line(error)})"
+            f"({first_line(error)})"
         ) from error
     return torch.device(device)
 
 
-def _load_transformers(name: str) -> Any:
+def _load_transformers(name: str, argument: str) -> Any:
     import transformers
 
     try:
@@ -169,14 +188,14 @@ def _load_transformers(name: str) -> Any:
         model, report = kind.from_pretrained(name, output_loading_info=True)
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(
-            f"`MODEL` must be a Hub name or folder that transformers reads, 'sample' or "
-            f"'open_clip:NAME:PRETRAINED', got {name!r}: {_first_line(error)}"
+            f"`{argument}` must be a Hub name or folder that transformers reads, 'sample' or "
+            f"'open_clip:NAME:PRETRAINED', got {name!r}: {first_line(error)}"
         ) from error
     missing = sorted(report["missing_keys"])
     if missing:
         raise ValueError(
-            f"`MODEL` {name!r} lacks {len(missing)} weights of {type(model).__name__}, which would "
-            f"be random: {', '.join(map(str, missing[:3]))}...; name a complete dual encoder"
+            f"`{argument}` {name!r} lacks {len(missing)} weights of {type(model).__name__}, which "
+            f"would be random: {', '.join(map(str, missing[:3]))}...; name a complete dual encoder"
         )
     return model
 
@@ -188,7 +207,7 @@ def _load_processor(name: str) -> Any:
         processor = AutoProcessor.from_pretrained(name)
         problem = f"{type(processor).__name__} only"
     except Exception as error:  # of whatever kind: it is told
-        processor, problem = None, _first_line(error)
+        processor, problem = None, first_line(error)
     if not is_complete(processor):
         raise ValueError(
             "`--processor` must be a Hub name or folder with an image processor and a tokenizer, "
@@ -197,12 +216,12 @@ def _load_processor(name: str) -> Any:
     return processor
 
 
-def _load_open_clip(name: str) -> tuple[Any, Any]:
+def _load_open_clip(name: str, argument: str) -> tuple[Any, Any]:
     try:
         import open_clip
     except ImportError as error:
         raise ImportError(
-            f"`MODEL` {_OPEN_CLIP + name!r} needs open_clip: pip install "
+            f"`{argument}` {OPEN_CLIP + name!r} needs open_clip: pip install "
             "'iimm_callbacks[open-clip]'"
         ) from error
     whole = name.startswith(_IN_ONE_PIECE)
@@ -210,8 +229,9 @@ def _load_open_clip(name: str) -> tuple[Any, Any]:
     if not whole and not pretrained:
         tags = ", ".join(open_clip.list_pretrained_tags_by_model(architecture)) or "none known"
         raise ValueError(
-            f"`MODEL` {_OPEN_CLIP + name!r} must name its weights, {_OPEN_CLIP}{architecture}:TAG; "
-            f"without them it is random. Tags of {architecture!r}: {tags}"
+            f"`{argument}` {OPEN_CLIP + name!r} must name its weights, "
+            f"{OPEN_CLIP}{architecture}:TAG; without them it is random. Tags of "
+            f"{architecture!r}: {tags}"
         )
     try:
         model, _, transform = open_clip.create_model_and_transforms(
@@ -220,8 +240,8 @@ def _load_open_clip(name: str) -> tuple[Any, Any]:
         return model, (transform, open_clip.get_tokenizer(architecture))
     except (RuntimeError, OSError, ValueError) as error:
         raise ValueError(
-            f"`MODEL` must be 'open_clip:NAME:PRETRAINED' as open_clip knows them, got "
-            f"{_OPEN_CLIP + name!r}: {_first_line(error)}"
+            f"`{argument}` must be 'open_clip:NAME:PRETRAINED' as open_clip knows them, got "
+            f"{OPEN_CLIP + name!r}: {first_line(error)}"
         ) from error
 
 
@@ -230,7 +250,3 @@ def _load_dataset(name: str, argument: str) -> Any:
     is_folder = Path(name).expanduser().is_dir()
     repository, _, config = (name, "", "") if is_folder else name.partition(":")
     return hub.load(repository, config=config or None, argument=argument)
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

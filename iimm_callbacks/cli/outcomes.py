@@ -23,7 +23,7 @@ from ..storage.store import (
     to_dataset,
 )
 from . import tables
-from .loading import load_recorded
+from .loading import first_line, load_recorded
 from .shell import Answer, command
 
 Store = Annotated[
@@ -129,30 +129,40 @@ def check(store: Store = None) -> Answer:
     return Answer({"store": str(path), "problems": problems}, text, 1 if problems else 0)
 
 
-def read_record(store: Path | None) -> tuple[Path, list[Outcome]]:
+def read_record(store: Path | None, argument: str = "--store") -> tuple[Path, list[Outcome]]:
     """Where the record is, and the runs on it; that of the user need not be there yet.
 
     Args:
         store: As ``--store``; ``None`` for the user's own.
+        argument: What `store` is called in errors.
 
     Raises:
-        ValueError: There is no such store.
-        OSError: It cannot be read.
+        ValueError: There is no such store, or it cannot be read.
     """
-    path = _existing(store)
-    return path, read_outcomes(path) if path.exists() else []
+    path = _existing(store, argument)
+    try:
+        return path, read_outcomes(path) if path.exists() else []
+    except (OSError, TypeError, ValueError) as error:
+        told = (error.strerror if isinstance(error, OSError) else None) or first_line(error)
+        is_empty = path.is_dir() and isinstance(error, FileNotFoundError)
+        why = "which holds none" if is_empty else f"which cannot be read ({told})"
+        raise _no_outcomes(path, argument, why) from error
 
 
-def _existing(store: Path | None) -> Path:
+def _existing(store: Path | None, argument: str = "--store") -> Path:
     if store == Path("sample"):
         return OUTCOMES
     path = default_store() if store is None else store.expanduser()
     if store is not None and not path.exists():
-        raise ValueError(
-            f"`--store` must be a file or folder of outcomes, got {path}, which does not exist; "
-            "leave it out for your own record"
-        )
+        raise _no_outcomes(path, argument, "which does not exist")
     return path
+
+
+def _no_outcomes(path: Path, argument: str, why: str) -> ValueError:
+    return ValueError(
+        f"`{argument}` must be a file or folder of outcomes, as `iimm outcomes export` writes "
+        f"them, got {path}, {why}; name another, or leave it out for your own record"
+    )
 
 
 def _append(new: Sequence[Outcome], store: Path | None) -> Answer:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,7 +19,8 @@ from ..rescue.counterparts import Kept, core_of, counterparts, save_weights, sta
 from ..rescue.sweep import rescue as rescue_model
 from ..rescue.table import rescue_table
 from ..storage.run_file import save_run
-from .loading import SAMPLE, load_model, load_task
+from .files import folder_to_write
+from .loading import OPEN_CLIP, SAMPLE, first_line, load_model, load_task, task_name_of
 from .options import LimitOn, Reading
 from .shell import Answer
 
@@ -56,25 +59,57 @@ def rescue(
         to = to.expanduser()
         if to.exists() and (not to.is_dir() or any(to.iterdir())):
             raise ValueError(f"`--to` must be a folder that is empty or new, got {str(to)!r}")
-    model, untouched, processor, save = _load(base, tuned, reading)
-    found = rescue_model(
-        model,
-        untouched,
-        _task(dataset, reading, reading.template, reading.task_name),
-        None if off_target is None else [_task(name, reading) for name in off_target],
-        limits,
-        processor=processor,
-        batch_size=reading.batch_size,
-    )
-    data = {"base": base, "tuned": tuned, "dataset": dataset, "to": None} | found.to_json()
-    text = rescue_table(data | {"applied": None}, dataset)
-    if to is not None and found.alpha > 0:
-        to.mkdir(parents=True, exist_ok=True)
-        save(to)
-        data["to"] = str(to)
-        save_run(json.loads(json.dumps(data)), to / "rescue.json")
-        text += f"\nSaved to {to}, with the curve in rescue.json."
+    with nullcontext() if to is None else folder_to_write(to, "--to"):
+        others = None if off_target is None else _off_target(off_target, dataset, reading)
+        model, untouched, processor, save = _load(base, tuned, reading)
+        found = rescue_model(
+            model,
+            untouched,
+            _task(dataset, reading, reading.template, reading.task_name),
+            others,
+            limits,
+            processor=processor,
+            batch_size=reading.batch_size,
+        )
+        data = {"base": base, "tuned": tuned, "dataset": dataset, "to": None} | found.to_json()
+        text = rescue_table(data | {"applied": None}, dataset)
+        if to is not None and found.alpha > 0:
+            save(to)
+            data["to"] = str(to)
+            save_run(json.loads(json.dumps(data)), to / "rescue.json")
+            text += f"\nSaved to {to}, with the curve in rescue.json."
     return Answer(data, text, 0 if found.alpha > 0 else 2)
+
+
+def _off_target(off_target: Sequence[str], dataset: str, reading: Reading) -> list[Task]:
+    """The tasks, named by the last part of a path, or by two where others have that name too."""
+    learnt = reading.task_name or task_name_of(dataset)
+    short = [learnt, *map(task_name_of, off_target)]
+    names = [
+        _long_name(name) if short.count(own) > 1 else own
+        for name, own in zip(off_target, short[1:], strict=True)
+    ]
+    for name, own in zip(off_target, names, strict=True):
+        if [learnt, *names].count(own) > 1 or _place(name) == _place(dataset):
+            raise ValueError(
+                "`--off-target` must be data sets with names of their own, other than that of "
+                f"`DATASET`, got {name!r} ({own!r}) more than once; give it once, or rename its "
+                "folder"
+            )
+    return [
+        _task(name, reading, task_name=own, argument="--off-target")
+        for name, own in zip(off_target, names, strict=True)
+    ]
+
+
+def _long_name(name: str) -> str:
+    """The last two parts of a path or a name on the Hub."""
+    return "/".join(_place(name).parts[-2:])
+
+
+def _place(name: str) -> Path:
+    path = Path(name).expanduser()
+    return path.resolve() if path.is_dir() else path
 
 
 _Loaded = tuple[Any, nn.Module | None, Any, Callable[[Path], None]]
@@ -83,14 +118,17 @@ _Loaded = tuple[Any, nn.Module | None, Any, Callable[[Path], None]]
 def _load(base: str, tuned: str, reading: Reading) -> _Loaded:
     """The fine-tuned model, the untouched one unless it is in there, the processor, and a saver."""
     path = Path(tuned).expanduser()
-    untouched, processor = load_model(base, processor=reading.processor, device=reading.device)
+    load_base = partial(
+        load_model, base, processor=reading.processor, device=reading.device, argument="BASE"
+    )
+    untouched, processor = load_base()
     if (path / "adapter_config.json").exists():
         adapted = _with_adapter(untouched, path)
         return adapted, None, processor, adapted.save_pretrained
     model: Any
     weights = path / "model.safetensors" if path.is_dir() else path
     if weights.is_file() and not (path / "config.json").exists():
-        model, _ = load_model(base, processor=reading.processor, device=reading.device)
+        model, _ = load_base()
         _fill(model, weights, tuned)
     else:
         if (path / "head.safetensors").exists():
@@ -99,8 +137,9 @@ def _load(base: str, tuned: str, reading: Reading) -> _Loaded:
                 "of a CLIP-Adapter or linear probe, which does not tell its residual ratio; call "
                 "`iimm_callbacks.rescue.sweep.rescue` on the model"
             )
-        whose = reading.processor or (None if base.startswith("open_clip:") else _folder(base))
-        model, _ = load_model(tuned, processor=whose, device=reading.device)
+        brings_its_own = base.startswith(OPEN_CLIP) or tuned.startswith(OPEN_CLIP)
+        whose = reading.processor or (None if brings_its_own else _folder(base))
+        model, _ = load_model(tuned, processor=whose, device=reading.device, argument="TUNED")
     untouched.cpu()  # the device holds one model
 
     def save(folder: Path) -> None:
@@ -123,9 +162,8 @@ def _with_adapter(model: nn.Module, folder: Path) -> Any:
     try:
         return PeftModel.from_pretrained(model, str(folder)).eval()
     except (RuntimeError, ValueError, KeyError, TypeError) as error:
-        why = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ValueError(
-            f"`TUNED` must be an adapter of `BASE`, got {str(folder)!r}: {why}"
+            f"`TUNED` must be an adapter of `BASE`, got {str(folder)!r}: {first_line(error)}"
         ) from error
 
 
@@ -151,7 +189,11 @@ def _folder(name: str) -> str:
 
 
 def _task(
-    name: str, reading: Reading, templates: list[str] | None = None, task_name: str | None = None
+    name: str,
+    reading: Reading,
+    templates: list[str] | None = None,
+    task_name: str | None = None,
+    argument: str = "DATASET",
 ) -> Task:
     return load_task(
         name,
@@ -162,4 +204,5 @@ def _task(
         label_column=reading.label_column,
         probe_size=reading.probe_size,
         seed=reading.seed,
+        argument=argument,
     )[0]

@@ -11,12 +11,13 @@ import typer
 from rich.table import Table
 
 from ..pages import compare_runs, write_report
-from ..pages.compare import spread
+from ..pages.compare import check_format, spread
 from ..pages.facts import QUANTITIES
 from ..pages.page import PICTURES
 from ..pages.past import past_runs
 from ..report import page, points, summary_table
-from ..storage.run_file import read_run
+from ..rescue.table import mixed, rescue_table
+from .files import folder_to_write, read_run_file
 from .outcomes import read_record
 from .shell import Answer
 
@@ -44,16 +45,28 @@ def report(
     For a run in any state. The page, report.html, needs nothing beside it.
     """
     run = run.expanduser()
-    record = read_run(run)
-    where, found = read_record(outcomes)
+    record = read_run_file(run)
+    where, found = read_record(outcomes, "--outcomes")
     folder = run.with_name(f"{run.stem}_report") if to is None else to.expanduser()
-    written = write_report(record, folder, found)
+    with folder_to_write(folder, "--to"):
+        written = write_report(record, folder, found)
     past = len(past_runs(record, found))
     files = [folder / f"{name}.png" for name in PICTURES]
     pictures = [str(path) for path in files if path.exists()]
     data = {"page": str(written), "pictures": pictures, "store": str(where), "n_past": past}
     among = f"Shown among {past} past runs of its model, of {len(found)} in {where}."
-    return Answer(data, f"{summary_table(record)}\n{page(among, f'Written to {written}.')}")
+    shown = [summary_table(record), *_rescued(record), page(among, f"Written to {written}.")]
+    return Answer(data, "\n".join(shown))
+
+
+def _rescued(record: dict[str, Any]) -> list[str]:
+    """The curve of a rescued run, whose looks were before that; nothing for others."""
+    rescue = record.get("rescue")
+    if rescue is None:
+        return []
+    metric = record.get("metrics", {}).get(record["task"], "accuracy")
+    before = "What was observed, above, is of the fine-tuned model before the rescue."
+    return [rescue_table(rescue, record["task"], metric), *[before] * (mixed(record) is not None)]
 
 
 def compare(
@@ -70,7 +83,10 @@ def compare(
     if len(files) < 2:
         raise ValueError(f"`RUN.json` must be two or more to compare, got {files[0]} alone")
     to = to.expanduser()
-    data = compare_runs([read_run(path) for path in files], to, names=_names(files))
+    check_format(to, "--to")
+    records = [read_run_file(path) for path in files]
+    with folder_to_write(to.parent, "--to"):
+        data = compare_runs(records, to, names=_names(files))
     return Answer(data | {"written": str(to)}, f"{_tables(data)}\n{page(f'Written to {to}.')}")
 
 

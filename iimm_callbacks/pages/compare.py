@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from .. import keys
-from ..report import points
+from ..report import points, standard_error
+from ..rescue.table import mixed
 from ..storage.run_file import check_run
 from . import facts
 from .drawing import (
@@ -19,10 +20,11 @@ from .drawing import (
     require_matplotlib,
     save_picture,
 )
-from .figures import standard_error
 from .page import render, shown
 from .palette import LIGHT, MARKS, SERIES
 
+FORMATS = (".png", ".svg", ".pdf", ".html", ".htm")
+_PAGES = (".html", ".htm")
 _FORGETTING = keys.observed_key("forgetting")
 _GAIN = keys.observed_key("gain")
 
@@ -58,6 +60,8 @@ def compare_runs(
     names = [f"run {i + 1}" for i in range(len(checked))] if names is None else list(names)
     if len(names) != len(checked):
         raise ValueError(f"`names` must name all {len(checked)} runs, got {len(names)} names")
+    path = Path(path)
+    check_format(path, "path")
     data = {
         "runs": [_row(name, record) for name, record in zip(names, checked, strict=True)],
         "groups": _groups(checked),
@@ -65,12 +69,26 @@ def compare_runs(
     }
     with drawing():
         picture = _picture(checked)
-    path = Path(path)
-    if path.suffix.lower() in (".html", ".htm"):
+    if path.suffix.lower() in _PAGES:
         path.write_text(render("compare.html", _as_words(data, picture, checked)), encoding="utf-8")
     else:
         save_picture(picture, path)
     return data
+
+
+def check_format(path: Path, argument: str) -> None:
+    """Raise unless a comparison can be written in the format that the suffix names.
+
+    Args:
+        path: Where to write it.
+        argument: What that is called in errors.
+
+    Raises:
+        ValueError: There is no such format, or `path` is a folder.
+    """
+    if path.suffix.lower() not in FORMATS or path.is_dir():
+        got = f"{str(path)!r}, which is a folder" if path.is_dir() else repr(str(path))
+        raise ValueError(f"`{argument}` must end in .png, .svg, .pdf or .html, got {got}")
 
 
 def _row(name: str, record: dict[str, Any]) -> dict[str, Any]:
@@ -128,6 +146,9 @@ def _notes(records: Sequence[dict[str, Any]], names: Sequence[str]) -> list[str]
     early = [n for n, r in zip(names, records, strict=True) if not facts.is_complete(r)]
     if early:
         notes.append(f"Not gone to the last planned step: {', '.join(early)}.")
+    rescued = [n for n, r in zip(names, records, strict=True) if mixed(r) is not None]
+    if rescued:
+        notes.append(f"Rescued at the end, shown as before: {', '.join(rescued)}.")
     bare = [n for n, r in zip(names, records, strict=True) if not r["off_target"]]
     if bare:
         notes.append(f"Without off-target tasks, and not in the picture: {', '.join(bare)}.")
@@ -137,9 +158,8 @@ def _notes(records: Sequence[dict[str, Any]], names: Sequence[str]) -> list[str]
 def _differ_in_images(records: Sequence[dict[str, Any]]) -> bool:
     seen: dict[str, set[str]] = {}
     for record in records:
-        prints = record.get("fingerprints")
-        for task, value in prints.items() if isinstance(prints, dict) else ():
-            seen.setdefault(task, set()).add(str(value))
+        for task, value in record.get("fingerprints", {}).items():
+            seen.setdefault(task, set()).add(value)
     return any(len(found) > 1 for found in seen.values())
 
 

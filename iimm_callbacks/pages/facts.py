@@ -7,8 +7,17 @@ from datetime import datetime, timezone
 from typing import Any
 
 from .. import keys
-from ..report import interval, percent, points
-from .figures import standard_error, total_steps
+from ..report import (
+    forecast_in,
+    interval,
+    own_metric,
+    percent,
+    points,
+    score_name,
+    standard_error,
+)
+from ..rescue.table import curve, explained, mixed
+from .figures import total_steps
 
 QUANTITIES = {"gain": "gain", "forgetting": "forgetting, mean", "worst": "forgetting, worst task"}
 _LEAST_SHARE = 0.05  # of a predictor that is named
@@ -88,11 +97,11 @@ def _agree(record: dict[str, Any], predicted: dict[str, float] | None, value: fl
 
 def off_target(record: dict[str, Any]) -> list[dict[str, str]]:
     """One row per off-target task, the largest drop first."""
-    limit = record["limits"]["max_forgetting"]
+    limit, metrics = record["limits"]["max_forgetting"], record.get("metrics", {})
     return [
         {
-            "name": name, "before": percent(before), "after": percent(after),
-            "drop": points(before - after),
+            "name": f"{name}{own_metric(metrics, name)}",
+            "before": percent(before), "after": percent(after), "drop": points(before - after),
             "over": "" if limit is None else "yes" if before - after > limit else "no",
         }
         for name, before, after in sorted(_accuracies(record), key=lambda row: row[2] - row[1])
@@ -139,7 +148,8 @@ def measure(record: dict[str, Any]) -> list[dict[str, str]]:
         rows.append({"name": name, "before": before, "now": now, "meaning": meaning})
     accuracies = (percent(row[keys.ACCURACY]) for row in (first, last))
     row = dict(zip(("before", "now"), accuracies, strict=True))
-    return [*rows, {"name": "accuracy", "meaning": "on the task being learnt", **row}]
+    score = score_name(record.get("metrics", {}), record["task"])
+    return [*rows, {"name": score, "meaning": "on the task being learnt", **row}]
 
 
 def grade(record: dict[str, Any]) -> list[dict[str, str]]:
@@ -189,19 +199,12 @@ def history(record: dict[str, Any]) -> list[dict[str, str]]:
             "done": f"{row['share']:.0%}",
             "iimm": f"{row[keys.PREFIX]:.3f}",
             **{name: with_error(row, name) for name in QUANTITIES},
-            **{f"{name}_forecast": _ahead(row, name) for name in ("gain", "forgetting")},
+            **{f"{n}_forecast": interval(forecast_in(row, n)) for n in ("gain", "forgetting")},
             "exceed": f"{row[keys.EXCEED]:.2f}" if keys.EXCEED in row else "none",
             "level": row["level"],
         }
         for row in record["looks"]
     ]
-
-
-def _ahead(row: dict[str, Any], name: str) -> str:
-    key = keys.forecast_key(name)
-    if key not in row:
-        return "none"
-    return interval({"point": row[key], "low": row[f"{key}_low"], "high": row[f"{key}_high"]})
 
 
 def turns(record: dict[str, Any]) -> list[dict[str, str]]:
@@ -213,6 +216,22 @@ def turns(record: dict[str, Any]) -> list[dict[str, str]]:
             found.append({"step": str(row["step"]), "level": row["level"], "reason": row["reason"]})
         before = row["level"]
     return found
+
+
+def rescue(record: dict[str, Any]) -> dict[str, Any] | None:
+    """What became of the model at the end and the curve; None for a run that was not rescued."""
+    found = record.get("rescue")
+    if found is None:
+        return None
+    became = "The model is as it was fine-tuned, and so is all on this page."
+    if mixed(record) is not None:
+        share = found["alpha"]
+        mix = f"a mix of {share:.3g} fine-tuned and {1 - share:.3g} untouched"
+        became = (
+            f"The model is {mix if share else 'the untouched one again'} now. All else on this "
+            "page is of the fine-tuned model before that."
+        )
+    return {"became": became, "rows": curve(found), "explained": explained(found)}
 
 
 def recipe(record: dict[str, Any]) -> list[tuple[str, str]]:
@@ -236,9 +255,8 @@ def recipe(record: dict[str, Any]) -> list[tuple[str, str]]:
     named = (("model", "model"), ("model_fingerprint", "fingerprint of the untouched model"),
              ("run", "run"), ("versions", "versions"))  # fmt: skip
     rows += [(words, _plain(record[key])) for key, words in named if record.get(key)]
-    prints = record.get("fingerprints")
-    if isinstance(prints, dict):
-        rows += [(f"fingerprint of {name}", _plain(value)) for name, value in prints.items()]
+    prints = record.get("fingerprints", {})
+    rows += [(f"fingerprint of {name}", value) for name, value in prints.items()]
     times = {"first look": _time(record["looks"][0]), "latest look": _time(record["looks"][-1])}
     return [*rows, *((words, time) for words, time in times.items() if time)]
 

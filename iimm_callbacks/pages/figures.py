@@ -8,7 +8,16 @@ from typing import Any
 import numpy as np
 
 from .. import keys
-from ..report import interval, percent, points, printable
+from ..report import (
+    forecast_in,
+    interval,
+    own_metric,
+    percent,
+    points,
+    printable,
+    score_name,
+    standard_error,
+)
 from .drawing import Picture, in_points, label, legend_above, new_figure
 from .palette import LIGHT
 
@@ -44,14 +53,6 @@ def total_steps(record: dict[str, Any]) -> int | None:
     return steps if whole and 0 < steps < 2**63 else None
 
 
-def standard_error(row: dict[str, Any], name: str) -> float | None:
-    """Of what a look observed, a fraction; None where it is not on record."""
-    errors = row.get("standard_errors")
-    found = errors.get(name) if isinstance(errors, dict) else None
-    real = isinstance(found, int | float) and not isinstance(found, bool) and 0 <= found < np.inf
-    return float(found) if real else None  # type: ignore[arg-type]
-
-
 def told(rows: Sequence[dict[str, Any]], words: Callable[[dict[str, Any]], str]) -> str:
     """Looks in words, evenly chosen where there are many, the first and the last among them."""
     places = np.unique(np.linspace(0, len(rows) - 1, _MANY).round().astype(int))
@@ -76,7 +77,7 @@ def _outcome(record: dict[str, Any], name: str) -> Picture:
         )
         axis.plot(at, middle, "--", color=LIGHT["blue"], lw=1.6, label="forecast of the end")
         if len(forecast) == 1:  # a band has no width there
-            down, up = middle - low, high - middle
+            down, up = np.maximum(middle - low, 0), np.maximum(high - middle, 0)
             axis.errorbar(at, middle, [down, up], fmt="o", color=LIGHT["blue"], mfc=LIGHT["paper"])
     observed = in_points([row[keys.observed_key(name)] for row in rows])
     errors = in_points([standard_error(row, name) or 0.0 for row in rows])
@@ -93,10 +94,7 @@ def _outcome(record: dict[str, Any], name: str) -> Picture:
     seen = told(rows, lambda row: points(row[keys.observed_key(name)]))
     alt = f"Line chart of {name} in points over the steps. Observed at {seen}."
     if forecast:
-        ahead = told(
-            forecast,
-            lambda r: interval({"point": r[key], "low": r[f"{key}_low"], "high": r[f"{key}_high"]}),
-        )
+        ahead = told(forecast, lambda row: interval(forecast_in(row, name)))
         alt += f" Forecast of the end, with its 90 % interval, made at {ahead}."
     return Picture(
         name, f"{name.capitalize()}: forecast and observed", alt,
@@ -105,9 +103,11 @@ def _outcome(record: dict[str, Any], name: str) -> Picture:
 
 
 def _outcome_caption(record: dict[str, Any], name: str, forecast: bool) -> str:
+    metrics = record.get("metrics", {})
+    learnt, others = score_name(metrics, record["task"]), score_name(metrics, *record["off_target"])
     what = {
-        "gain": "Accuracy on the task being learnt, minus what it was before training.",
-        "forgetting": "Mean drop of zero-shot accuracy over the off-target tasks; above 0 is loss.",
+        "gain": f"What {learnt} on the task being learnt has risen by since before training.",
+        "forgetting": f"Mean drop of {others} over the off-target tasks; above 0 is loss.",
     }[name]
     if not forecast:
         why = (
@@ -124,7 +124,7 @@ def _outcome_caption(record: dict[str, Any], name: str, forecast: bool) -> str:
 
 def _off_target(record: dict[str, Any]) -> Picture:
     """Each off-target task's drop over the run, the worst first."""
-    rows = record["looks"]
+    rows, metrics = record["looks"], record.get("metrics", {})
     first, last = rows[0], rows[-1]
     drop = {
         n: first[keys.accuracy_key(n)] - last[keys.accuracy_key(n)] for n in record["off_target"]
@@ -149,11 +149,11 @@ def _off_target(record: dict[str, Any]) -> Picture:
         axis.tick_params(labelbottom=position // 2 == n_rows - 1, labelleft=position % 2 == 0)
     for axis in axes[len(shown) :]:
         axis.set_axis_off()
-    figure.supylabel("drop of accuracy (points)", fontsize=11, color=LIGHT["quiet"])
+    figure.supylabel("drop (points)", fontsize=11, color=LIGHT["quiet"])
     figure.supxlabel("step", fontsize=11, color=LIGHT["quiet"])
     said = "; ".join(
-        f"{printable(n)} {points(drop[n])} ({percent(first[keys.accuracy_key(n)])} to "
-        f"{percent(last[keys.accuracy_key(n)])})"
+        f"{printable(n)}{own_metric(metrics, n)} {points(drop[n])} "
+        f"({percent(first[keys.accuracy_key(n)])} to {percent(last[keys.accuracy_key(n)])})"
         for n in shown
     )
     more = (
@@ -163,10 +163,11 @@ def _off_target(record: dict[str, Any]) -> Picture:
     )
     return Picture(
         "off_target", "Each off-target task",
-        f"Small line charts, one per off-target task, of its drop in accuracy in points over the "
-        f"steps, at the last look: {said}.{more}",
-        f"Drop of zero-shot accuracy since before training, the worst first, one scale for all; "
-        f"the number is that of the last look. There is no forecast for single tasks.{more}",
+        "Small line charts, one per off-target task, of its drop in points over the steps, at the "
+        f"last look: {said}.{more}",
+        f"Drop of {score_name(metrics, *order)} since before training, the worst first, one scale "
+        "for all; the number is that of the last look. There is no forecast for single tasks."
+        f"{more}",
         figure,
     )  # fmt: skip
 

@@ -11,7 +11,8 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from .. import __version__, keys
-from ..report import points, printable
+from ..report import points, printable, score_name
+from ..rescue.table import mixed
 from ..storage.outcomes import Outcome
 from ..storage.run_file import check_run
 from . import facts
@@ -102,10 +103,15 @@ def _context(record: dict[str, Any], pictures: dict[str, Picture], n_past: int) 
     if record["off_target"]:
         mean = points(last[keys.observed_key("forgetting")])
         said += f", mean forgetting {mean} points over {len(record['off_target'])} off-target tasks"
+    metrics = record.get("metrics", {})
     return {
         "task": record["task"],
         "method": record["method"],
         "said": said,
+        "mixed": mixed(record) is not None,
+        "rescue": facts.rescue(record),
+        "score": score_name(metrics, record["task"]),
+        "off_target_score": score_name(metrics, *record["off_target"]),
         "state": facts.state(record),
         "last": last,
         "complete": facts.is_complete(record),

@@ -14,7 +14,7 @@ from .. import keys
 from ..accuracy import NEAR_CEILING
 from ..forecasting.candidates import MIN_TASKS
 from ..forecasting.forecast import COVERAGE
-from ..report import interval, percent, points
+from ..report import interval, percent, points, score_name
 from ..storage.outcomes import Outcome, one_of_each_run
 from .drawing import Picture, in_points, legend_above, new_figure
 from .palette import LIGHT
@@ -202,7 +202,8 @@ def ceiling_note(record: dict[str, Any]) -> str:
     accuracy = record["looks"][0][keys.ACCURACY]
     if accuracy <= NEAR_CEILING:
         return ""
+    score = score_name(record.get("metrics", {}), record["task"])
     return (
-        f"Zero-shot accuracy is {percent(accuracy)}: so near the ceiling, gain says little of how "
-        "well a model learns."
+        f"{score[:1].upper()}{score[1:]} is {percent(accuracy)}: so near the ceiling, gain says "
+        "little of how well a model learns."
     )

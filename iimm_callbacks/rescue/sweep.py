@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import ranks
-from ..data.tasks import Task
+from ..data.tasks import Task, check_tasks
 from ..guard import Limits
 from ..models.encoders import EncodePair
 from ..models.wrappers import load_untouched
@@ -119,16 +119,18 @@ def rescue(
 
     Raises:
         OSError: There is no `base` of that name.
-        TypeError: `base` is of another type.
-        ValueError: An α is out of range, there is no limit or no off-target task to choose by, the
-            model cannot be measured, or `base` is not the model before fine-tuning; and for what
-            cannot be mixed, see `mixing.Mixture`.
+        TypeError: `base`, or a task, is of another type.
+        ValueError: Two tasks have one name, one of `off_target` is the task, an α is out of range,
+            there is no limit or no off-target task to choose by, the model cannot be measured, or
+            `base` is not the model before fine-tuning; and for what cannot be mixed, see
+            `mixing.Mixture`.
         RuntimeError: Another rank failed.
     """
     if off_target is None:
         from ..sample import canaries
 
         off_target = canaries(except_for=task.name)
+    check_tasks(task, off_target)
     probe = Probe(
         task,
         off_target,

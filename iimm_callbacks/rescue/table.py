@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from rich.table import Table
@@ -23,36 +24,65 @@ from ..storage.checks import (
 )
 
 _WIDTH = 96
-_COLUMNS = ("α", "accuracy", "gain", "forgot, mean", "forgot, worst", "worst task", "")
 
 
-def rescue_table(rescue: dict[str, Any], task: str) -> str:
+def rescue_table(rescue: dict[str, Any], task: str, score: str = "accuracy") -> str:
     """The curve from untouched to fine-tuned, what was chosen, and what that is worth.
 
     Args:
         rescue: `Rescue.to_json`; of ``applied`` None nothing is said.
         task: Name of the task that was learnt.
+        score: What stands in for accuracy there.
 
     Returns:
         Plain text, at most 96 columns; points, with standard errors.
     """
     table = Table(title=f"Rescue: {task}, untouched (α 0) to fine-tuned (α 1)", width=_WIDTH)
-    for column in _COLUMNS:
+    for column in ("α", score, "gain", "forgot, mean", "forgot, worst", "worst task", ""):
         words = column in ("worst task", "")
         table.add_column(column, justify="left" if words else "right", no_wrap=True)
-    for mix in rescue["mixes"]:
-        table.add_row(*_cells(mix, "chosen" if mix["alpha"] == rescue["alpha"] else ""))
+    *mixes, held_out = curve(rescue)
+    for cells in mixes:
+        table.add_row(*cells)
     table.add_section()
-    table.add_row(*_cells(rescue["held_out"], "held out"))
-    chosen = f"Chosen: α = {rescue['alpha']:.3g}, as {rescue['reason']}."
-    said = {True: " The model is this mix now.", False: " The model was left as it was."}
-    return page(
-        table,
-        f"{chosen}{said.get(rescue['applied'], '')}",
-        "In points, ± standard error. Held out: what choosing like this gave on images that had no "
-        "part in the choice.",
+    table.add_row(*held_out)
+    became = {True: " The model is this mix now.", False: " The model was left as it was."}
+    chosen, meaning, *notes = explained(rescue)
+    chosen += became.get(rescue["applied"], "")
+    return page(table, chosen, f"In points, ± standard error. {meaning}", *notes)
+
+
+def curve(rescue: dict[str, Any]) -> list[list[str]]:
+    """The cells of each mix and, last, of the held-out choice: α, score, gain and so on, a note.
+
+    Args:
+        rescue: `Rescue.to_json`.
+    """
+    mixes = [_cells(m, "chosen" if m["alpha"] == rescue["alpha"] else "") for m in rescue["mixes"]]
+    return [*mixes, _cells(rescue["held_out"], "held out")]
+
+
+def explained(rescue: dict[str, Any]) -> list[str]:
+    """What was chosen and why, what "held out" means, and the notes, in sentences.
+
+    Args:
+        rescue: `Rescue.to_json`.
+    """
+    return [
+        f"Chosen: α = {rescue['alpha']:.3g}, as {rescue['reason']}.",
+        "Held out: what choosing like this gave on images that had no part in the choice.",
         *(f"Note: {note}." for note in rescue["notes"]),
-    )
+    ]
+
+
+def mixed(record: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The rescue that a run's model was left with; None where it is the fine-tuned one.
+
+    Args:
+        record: `IIMMCallback.record`.
+    """
+    rescue: dict[str, Any] | None = record.get("rescue")
+    return rescue if rescue and rescue["applied"] and rescue["alpha"] < 1 else None
 
 
 def _cells(mix: dict[str, Any], mark: str) -> list[str]:

@@ -134,7 +134,7 @@ def check_run(data: Any) -> dict[str, Any]:
     Raises:
         ValueError: It is none; the message names the field, what was expected and what came.
     """
-    record = fields(data, "", _RECORD, {"rescue": check_rescue}, anything)
+    record = fields(data, "", _RECORD, _OPTIONAL, anything)
     for position, look in enumerate(record["looks"]):
         for key in _lacking(look, record["off_target"]):
             raise ValueError(f"`looks[{position}]` lacks {key!r}")
@@ -206,4 +206,8 @@ _RECORD = {
     "n_images": count, "n_classes": count, "failures": count, "looks_dropped": count,
     "recipe": object_of({"trainable_share": FRACTION}, rest=anything),
     "limits": _LIMITS, "forecast": _FORECAST, "looks": _looks,
+}  # fmt: skip
+_OPTIONAL = {  # of a rescued run, and what an old version did not write
+    "rescue": check_rescue, "templates": dict_of(list_of(text)), "metrics": dict_of(text),
+    "fingerprints": dict_of(text),
 }  # fmt: skip
