@@ -205,6 +205,28 @@ def test_what_is_no_folder_is_refused(tmp_path):
         Task.from_folder(tmp_path / "file")
 
 
+@pytest.mark.parametrize("path", [5, None, b"pets"])
+def test_what_is_no_path_is_refused(path):
+    with pytest.raises(TypeError, match=re.escape(f"a folder of class folders, got {path!r} (")):
+        Task.from_folder(path)
+
+
+def test_folders_whose_names_are_no_text_are_refused(tmp_path):
+    odd = os.fsdecode(b"d\xff")
+    try:
+        write(tmp_path / odd, a=["1.png"], b=["1.png"])
+    except OSError:
+        pytest.skip("this file system takes text only")
+    with pytest.raises(ValueError, match=r"`name` must be valid UTF-8, got 'd\\udcff'"):
+        Task.from_folder(tmp_path / odd)
+    assert Task.from_folder(tmp_path / odd, name="fine").class_names == ("a", "b")
+    write(tmp_path / "pets", cat=["1.png"], **{odd: ["1.png"]})
+    with pytest.raises(ValueError, match=r"`class_names` of task 'pets' must be valid UTF-8, got"):
+        Task.from_folder(tmp_path / "pets")
+    named = Task.from_folder(tmp_path / "pets", class_names=["cat", "dog"])
+    assert named.class_names == ("cat", "dog")
+
+
 letters = st.characters(categories=("L", "N", "P", "S", "Zs"), exclude_characters="/")
 folder_names = st.text(letters, min_size=1, max_size=20).filter(lambda n: not n.startswith("."))
 
@@ -295,6 +317,38 @@ def test_a_folder_of_save_to_disk_is_read_as_well(saved, streaming):
     assert len(Task.from_hub(saved / "flat", None, streaming=streaming)) == 9
 
 
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize(
+    ("split", "positions"),
+    [
+        ("train[:4]", range(4)),
+        ("train[-3:]", range(6, 9)),
+        ("train[2:99]", range(2, 9)),
+        ("train[50%:]", range(4, 9)),
+        ("train[10%:60%]", range(1, 5)),
+        ("train[6:]+train[:2]", [6, 7, 8, 0, 1]),
+        (datasets.ReadInstruction("train", to=4, unit="abs"), range(4)),
+        (datasets.Split.TRAIN, range(9)),
+    ],
+)
+def test_slices_of_what_was_saved_are_those_that_load_dataset_takes(
+    saved, split, positions, streaming
+):
+    task = Task.from_hub(saved / "disk", split, streaming=streaming)
+    seen = [image.getpixel((0, 0))[0] for image in task.images(range(len(task)))]
+    assert seen == list(positions)
+    plain = Task.from_hub(saved / "pets", split)
+    assert [image.getpixel((0, 0))[0] for image in plain.images(range(len(plain)))] == seen
+
+
+@pytest.mark.parametrize("name", ["pets", "disk", "flat"])
+@pytest.mark.parametrize("split", [["test"], 5, b"test"])
+def test_a_split_of_another_type_is_refused(saved, name, split):
+    says = f"`split` must be the name of one split, such as 'test' or 'test[:1000]', got {split!r}"
+    with pytest.raises(TypeError, match=re.escape(says)):
+        Task.from_hub(saved / name, split)
+
+
 def test_a_streamed_split_shows_the_images_of_the_split(saved):
     whole = Task.from_hub(saved / "pets", "train")
     streamed = Task.from_hub(saved / "pets", "train", streaming=True)
@@ -313,6 +367,13 @@ def test_a_streamed_split_shows_the_images_of_the_split(saved):
         ("pets", None, {}, "`split` must be one of train, test for '.*pets', got none"),
         ("disk", "validation", {}, "`split` must be one of train, test for '.*disk', got 'valid"),
         ("disk", None, {}, "`split` must be one of train, test for '.*disk', got none"),
+        ("disk", "dev[:4]", {}, "one of train, test for '.*disk', got 'dev.:4.' .Unknown split"),
+        ("disk", "test[a]", {}, "one of train, test for .* got 'test.a.' .Unrec.*; a slice is wr"),
+        ("disk", "test[:900%]", {}, "of train, test for .* got 'test.:900%.' .Percent slice bound"),
+        ("flat", "test[:4]", {}, "`split` must be left out, as there are none, for '.*flat', got"),
+        ("disk", "test", {"config": "big"}, "`config` must be left out for .*disk', .* got 'big'"),
+        ("disk", "test", {"revision": "v1"}, "`revision` must be left out for .*disk', got 'v1'"),
+        ("pets", "test", {"revision": "v1"}, "`revision` must be left out for .*pets', got 'v1'"),
         ("flat", "test", {}, "`split` must be left out, as there are none, for '.*flat', got 'te"),
         ("pets", "test", {"config": "big"}, "`name` must be .*'big' not found. Available: .'defau"),
         ("nowhere", "test", {}, "`name` must be .*nowhere', which does not exist"),

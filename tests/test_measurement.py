@@ -5,6 +5,7 @@ import json
 import re
 import sys
 
+import numpy as np
 import pytest
 import torch
 from safetensors.numpy import save_file
@@ -84,6 +85,15 @@ def test_it_combines_with_other_measurements():
     ("change", "says"),
     [
         ({"text_embeds": None}, "`text_embeds` must be given to `compute`"),
+        (
+            {"text_embeds": [[1.0], [1.0, 0.0]]},
+            "`text_embeds` must all be of one width, got widths",
+        ),
+        ({"text_embeds": [[1.0, 0.0], 1.0]}, "`text_embeds` must be a matrix with one embedding"),
+        ({"labels": None}, "`labels` must be given: [n], the class of each image"),
+        ({"image_embeds": None}, "`image_embeds` must be given: [n, D]"),
+        ({"image_embeds": IMAGES[0]}, "`image_embeds` must be a matrix with one embedding per row"),
+        ({"image_embeds": None, "labels": None}, "must be given to `compute`, or before it to"),
         ({"text_embeds": TEXTS[:1]}, "at least 2 classes, got 1"),
         ({"text_embeds": TEXTS[:, :8]}, "the same width, got 16 and 8"),
         ({"labels": LABELS + 5}, "must lie in [0, 5) for 5 class texts, got 9"),
@@ -96,6 +106,72 @@ def test_what_does_not_suit_is_told(change, says):
     inputs = {"image_embeds": IMAGES, "labels": LABELS, "text_embeds": TEXTS} | change
     with pytest.raises(ValueError, match=re.escape(says)):
         IIMM(keep_in_memory=True).compute(**inputs)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"labels": [0, 1.9, 1]}, "must be integers, one per image, got 1.9 (float) at 1"),
+        ({"labels": ["0", "1", "1"]}, "must be integers, one per image, got '0' (str) at 0"),
+        ({"labels": [0, None, 1]}, "must be integers, one per image, got None (NoneType) at 1"),
+        ({"labels": [0, True, 1]}, "must be integers, one per image, got True (bool) at 1"),
+        ({"labels": torch.tensor([0.0, 1.0, 1.0])}, "must be integers, one per image, got 0.0 (fl"),
+        ({"labels": np.array(["0", "1", "1"])}, "must be integers, one per image, got '0' (str)"),
+        ({"labels": "011"}, "`labels` must be a list of integers, one per image, got '011'"),
+        ({"labels": 1}, "`labels` must be a list of integers, one per image, got 1"),
+        ({"image_embeds": [["1", "0"]] * 3}, "`image_embeds` must be rows of numbers, got <U1"),
+        ({"text_embeds": [["1", "0"]] * 3}, "`text_embeds` must be rows of numbers, got <U1"),
+        ({"text_embeds": 5}, "`text_embeds` must be a matrix with one embedding per row, got 5"),
+    ],
+)
+def test_what_is_of_another_type_is_told_and_not_converted(measure, change, says):
+    inputs = {"image_embeds": IMAGES[:3], "labels": [0, 1, 1], "text_embeds": TEXTS}
+    with pytest.raises(TypeError, match=re.escape(says)):
+        measure.compute(**inputs | change)
+    if "text_embeds" not in change:
+        batch = {name: value for name, value in (inputs | change).items() if name != "text_embeds"}
+        with pytest.raises(TypeError, match=re.escape(says)):
+            measure.add_batch(**batch)
+    assert measure.compute(**inputs) == vars(iimm(IMAGES[:3], TEXTS, [0, 1, 1]))
+
+
+@pytest.mark.parametrize(
+    ("image", "says"),
+    [
+        ({"image_embeds": [1.0, 0.0], "labels": 1.9}, "`labels` must be integers"),
+        ({"image_embeds": [1.0, 0.0]}, "`labels` must be given"),
+        ({"labels": 1}, "`image_embeds` must be given"),
+        ({"image_embeds": 1.0, "labels": 1}, "must be a matrix with one embedding per row, got sh"),
+    ],
+)
+def test_single_images_are_held_to_the_same(measure, image, says):
+    with pytest.raises((TypeError, ValueError), match=says):
+        measure.add(**image)
+
+
+@pytest.mark.parametrize("text_embeds", [None, [[1.0], [1.0, 0.0]], TEXTS[:1], 0 * TEXTS])
+def test_bad_texts_leave_the_batches_for_another_try(measure, text_embeds):
+    measure.add_batch(image_embeds=IMAGES, labels=LABELS)
+    with pytest.raises(ValueError, match="`text_embeds` must"):
+        measure.compute(text_embeds=text_embeds)
+    assert measure.compute(text_embeds=TEXTS) == EXPECTED
+    with pytest.raises(ValueError, match="`image_embeds` and `labels` must be given to `compute`"):
+        measure.compute(text_embeds=TEXTS)
+
+
+def test_an_empty_batch_adds_nothing(measure):
+    measure.add_batch(image_embeds=[], labels=[])
+    measure.add_batch(image_embeds=IMAGES, labels=LABELS)
+    measure.add_batch(image_embeds=IMAGES[:0], labels=LABELS[:0])
+    assert measure.compute(text_embeds=TEXTS) == EXPECTED
+
+
+@pytest.mark.parametrize("form", [torch.Tensor.bfloat16, torch.Tensor.tolist, list])
+def test_rows_and_labels_may_come_in_any_container(form):
+    found = IIMM(keep_in_memory=True).compute(
+        image_embeds=form(IMAGES), labels=list(LABELS), text_embeds=form(TEXTS)
+    )
+    assert found == pytest.approx(EXPECTED, abs=2e-2)
 
 
 # The Space

@@ -111,6 +111,14 @@ def test_macro_f1_by_hand():
     assert found == pytest.approx((2 / 3 + 2 / 3 + 1) / 3)
 
 
+@pytest.mark.parametrize(
+    ("given", "value"),
+    [(1.0000000000000002, 1.0), (1 + 9e-10, 1.0), (-2e-16, 0.0), (1 - 1e-12, 1 - 1e-12)],
+)
+def test_what_rounding_puts_beyond_the_limits_is_moved_inside(given, value):
+    assert metric_of(lambda p, r: given).value(np.arange(3), np.arange(3)) == value
+
+
 def test_recall_at_k_counts_the_right_text_among_the_k_nearest():
     scores = torch.tensor([[0.9, 0.5, 0.1], [0.9, 0.5, 0.1], [0.9, 0.5, 0.1]])
     seen = RecallAt(2).see(scores, torch.tensor([0, 1, 2]))
@@ -303,6 +311,11 @@ class Distributed:
         ({"metric": lambda p, r: [0.5, 0.5]}, ValueError, "must give one number, got [0.5, 0.5]"),
         ({"metric": lambda p, r: None}, ValueError, "must give one number, got None"),
         ({"metric": lambda p, r: float("nan")}, ValueError, "got nan"),
+        ({"metric": lambda p, r: accuracy(p, r) + 1e-6}, ValueError, "in [0, 1], got 1.000001"),
+        ({"metric": accuracy, "metric_kwargs": 5}, TypeError, "`metric_kwargs` of task 't' must be "
+         "a dict of arguments, got 5 (int)"),
+        ({"metric": accuracy, "metric_kwargs": []}, TypeError, "a dict of arguments, got [] (lis"),
+        ({"metric_kwargs": "average"}, TypeError, "a dict of arguments, got 'average' (str)"),
         ({"metric": lambda p, r: 1 / 0}, ValueError, "failed (ZeroDivisionError: division by"),
         ({"metric": accuracy, "metric_kwargs": {"average": 1}}, ValueError, "failed (TypeError"),
         ({"metric": accuracy, "metric_kwargs": {"a": {1, 2}}}, ValueError,

@@ -189,7 +189,21 @@ CHOICE = hub([0, 1], age=[1, 0], size=[2, 3]).remove_columns("label")
         (pairs([0, 1]), {"class_names": ["a", "b", "a"]}, ValueError, "got ['a'] more than once"),
         (hub([0, 1]), TWO, ValueError, "data set's 3 classes (cat, dog, owl, ...), got 2"),
         (hub([0, 1]), {"class_names": ["dog", "cat", "owl"]}, ValueError, "got ['dog', 'cat'"),
-        (pairs([0, 1]), {"class_names": "ab"}, TypeError, "must be a list of names, got 'ab'"),
+        (pairs([0, 1]), {"class_names": "ab"}, TypeError, "order of the labels, got 'ab' (str)"),
+        (pairs([0, 1]), {"class_names": {0: "cat", 1: "dog"}}, TypeError, "`class_names` of task "
+         "'t' must be a list of names in the order of the labels, got {0: 'cat', 1: 'dog'} (dict)"),
+        (pairs([0, 1]), {"class_names": {"cat"}}, TypeError, "labels, got {'cat'} (set)"),
+        (pairs([0, 1]), {"class_names": 5}, TypeError, "in the order of the labels, got 5 (int)"),
+        (pairs([0, 1]), {"class_names": np.array("a")}, TypeError, "got array('a', dtype='<U1')"),
+        (pairs([0, 1]), {"class_names": b"ab"}, TypeError, "labels, got b'ab' (bytes)"),
+        (pairs([0, 1]), {"class_names": ["a", None]}, TypeError, "got None (NoneType) for class 1"),
+        (pairs([0, 1]), {"class_names": ["a", float("nan")]}, TypeError, "got nan (float) for cl"),
+        (pairs([0, 1]), {"class_names": ["a", 1]}, TypeError, "must be strings, got 1 (int) for"),
+        (pairs([0, 1]), {"class_names": ["", "b"]}, ValueError, "not be blank, got '' for class 0"),
+        (hub([0, 1]), {"class_names": ["a", "b", " "]}, ValueError, "blank, got ' ' for class 2"),
+        (pairs([0, 1]), {"class_names": ["a", "d\udcff"]}, ValueError, "`class_names` of task 't' "
+         "must be valid UTF-8, got 'd\\udcff' with '\\udcff' at 1"),
+        (hub([0, 1], names=["a", "d\udcff"]), {}, ValueError, "UTF-8, got 'd\\udcff'"),
         (pairs([0, 1]), {}, ValueError, "`class_names` of task 't' must be given"),
         (pairs([0, 2]), TWO, ValueError, "label 1 must lie in [0, 2) for 2 class names, got 2"),
         (hub([0, -1]), {}, ValueError, "label 1 must lie in [0, 3) for 3 class names, got -1; -1"),
@@ -197,12 +211,26 @@ CHOICE = hub([0, 1], age=[1, 0], size=[2, 3]).remove_columns("label")
         (pairs([0, None]), TWO, TypeError, "label 1 must be an integer, got None"),
         (pairs(["a", "b"]), TWO, TypeError, "label 0 must be an integer, got 'a'"),
         (pairs(["a cat", 1]), {}, TypeError, "caption 1 must be a string, got 1"),
+        (pairs(["a cat", "a d\ud83d"]), {}, ValueError, "'t': caption 1 must be valid UTF-8, got "),
         (pairs(["a cat"] * 2), {}, ValueError, "2 distinct captions, got 'a cat' only"),
         (pairs([0, 1]), TWO | {"templates": "a photo"}, ValueError, "one '{}' for the class name"),
         (pairs([0, 1]), TWO | {"templates": ["{}", "{} {}"]}, ValueError, "got '{} {}'"),
         (pairs([0, 1]), TWO | {"templates": []}, ValueError, "exactly one '{}'"),
+        (pairs([0, 1]), TWO | {"templates": 5}, TypeError, "`templates` of task 't' must be a "
+         "template or a list of them, got 5 (int)"),
+        (pairs([0, 1]), TWO | {"templates": {"a {}", "{}"}}, TypeError, "list of them, got {"),
+        (pairs([0, 1]), TWO | {"templates": {"{}": 1}}, TypeError, "got {'{}': 1} (dict)"),
+        (pairs([0, 1]), TWO | {"templates": [5]}, ValueError, "exactly one '{}' for the class"),
+        (pairs([0, 1]), TWO | {"templates": ["{}", "{}\ud800"]}, ValueError, "`templates` of task "
+         "'t' must be valid UTF-8, got '{}\\ud800'"),
         (pairs([0, 1]), TWO | {"probe_size": 1}, ValueError, "at least 2, got 1"),
         (pairs([0, 1]), TWO | {"probe_size": 9.5}, ValueError, "got 9.5"),
+        (pairs([0, 1]), TWO | {"probe_size": True}, ValueError, "`probe_size` must be an integer"),
+        (pairs([0, 1]), TWO | {"stream_size": True}, ValueError, "`stream_size` must be an inte"),
+        (pairs([0, 1]), TWO | {"seed": None}, ValueError, "an integer of at least 0, got None"),
+        (pairs([0, 1]), TWO | {"seed": True}, ValueError, "`seed` must be an integer"),
+        (pairs([0, 1]), TWO | {"seed": -1}, ValueError, "an integer of at least 0, got -1"),
+        (pairs([0, 1]), TWO | {"seed": 0.5}, ValueError, "an integer of at least 0, got 0.5"),
         (datasets.DatasetDict(test=hub([0, 1])), {}, TypeError, "dict of ['test']; pick one"),
         (iter(pairs([0, 1])), TWO, TypeError, "task 't' is an iterator, which is used up"),
         (hub([0, 1]), {"label_column": "labels"}, ValueError, "['image', 'label'], got 'labels'"),
@@ -210,12 +238,28 @@ CHOICE = hub([0, 1], age=[1, 0], size=[2, 3]).remove_columns("label")
         (UNLABELLED, {}, ValueError, "must have one column for `label_column`"),
         (CHOICE, {}, ValueError, "name the column"),
         ([{"image": RED}] * 2, TWO, TypeError, "(image, label) pairs, got items of type dict"),
+        ([(RED, 0), (RED,)], TWO, TypeError, "'t' must yield (image, label) pairs, got items of "
+         "type tuple and length 1, the first at 1"),
+        ([(RED, 0), "no"], TWO, TypeError, "pairs, got items of type str, the first at 1"),
         (7, {}, TypeError, "or a sequence of (image, label) pairs, got int"),
     ],
 )  # fmt: skip
 def test_bad_tasks_are_refused_by_value(dataset, settings, error, says):
     with pytest.raises(error, match=re.escape(says)):
         Task("t", dataset, **settings)
+
+
+@pytest.mark.parametrize("names", [("a", "b"), np.array(["a", "b"]), {"a": 0, "b": 1}.keys()])
+def test_whatever_lists_names_in_their_order_does(names):
+    task = Task("t", pairs([0, 1]), class_names=names)
+    assert task.class_names == ("a", "b")
+    assert [type(name) for name in task.class_names] == [str, str]
+
+
+def test_a_name_that_utf_8_cannot_hold_is_refused():
+    with pytest.raises(ValueError, match=r"`name` must be valid UTF-8, got 'a\\udcff'"):
+        Task("a\udcff", pairs([0, 1]), **TWO)
+    assert Task("köter 🐕", pairs([0, 1]), **TWO).name == "köter 🐕"
 
 
 @pytest.mark.parametrize("name", ["", " ", 7, None])

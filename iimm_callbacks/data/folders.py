@@ -43,11 +43,17 @@ class ImageFolder:
         skipped: How many files and links were skipped.
 
     Raises:
+        TypeError: `path` is no path.
         ValueError: There is no such folder, it has fewer than two class folders, they are splits,
             or one of them has no image.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
+        if not isinstance(path, str | os.PathLike):
+            raise TypeError(
+                f"`path` must be a folder of class folders, got {path!r:.80} "
+                f"({type(path).__name__}); pass its path as a string or pathlib.Path"
+            )
         self.path = Path(path).expanduser().resolve()
         if not self.path.is_dir():
             got = "which is a file" if self.path.exists() else "which does not exist"

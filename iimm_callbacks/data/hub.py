@@ -25,9 +25,10 @@ def load(
     Args:
         name: On the Hub; or a folder that `datasets.load_dataset` reads, or that `save_to_disk` of
             a `datasets.Dataset` or `datasets.DatasetDict` wrote.
-        split: As `datasets.load_dataset`, such as ``"test"`` or ``"test[:1000]"``.
+        split: As `datasets.load_dataset`, such as ``"test"`` or ``"test[:1000]"``. A stream of
+            what is not saved has whole splits only.
         config: Of several configurations of the data set, this one.
-        revision: Branch, tag or commit on the Hub.
+        revision: Branch, tag or commit on the Hub; a folder has none.
         streaming: Do not download it as a whole.
         argument: What `name` is called in errors.
 
@@ -36,12 +37,18 @@ def load(
         them, or the only one of a folder that has no splits.
 
     Raises:
-        ValueError: There is no such data set, configuration or split, it cannot be had offline, or
-            it needs code of its own.
+        TypeError: `split` is of another type.
+        ValueError: There is no such data set, configuration or split, it cannot be had offline, it
+            needs code of its own, or a folder has no configurations or revisions.
     """
     import datasets
 
     name = local_name(name, argument)
+    if not isinstance(split, str | datasets.NamedSplit | datasets.ReadInstruction | None):
+        raise TypeError(
+            f"`split` must be the name of one split, such as 'test' or 'test[:1000]', got "
+            f"{split!r:.80} ({type(split).__name__})"
+        )
     folder = Path(name)
     if not folder.is_dir() and _is_builder(name):  # which reads the working directory
         raise ValueError(
@@ -49,12 +56,22 @@ def load(
             "folder that the files are in"
         )
     is_saved = (folder / "dataset_dict.json").exists() or (folder / "state.json").exists()
+    if revision is not None and folder.is_dir():
+        raise ValueError(
+            f"`revision` must be left out for the folder {name!r}, got {revision!r}; it is of a "
+            "data set on the Hub"
+        )
+    if config is not None and is_saved:
+        raise ValueError(
+            f"`config` must be left out for {name!r}, which `datasets` saved, got {config!r}; "
+            "pass the folder of the one that you want"
+        )
     try:
         if not is_saved:
             return datasets.load_dataset(
                 name, config, split=split, revision=revision, streaming=streaming
             )
-        saved = _load_saved(folder, streaming)
+        saved = _load_saved(folder)
     except Exception as error:  # of whatever kind: it is told
         known = []
         if split is not None and type(error) is ValueError:
@@ -69,7 +86,9 @@ def load(
             f"`{argument}` must be a data set on the Hub or a folder that `datasets` reads, got "
             f"{name!r}: {_told(error)}"
         ) from error
-    return saved if split is None else pick(saved, split, name)[0]
+    if split is not None:
+        saved = _part(saved, split, name)
+    return _as_stream(saved) if streaming else saved
 
 
 def pick(
@@ -133,16 +152,37 @@ def local_name(name: str | os.PathLike[str], argument: str) -> str:
     return str(name)
 
 
-def _load_saved(folder: Path, streaming: bool) -> Any:
+def _load_saved(folder: Path) -> Any:
     import datasets
 
     check_names(folder)
-    loaded = datasets.load_from_disk(str(folder))
-    if streaming:
-        if isinstance(loaded, dict):
-            return {name: part.to_iterable_dataset() for name, part in loaded.items()}
-        return loaded.to_iterable_dataset()
-    return loaded
+    return datasets.load_from_disk(str(folder))
+
+
+def _part(saved: Any, split: Any, name: str) -> Any:
+    """A split of what was saved, or what `datasets.load_dataset` would read as slices of some."""
+    import datasets
+
+    spec = split.to_spec() if isinstance(split, datasets.ReadInstruction) else str(split)
+    if not isinstance(saved, dict) or spec in saved:
+        return pick(saved, spec, name)[0]
+    try:
+        wanted = datasets.ReadInstruction.from_spec(spec).to_absolute(
+            {known: len(part) for known, part in saved.items()}
+        )
+    except ValueError as error:
+        raise ValueError(
+            f"`split` must be one of {', '.join(saved)} for {name!r}, got {spec!r} "
+            f"({_told(error)}); a slice is written as 'test[:1000]' or 'test[:10%]'"
+        ) from error
+    parts = [saved[one.splitname].select(range(one.from_, one.to)) for one in wanted]
+    return datasets.concatenate_datasets(parts)
+
+
+def _as_stream(saved: Any) -> Any:
+    if isinstance(saved, dict):
+        return {name: part.to_iterable_dataset() for name, part in saved.items()}
+    return saved.to_iterable_dataset()
 
 
 def _is_builder(name: str) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 
@@ -17,17 +17,21 @@ def checked_class_names(
         own: The data set's.
 
     Raises:
-        TypeError: `given` is a string.
-        ValueError: There are none, fewer than two, two alike, or not those of the data set.
+        TypeError: `given` is no list, or one of its names is no string.
+        ValueError: There are none, fewer than two, two alike, a blank one of the user's, one that
+            UTF-8 cannot hold, or they are not those of the data set.
     """
     if given is None and own is None:
         raise ValueError(
             f"`class_names` of task {name!r} must be given: the data set has integer labels "
             "without names"
         )
-    if isinstance(given, str):
-        raise TypeError(f"`class_names` of task {name!r} must be a list of names, got {given!r}")
-    names = tuple(str(n) for n in (own if given is None else given))  # type: ignore[union-attr]
+    if given is None:
+        names = tuple(str(n) for n in own)  # type: ignore[union-attr]
+    else:
+        names = _given_names(name, given)
+    for each in names:
+        check_utf8(f"`class_names` of task {name!r}", each)
     if given is not None and own is not None and len(names) != len(own):
         raise ValueError(
             f"`class_names` of task {name!r} must match the data set's {len(own)} classes "
@@ -53,6 +57,46 @@ def checked_class_names(
     return names
 
 
+def as_listed(what: str, expected: str, given: Any) -> tuple[Any, ...]:
+    """What a user gave for a list, as a tuple; what has no order of its own is refused.
+
+    Args:
+        what: It is, for errors.
+        expected: What it must be, for errors.
+        given: A list, a tuple, an array, ...
+
+    Raises:
+        TypeError: It is none of these.
+    """
+    if not isinstance(given, str | bytes | Mapping | set | frozenset):
+        try:
+            entries = iter(given)
+        except TypeError:  # also that of an array without dimensions
+            pass
+        else:
+            return tuple(entries)
+    raise TypeError(f"{what} must be {expected}, got {given!r:.80} ({type(given).__name__})")
+
+
+def check_utf8(what: str, text: str) -> None:
+    """Raise unless UTF-8 can hold a text: tokenizers, logs and files take no other.
+
+    Args:
+        what: It is, for errors.
+        text: Of a user, or the name of a folder.
+
+    Raises:
+        ValueError: It holds half a pair of surrogates, or a byte of a file name that is no text.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"{what} must be valid UTF-8, got {text!r:.80} with {text[error.start]!r} at "
+            f"{error.start}; rename it, or read it with the encoding that it was written in"
+        ) from None
+
+
 def check_captions(name: str, captions: Sequence[Any], class_names: Any) -> None:
     """Raise unless a task's labels can be captions.
 
@@ -63,7 +107,7 @@ def check_captions(name: str, captions: Sequence[Any], class_names: Any) -> None
 
     Raises:
         TypeError: One is no string, or `class_names` is given.
-        ValueError: All are alike.
+        ValueError: All are alike, or UTF-8 cannot hold one.
     """
     if class_names is not None:
         raise TypeError(
@@ -75,6 +119,7 @@ def check_captions(name: str, captions: Sequence[Any], class_names: Any) -> None
             raise TypeError(
                 f"`dataset` of task {name!r}: caption {position} must be a string, got {caption!r}"
             )
+        check_utf8(f"`dataset` of task {name!r}: caption {position}", caption)
     if len(set(captions)) < 2:
         raise ValueError(
             f"`dataset` of task {name!r} must hold at least 2 distinct captions, got "
@@ -109,3 +154,20 @@ def integer_labels(name: str, labels: Sequence[Any], n_classes: int) -> list[int
             )
         integers.append(value)
     return integers
+
+
+def _given_names(name: str, given: Any) -> tuple[str, ...]:
+    what = f"`class_names` of task {name!r}"
+    names = as_listed(what, "a list of names in the order of the labels", given)
+    for position, each in enumerate(names):
+        if not isinstance(each, str):
+            raise TypeError(
+                f"{what} must be strings, got {each!r:.80} ({type(each).__name__}) for class "
+                f"{position}; write the name as it should stand in a prompt"
+            )
+        if not each.strip():
+            raise ValueError(
+                f"{what} must not be blank, got {each!r:.80} for class {position}; give a name "
+                "that its prompt can hold"
+            )
+    return tuple(map(str, names))

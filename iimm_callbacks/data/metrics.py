@@ -23,6 +23,7 @@ from ..storage import checks
 
 # Evaluations of a metric per look, for its standard error: `evaluate` takes 5 to 10 ms for each.
 _MOST = 128
+_ROUNDING = 1e-9  # by which a mean of floats may leave [0, 1]
 
 
 @dataclass(frozen=True)
@@ -117,7 +118,7 @@ class Metric:
         return seen == references, Score(value, images)
 
     def value(self, predictions: np.ndarray, references: np.ndarray) -> float:
-        """The metric of these, in [0, 1].
+        """The metric of these, in [0, 1]; what lies outside by rounding alone is moved inside.
 
         Args:
             predictions: [n] int64.
@@ -145,12 +146,12 @@ class Metric:
                 f"must give one number, got {result!r:.80}; where it gives one per class, ask for "
                 "their mean: metric_kwargs={'average': 'macro'}"
             ) from None
-        if not 0 <= value <= 1:  # NaN is not
+        if not -_ROUNDING <= value <= 1 + _ROUNDING:  # NaN is not
             raise self._wrong(
                 f"must lie in [0, 1], got {value}: limits and forecasts are in fractions of the "
                 "best score; pass a metric that is, such as 'f1'"
             )
-        return value
+        return min(max(value, 0.0), 1.0)
 
     def check(self) -> None:
         """Raise unless it works, lies in [0, 1], and is higher where more images are right.
@@ -188,11 +189,16 @@ def as_metric(
         n_classes: C; of captions, how many of them the probe may show at the most.
 
     Raises:
-        TypeError: `metric` is none of what it may be.
+        TypeError: `metric` is none of what it may be, or `kwargs` is no dict.
         ValueError: It cannot be loaded or called, does not lie in [0, 1], or is not higher where
             more images are right.
         ImportError: It is a name, and `evaluate` is not installed.
     """
+    if kwargs is not None and not isinstance(kwargs, Mapping):
+        raise TypeError(
+            f"`metric_kwargs` of task {task!r} must be a dict of arguments, got {kwargs!r:.80} "
+            f"({type(kwargs).__name__}); write e.g. {{'average': 'macro'}}"
+        )
     recall = re.fullmatch(r"recall@(\d+)", metric) if isinstance(metric, str) else None
     if (metric is None or recall) and (kwargs is not None or key is not None):
         raise ValueError(

@@ -34,7 +34,8 @@ class _HubSource:
 class _PairSource:
     """Any sequence of (image, label) or (image, caption) pairs."""
 
-    def __init__(self, pairs: Any) -> None:
+    def __init__(self, name: str, pairs: Any) -> None:
+        self._name = name
         self._pairs = pairs
         self.class_names = getattr(pairs, "classes", None)
 
@@ -45,10 +46,25 @@ class _PairSource:
         targets = getattr(self._pairs, "targets", None)
         if targets is not None and len(targets) == len(self):
             return list(targets)
-        return [self._pairs[i][1] for i in range(len(self))]
+        return [self._pair(i)[1] for i in range(len(self))]
 
     def image(self, position: int) -> Any:
-        return self._pairs[position][0]
+        return self._pair(position)[0]
+
+    def _pair(self, position: int) -> Any:
+        pair = self._pairs[position]
+        _check_pair(self._name, pair, position)
+        return pair
+
+
+def _check_pair(name: str, item: Any, position: int) -> None:
+    if isinstance(item, tuple | list) and len(item) == 2:
+        return
+    length = f" and length {len(item)}" if isinstance(item, tuple | list) else ""
+    raise TypeError(
+        f"`dataset` of task {name!r} must yield (image, label) pairs, got items of type "
+        f"{type(item).__name__}{length}, the first at {position}"
+    )
 
 
 def _columns(name: str, features: Any, image: str | None, label: str | None) -> tuple[str, str]:
@@ -97,7 +113,7 @@ def _open_stream(
             )
     else:
         image, label = _columns(name, features, image, label)
-    source = _PairSource(read_stream(name, stream, image, label, **draw))
+    source = _PairSource(name, read_stream(name, stream, image, label, **draw))
     source.class_names = getattr((features or {}).get(label), "names", None)
     return source
 
@@ -138,13 +154,8 @@ def open_source(
         )
     if hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__"):
         if len(dataset):
-            item = dataset[0]
-            if not isinstance(item, tuple | list) or len(item) != 2:
-                raise TypeError(
-                    f"`dataset` of task {name!r} must yield (image, label) pairs, got items of "
-                    f"type {type(item).__name__}"
-                )
-        return _PairSource(dataset)
+            _check_pair(name, dataset[0], 0)
+        return _PairSource(name, dataset)
     if hasattr(dataset, "__next__"):
         raise TypeError(
             f"`dataset` of task {name!r} is an iterator, which is used up by being read; pass a "

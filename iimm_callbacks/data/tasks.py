@@ -13,7 +13,7 @@ from PIL import Image
 
 from . import hub
 from .folders import ImageFolder
-from .labels import check_captions, checked_class_names, integer_labels
+from .labels import as_listed, check_captions, check_utf8, checked_class_names, integer_labels
 from .metrics import as_metric
 from .sources import as_image, kind, open_source
 from .streams import STREAM_SIZE
@@ -50,7 +50,8 @@ class Task:
         image_column, label_column: Where a `datasets.Dataset` leaves a choice.
         probe_size: Images in the probe at the most; default 512 for the task being learnt, 256
             for an off-target task. The standard error of IIMM is about ``0.1/√n``.
-        seed: Of the drawing of the probe. Same data, size and seed: the same images every time.
+        seed: Of the drawing of the probe, at least 0. Same data, size and seed: the same images
+            every time.
         stream_size: Examples read of a stream, at the most; elsewhere it means nothing.
         metric: What stands in for accuracy: baseline, gain and forgetting are then in its units.
             It must lie in [0, 1], and be higher where more images are right: what else there is
@@ -76,12 +77,14 @@ class Task:
         metric: A `metrics.RecallAt` or `metrics.Metric`; ``None``: zero-shot accuracy.
 
     Raises:
-        TypeError: `name`, `dataset`, `metric` or a label is of another type.
+        TypeError: `name`, `dataset`, `templates`, `class_names`, `metric`, `metric_kwargs` or a
+            label is of another type.
         ImportError: `metric` is a name and `evaluate` is not installed.
         ValueError: Empty data set, fewer than two classes, duplicate class names, class names that
             do not match the `ClassLabel`, a label outside the classes, a template without exactly
-            one ``{}``, an unknown name of templates, a stream that fails while being read or is
-            of one class, or a metric that is not as above.
+            one ``{}``, an unknown name of templates, a text that UTF-8 cannot hold, a size or
+            seed that is no such number, a stream that fails while being read or is of one class,
+            or a metric that is not as above.
 
     Example:
         >>> from PIL import Image
@@ -109,15 +112,16 @@ class Task:
     ) -> None:
         if not isinstance(name, str) or not name.strip():
             raise TypeError(f"`name` must be a non-empty string, got {name!r}")
-        if probe_size is not None and (not isinstance(probe_size, int) or probe_size < 2):
-            raise ValueError(f"`probe_size` must be an integer of at least 2, got {probe_size!r}")
-        if not isinstance(stream_size, int) or stream_size < 2:
-            raise ValueError(f"`stream_size` must be an integer of at least 2, got {stream_size!r}")
+        check_utf8("`name`", name)
+        if probe_size is not None:
+            _check_whole("probe_size", probe_size, 2)
+        _check_whole("stream_size", stream_size, 2)
+        _check_whole("seed", seed, 0)
         self.name = name
         self.dataset = dataset
         self.probe_size = probe_size
         self.seed = seed
-        given = None if templates is None else expand(templates)
+        given = None if templates is None else _given_templates(name, templates)
         self._source = open_source(
             name,
             dataset,
@@ -142,12 +146,6 @@ class Task:
             self._labels = integer_labels(name, self._labels, len(self.class_names))
         default = "{}" if self.is_captions else "a photo of a {}."
         self.templates = (default,) if given is None else given
-        for template in self.templates or ("",):
-            if not isinstance(template, str) or template.count("{}") != 1:
-                raise ValueError(
-                    f"`templates` of task {name!r} must each have exactly one '{{}}' for the class "
-                    f"name, got {template!r}; write e.g. 'a photo of a {{}}.', or 'clip:imagenet'"
-                )
         n_classes = len(self.class_names)
         if self.is_captions:
             n_classes = min(len(set(self._labels)), probe_size or TASK_PROBE_SIZE)
@@ -171,8 +169,8 @@ class Task:
 
         Args:
             name: On the Hub, such as ``"ethz/food101"``, or a folder.
-            split: Such as ``"test"`` or ``"test[:1000]"``; ``None``: the only one. Take images
-                that the model is not trained on.
+            split: Such as ``"test"`` or, not `streaming` from the Hub, ``"test[:1000]"``;
+                ``None``: the only one. Take images that the model is not trained on.
             config: Of several configurations of the data set, this one.
             revision: Branch, tag or commit; name a commit to get the same images every time.
             task_name: Name of the task; ``None``: the last part of `name`.
@@ -180,10 +178,10 @@ class Task:
             settings: Further arguments of `Task`.
 
         Raises:
-            TypeError: As `Task`.
+            TypeError: `split` is of another type, or as `Task`.
             ValueError: There is no such data set, configuration or split (tells which there are),
                 it cannot be had offline, it needs code of its own, several splits and none is
-                named, or as `Task`.
+                named, a configuration or revision of a folder that has none, or as `Task`.
         """
         loaded = hub.load(name, split, config=config, revision=revision, streaming=streaming)
         if isinstance(loaded, dict):
@@ -206,7 +204,7 @@ class Task:
                 class folders, ``_`` as a space; given ones are in the order of the sorted folders.
 
         Raises:
-            TypeError: As `Task`.
+            TypeError: `path` is of another type, or as `Task`.
             ValueError: There is no such folder, it has fewer than two class folders, they are
                 splits, one of them has no image, or as `Task`.
         """
@@ -312,3 +310,23 @@ def check_tasks(task: Task, off_target: Sequence[Task]) -> None:
             f"`task` and `off_target` must have names of their own, got {doubles} more than once; "
             "they name the logged keys"
         )
+
+
+def _check_whole(argument: str, value: Any, least: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise ValueError(f"`{argument}` must be an integer of at least {least}, got {value!r}")
+
+
+def _given_templates(name: str, templates: Any) -> tuple[str, ...]:
+    what = f"`templates` of task {name!r}"
+    if not isinstance(templates, str):
+        templates = as_listed(what, "a template or a list of them", templates)
+    expanded = expand(templates)
+    for template in expanded or ("",):
+        if not isinstance(template, str) or template.count("{}") != 1:
+            raise ValueError(
+                f"{what} must each have exactly one '{{}}' for the class name, got {template!r}; "
+                "write e.g. 'a photo of a {}.', or 'clip:imagenet'"
+            )
+        check_utf8(what, template)
+    return expanded

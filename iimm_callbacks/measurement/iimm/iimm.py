@@ -59,9 +59,10 @@ class IIMM(evaluate.Measurement):  # type: ignore[misc]  # evaluate is untyped
         config_name, keep_in_memory, ...: As `evaluate.Measurement`.
 
     Raises:
-        TypeError: By `compute`: `text_embeds` is of no float dtype.
-        ValueError: By `add_batch` and `compute`: as `iimm_callbacks.iimm`, `text_embeds` is
-            missing, or rows do not match.
+        TypeError: By `add`, `add_batch` and `compute`: labels are not integers, embeddings are
+            not numbers, or `text_embeds` is of no float dtype.
+        ValueError: Likewise: as `iimm_callbacks.iimm`, an input is missing, or rows do not match.
+            What is wrong with `text_embeds` is told before any batch is used up.
 
     Example:
         >>> images = np.array([[1.0, 0.0], [0.0, 1.0], [0.6, 0.8]])
@@ -86,18 +87,50 @@ class IIMM(evaluate.Measurement):  # type: ignore[misc]  # evaluate is untyped
             reference_urls=["https://arxiv.org/abs/2407.15731"],
         )
 
-    def _compute(self, image_embeds: Any, labels: Any, text_embeds: Any = None) -> dict[str, float]:
-        if text_embeds is None:
-            raise ValueError("`text_embeds` must be given to `compute`: [C, D], one per class")
-        widths = sorted({len(row) for row in image_embeds})
-        if len(widths) > 1:
-            raise ValueError(
-                f"`image_embeds` must all be of one width, got widths {widths}; pass the projected "
-                "embeddings of the joint space"
-            )
-        if isinstance(text_embeds, list | tuple):
-            text_embeds = np.array(text_embeds, dtype=np.float32)
-        m = iimm_callbacks.iimm(np.array(image_embeds, dtype=np.float32), text_embeds, labels)
+    # `evaluate` appends what the inputs are to the docstrings of these three.
+
+    def add_batch(self, *, image_embeds: Any = None, labels: Any = None, **inputs: Any) -> None:
+        """Add a batch of images."""
+        _check_given(image_embeds, labels)
+        super().add_batch(
+            image_embeds=_matrix("image_embeds", image_embeds), labels=_integers(labels), **inputs
+        )
+
+    def add(self, *, image_embeds: Any = None, labels: Any = None, **inputs: Any) -> None:
+        """Add one image: its embedding [D], and its class."""
+        _check_given(image_embeds, labels)
+        (row,) = _matrix("image_embeds", [image_embeds])
+        super().add(image_embeds=row.tolist(), labels=int(_integers([labels])[0]), **inputs)
+
+    def compute(
+        self,
+        *,
+        image_embeds: Any = None,
+        labels: Any = None,
+        text_embeds: Any = None,
+        **inputs: Any,
+    ) -> Any:
+        """The measures of all images that were added, and of these."""
+        if image_embeds is None and labels is None:
+            if self.process_id == 0 and not len(self):
+                raise ValueError(
+                    "`image_embeds` and `labels` must be given to `compute`, or before it to "
+                    "`add_batch`, got no image"
+                )
+        else:
+            _check_given(image_embeds, labels)
+        if self.process_id == 0:  # elsewhere nothing is computed
+            if text_embeds is None:
+                raise ValueError("`text_embeds` must be given to `compute`: [C, D], one per class")
+            text_embeds = _matrix("text_embeds", text_embeds)
+            iimm_callbacks.IIMMAccumulator(text_embeds)  # raises where they do not suit
+        return super().compute(
+            image_embeds=image_embeds, labels=labels, text_embeds=text_embeds, **inputs
+        )
+
+    def _compute(self, image_embeds: Any, labels: Any, text_embeds: Any) -> dict[str, float]:
+        images = _matrix("image_embeds", list(image_embeds)).astype(np.float32)
+        m = iimm_callbacks.iimm(images, text_embeds, labels)
         return {
             "iimm": m.iimm,
             "inter": m.inter,
@@ -106,3 +139,71 @@ class IIMM(evaluate.Measurement):  # type: ignore[misc]  # evaluate is untyped
             "n_images": m.n_images,
             "n_classes": m.n_classes,
         }
+
+
+def _check_given(image_embeds: Any, labels: Any) -> None:
+    if image_embeds is None:
+        raise ValueError("`image_embeds` must be given: [n, D], one embedding per image")
+    if labels is None:
+        raise ValueError(
+            "`labels` must be given: [n], the class of each image; for captions their positions"
+        )
+
+
+def _matrix(name: str, rows: Any) -> Any:
+    """Rows in a list as a float32 array; tensors and other arrays of numbers as they are."""
+    dtype = getattr(rows, "dtype", None)
+    is_listed = dtype is None or getattr(dtype, "kind", "f") in "OSU"
+    if is_listed and hasattr(rows, "__len__") and not isinstance(rows, str | bytes):
+        rows = _array(name, [_plain(row) for row in rows])
+    shape = getattr(rows, "shape", None)
+    expected = f"`{name}` must be a matrix with one embedding per row"
+    if shape is None:
+        raise TypeError(f"{expected}, got {rows!r:.80} ({type(rows).__name__})")
+    if len(shape) != 2:
+        raise ValueError(f"{expected}, got shape {tuple(shape)}")
+    return rows
+
+
+def _array(name: str, rows: list[Any]) -> np.ndarray:
+    if not rows:
+        return np.zeros((0, 0), dtype=np.float32)
+    widths = sorted({len(row) for row in rows if isinstance(row, list | tuple)})
+    if len(widths) > 1:
+        raise ValueError(
+            f"`{name}` must all be of one width, got widths {widths}; pass the projected "
+            "embeddings of the joint space"
+        )
+    try:
+        array = np.asarray(rows)
+    except (TypeError, ValueError) as error:  # rows and numbers side by side
+        raise ValueError(
+            f"`{name}` must be a matrix with one embedding per row, got rows of several shapes"
+        ) from error
+    if array.dtype.kind not in "iuf":
+        raise TypeError(
+            f"`{name}` must be rows of numbers, got {array.dtype}, the first {rows[0]!r:.80}"
+        )
+    return array.astype(np.float32)
+
+
+def _integers(labels: Any) -> np.ndarray:
+    """Labels as int64; what would have to be rounded or parsed is refused."""
+    given = _plain(labels)
+    if isinstance(given, str | bytes) or not hasattr(given, "__len__"):
+        raise TypeError(f"`labels` must be a list of integers, one per image, got {labels!r:.80}")
+    whole = [_plain(label) for label in given]
+    for position, label in enumerate(whole):
+        if not isinstance(label, int) or isinstance(label, bool):
+            raise TypeError(
+                f"`labels` must be integers, one per image, got {label!r:.80} "
+                f"({type(label).__name__}) at {position}; pass positions in the class texts"
+            )
+        if abs(label) >= 2**63:
+            raise ValueError(f"`labels` must lie in [0, C), got a huge number at {position}")
+    return np.array(whole, dtype=np.int64)
+
+
+def _plain(values: Any) -> Any:
+    """A tensor or an array as Python numbers, on whatever device and of whatever dtype it is."""
+    return values.tolist() if hasattr(values, "tolist") else values
