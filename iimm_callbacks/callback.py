@@ -328,7 +328,8 @@ class IIMMCallback(TrainerCallback):  # type: ignore[misc]  # transformers is un
         record = monitor.record()
         self._show(state, lambda: report.summary_table(record))
         if "rescue" in record:
-            self._show(state, lambda: rescue_table(record["rescue"], self.task.name))
+            score = record["metrics"].get(self.task.name, "accuracy")
+            self._show(state, lambda: rescue_table(record["rescue"], self.task.name, score))
         if self.report and state.is_world_process_zero:
             folder = Path(args.output_dir) / f"{self._file_stem}_report"
             self._forgiving("the report", lambda: _write_report(record, folder, monitor))
