@@ -5,7 +5,6 @@ All of it is for every rank at the same time: a rank that stays away lets the ot
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -99,12 +98,11 @@ def from_first(make: Callable[[], _T]) -> _T:
 
 
 def _sendable(error: Exception) -> Exception:
-    """The exception, or one that says the same where the others could not receive it."""
-    try:
-        pickle.loads(pickle.dumps(error))
-    except Exception:
-        return RuntimeError(f"{type(error).__name__}: {error}")
-    return error
+    """The exception, or one that says the same where the others might not be able to receive it."""
+    builtin = type(error).__module__ == "builtins"
+    if builtin and all(isinstance(part, str | int | None) for part in error.args):
+        return error
+    return RuntimeError(f"{type(error).__name__}: {error}")
 
 
 def first_said(word: str | None) -> str | None:
