@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.table import Table
 from transformers import HfArgumentParser, PrinterCallback, Trainer, TrainingArguments
 
-from iimm_callbacks import IIMMCallback, ImageCollator, PromptClassifier, iimm, sample
+from iimm_callbacks import IIMMCallback, ImageCollator, PromptClassifier, iimm, linear_probe, sample
 from iimm_callbacks.models.tuning import prepare
 from iimm_callbacks.probing.probe import Probe
 
@@ -92,8 +92,28 @@ def measure_rows(settings):
     ]
     yield "measure, against all pairs", f"{pairs / ours:.0f} times faster", "100"
     yield "measure, against two plain reads", f"{ours / reads:.1f} times their time", "2"
+    yield from linear_probe_rows(settings)
     yield "measure, difference from all pairs", f"{abs(value - reference):.0e}", "1e-6"
     yield "extra memory at N/10 and N", f"{memory[0]:.1f} and {memory[1]:.1f} MB", "10 MB"
+
+
+def linear_probe_rows(settings):
+    """Seconds, not a ratio: the aim is one. One core, as beside a training."""
+    sizes = [(64, 4, 1)] if settings.smoke else [(512, 10, 0.3), (512, 100, 0.3), (5000, 1000, 3)]
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    for n_images, n_classes, aim in sizes:
+        images, texts = (
+            torch.randn(n_images, settings.width),
+            torch.randn(n_classes, settings.width),
+        )
+        labels = torch.arange(n_images) % n_classes
+        (seconds,) = best_of(
+            settings.rounds, lambda i=images, t=texts, y=labels: linear_probe(i, t, y)
+        )
+        name = f"linear probe, N = {n_images}, C = {n_classes}, one core"
+        yield name, f"{seconds:.2f} s", f"{aim} s"
+    torch.set_num_threads(threads)
 
 
 def probe_rows(settings):

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from .models.classifier import ImageCollator, PromptClassifier
     from .models.families import Family, register_encoder
     from .monitor import IIMMMonitor
+    from .probe_accuracy import LinearProbe, linear_probe
     from .storage.outcomes import Outcome
     from .storage.store import append_outcome, read_outcomes
 
@@ -32,6 +33,7 @@ _HOMES = {
     "models.classifier": ("ImageCollator", "PromptClassifier"),
     "models.families": ("Family", "register_encoder"),
     "monitor": ("IIMMMonitor",),
+    "probe_accuracy": ("LinearProbe", "linear_probe"),
     "storage.outcomes": ("Outcome",),
     "storage.store": ("append_outcome", "read_outcomes"),
 }
@@ -45,6 +47,7 @@ __all__ = [
     "IIMMMonitor",
     "ImageCollator",
     "Limits",
+    "LinearProbe",
     "Measurement",
     "Outcome",
     "PromptClassifier",
@@ -55,6 +58,7 @@ __all__ = [
     "forgetting",
     "gain_over_zero_shot_error",
     "iimm",
+    "linear_probe",
     "read_outcomes",
     "register_encoder",
     "zero_shot_accuracy",

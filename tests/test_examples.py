@@ -311,7 +311,14 @@ def test_the_study_does_no_run_twice(monkeypatch, tmp_path):
 def test_the_benchmark_prints_every_figure(example, capsys):
     example("benchmark").main(["--smoke"])
     printed = capsys.readouterr().out
-    for figure in ("all pairs", "plain reads", "extra memory", "bare forward", "with the guard"):
+    for figure in (
+        "all pairs",
+        "plain reads",
+        "linear probe",
+        "extra memory",
+        "bare forward",
+        "with the guard",
+    ):
         assert figure in printed
 
 

@@ -365,3 +365,28 @@ def test_the_report_refuses_runs_of_another_model(study, tmp_path):
     assert len(read_outcomes(tmp_path / "o.jsonl")) == 1
     with pytest.raises(ValueError, match="got none among 1"):
         study("report").main(["--outcomes", str(tmp_path / "o.jsonl")])
+
+
+def test_the_committed_linear_probes_are_those_of_the_shipped_tasks(study):
+    probes = study("linear_probe")
+    found = probes.probe_tasks(probes.Settings(tasks=["handwritten_digits", "flag_regions"]))
+    committed = (STUDY / "LINEAR_PROBE.txt").read_text(encoding="utf-8")
+    rows = [[cell.strip() for cell in line.split("│")] for line in committed.splitlines()]
+    accuracies = {row[1]: (float(row[2]), float(row[3])) for row in rows if len(row) == 5}
+    assert len(accuracies) == 10
+    for name, pair in found.items():  # one image of 300 may tip on another processor
+        assert accuracies[name] == pytest.approx(pair, abs=0.011)
+
+
+def test_the_linear_probe_is_graded_against_gains_on_record(study):
+    outcomes = [
+        replace(sample.load_outcomes()[0], task=name, method="full", iimm=iimm_value,
+                zero_shot_accuracy=0.4, final_accuracy=0.4 + gain)
+        for name, gain, iimm_value in (("a", 0.0, 0.1), ("b", 0.1, 0.3), ("c", 0.2, 0.2))
+    ]  # fmt: skip
+    found = {"a": (0.4, 0.41), "b": (0.41, 0.51), "c": (0.4, 0.61)}
+    row = study("linear_probe").grade(found, outcomes, "full")
+    # |0.01-0|, |0.1-0.1|, |0.21-0.2|; the gains' mean; |0.15-0|, |0.1-0.1|, |0.05...-0.2|
+    assert row[:3] == ["0.7", "10.0", "10.0"]
+    assert row[3] == "1.00"
+    assert row[5] == "0.25"
