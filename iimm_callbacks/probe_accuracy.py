@@ -73,8 +73,9 @@ def linear_probe(
 
     Raises:
         TypeError: Embeddings are not float, or labels not integers.
-        ValueError: Shapes do not match, fewer than two classes or images, a label out of range, a
-            zero or non-finite embedding, or a `logit_scale` that is not positive and finite.
+        ValueError: Shapes do not match, fewer than two classes or images, at most one image of each
+            class (captions), a label out of range, a zero or non-finite embedding, or a
+            `logit_scale` that is not positive and finite.
 
     Example:
         >>> images = torch.tensor([[1.0, 0.1], [1.0, 0.2], [0.9, 1.0], [0.8, 1.0]])
@@ -92,7 +93,13 @@ def linear_probe(
     images, index = _checked(image_embeds, labels, texts, "image_embeds")
     if len(images) < 2:
         raise ValueError(f"`image_embeds` must hold at least 2 images, got {len(images)}")
-    missing = int((torch.bincount(index, minlength=len(texts)) == 0).sum())
+    per_class = torch.bincount(index, minlength=len(texts))  # [C]
+    if int(per_class.max()) < 2:
+        raise ValueError(
+            "`labels` must hold a class with at least 2 images, got at most 1 of each: leaving one "
+            "out leaves nothing to learn; captions have no classes, and so no linear probe"
+        )
+    missing = int((per_class == 0).sum())
     if missing:
         warnings.warn(
             f"{missing} of {len(texts)} classes have no training image: for these the probe is "
@@ -156,7 +163,8 @@ class _Ridge:
         )
 
     def _shrunk(self, penalty: float) -> Tensor:
-        return (1 / (self._values + penalty)).to(self._images.dtype)  # [D]
+        shrunk: Tensor = 1 / (self._values + penalty)  # [D]
+        return shrunk.to(self._images.dtype)
 
     def _zero_shot(self, images: Tensor) -> Tensor:
         logits: Tensor = self._scale * (images @ self._texts.T)  # [n, C]

@@ -126,6 +126,7 @@ GOOD = planted()
         ({"labels": GOOD[2].float()}, TypeError, "must be integers, got torch.float32"),
         ({"image_embeds": torch.zeros(60, 8)}, ValueError, "`image_embeds`.* row 0 has norm 0"),
         ({"image_embeds": GOOD[0][:1], "labels": GOOD[2][:1]}, ValueError, "2 images, got 1"),
+        ({"image_embeds": GOOD[0][:3], "labels": GOOD[2][:3]}, ValueError, "captions have no"),
         ({"held_out": GOOD[0]}, TypeError, "`held_out` must be .*, got Tensor"),
         ({"held_out": (GOOD[0], GOOD[2] + 5)}, ValueError, "`held_out`: .* got 7"),
         ({"held_out": (GOOD[0][:0], GOOD[2][:0])}, ValueError, "at least 1 image, got 0"),
