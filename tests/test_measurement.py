@@ -11,7 +11,7 @@ import torch
 from safetensors.numpy import save_file
 
 import iimm_callbacks
-from iimm_callbacks import iimm, measurement
+from iimm_callbacks import iimm, linear_probe, measurement
 
 pytest.importorskip("evaluate")
 import evaluate
@@ -50,6 +50,23 @@ def test_it_gives_what_iimm_gives(measure):
     }  # fmt: skip
     assert json.loads(json.dumps(found)) == found
     assert (measure.name, measure.module_type) == ("iimm", "measurement")
+
+
+def test_with_a_logit_scale_it_gives_the_linear_probe_too(measure):
+    probe = linear_probe(IMAGES, TEXTS, LABELS, logit_scale=20.0)
+    measure.add_batch(image_embeds=IMAGES, labels=LABELS)
+    found = measure.compute(text_embeds=TEXTS, logit_scale=20.0)
+    assert found == EXPECTED | {
+        "linear_probe_accuracy": probe.accuracy,
+        "linear_probe_standard_error": probe.standard_error,
+    }
+
+
+def test_captions_have_no_linear_probe(measure):
+    with pytest.raises(ValueError, match="captions have no classes"):
+        measure.compute(
+            image_embeds=IMAGES[:5], labels=range(5), text_embeds=TEXTS, logit_scale=20.0
+        )
 
 
 def test_batches_and_single_images_add_up(measure):

@@ -26,6 +26,8 @@ Args:
         the caption of image i.
     text_embeds: [C, D] float, C >= 2, one embedding per class; with several prompt templates the
         normalised mean of their normalised embeddings. Given to `compute`, not to `add_batch`.
+    logit_scale: the model's factor on cosines (not its logarithm), positive; given to `compute`.
+        With it the linear probe is measured too; not for captions. Default None.
 
 Returns:
     iimm: (inter + intra) / 2, in [-1, 1].
@@ -34,6 +36,9 @@ Returns:
     standard_error: of iimm over the drawing of the images; nan below 3 images.
     n_images: N.
     n_classes: C.
+    linear_probe_accuracy, linear_probe_standard_error: only with `logit_scale`: leave-one-out
+        accuracy of a linear probe anchored at the zero-shot classifier, in [0, 1], and its error.
+        Minus zero-shot accuracy it goes with the gain of full, attention and LoRA tuning.
 """
 
 _CITATION = """\
@@ -128,10 +133,12 @@ class IIMM(evaluate.Measurement):  # type: ignore[misc]  # evaluate is untyped
             image_embeds=image_embeds, labels=labels, text_embeds=text_embeds, **inputs
         )
 
-    def _compute(self, image_embeds: Any, labels: Any, text_embeds: Any) -> dict[str, float]:
+    def _compute(
+        self, image_embeds: Any, labels: Any, text_embeds: Any, logit_scale: float | None = None
+    ) -> dict[str, float]:
         images = _matrix("image_embeds", list(image_embeds)).astype(np.float32)
         m = iimm_callbacks.iimm(images, text_embeds, labels)
-        return {
+        found = {
             "iimm": m.iimm,
             "inter": m.inter,
             "intra": m.intra,
@@ -139,6 +146,13 @@ class IIMM(evaluate.Measurement):  # type: ignore[misc]  # evaluate is untyped
             "n_images": m.n_images,
             "n_classes": m.n_classes,
         }
+        if logit_scale is not None:
+            probe = iimm_callbacks.linear_probe(
+                images, text_embeds, labels, logit_scale=logit_scale
+            )
+            found["linear_probe_accuracy"] = probe.accuracy
+            found["linear_probe_standard_error"] = probe.standard_error
+        return found
 
 
 def _check_given(image_embeds: Any, labels: Any) -> None:
