@@ -46,7 +46,7 @@ def linear_probe(
     text_embeds: ArrayLike,
     labels: ArrayLike,
     *,
-    logit_scale: float = 100.0,
+    logit_scale: float,
     held_out: tuple[ArrayLike, ArrayLike] | None = None,
 ) -> LinearProbe:
     """Fit a linear probe that starts at the zero-shot classifier, and score it.
@@ -61,13 +61,14 @@ def linear_probe(
     underestimates what fine-tuning on all data reaches by 14 to 20 points. Methods that leave the
     towers nearly as they are (BitFit, CLIP-Adapter) reach only a part of it.
 
-    Time is ``O(N·D·min(N, D) + N·D·C)`` a penalty, memory linear in ``N·D + C·D``.
+    Time is ``O(N·D² + D³)`` once and ``O(N·D·C)`` a penalty, memory linear in ``N·D + C·D + D²``.
 
     Args:
         image_embeds: [N, D] float, training images, any scale.
         text_embeds: [C, D] float, one per class, any scale.
         labels: [N] integers in [0, C).
-        logit_scale: ``s``, the factor on cosines (not its logarithm), positive.
+        logit_scale: ``s``, the model's factor on cosines (not its logarithm), positive. It has no
+            default: with another one the probe starts at another model's probabilities.
         held_out: Embeddings [M, D] and labels [M] to score on. ``None``: leave-one-out accuracy on
             the training images.
 
@@ -79,7 +80,7 @@ def linear_probe(
 
     Example:
         >>> images = torch.tensor([[1.0, 0.1], [1.0, 0.2], [0.9, 1.0], [0.8, 1.0]])
-        >>> linear_probe(images, torch.eye(2), torch.tensor([0, 0, 1, 1])).accuracy
+        >>> linear_probe(images, torch.eye(2), torch.tensor([0, 0, 1, 1]), logit_scale=9.0).accuracy
         1.0
     """
     if not (math.isfinite(logit_scale) and logit_scale > 0):

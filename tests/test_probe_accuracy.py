@@ -101,7 +101,7 @@ def test_neither_order_nor_scale_nor_chunks_nor_repetition_matter(monkeypatch):
 
 
 def test_embeddings_all_alike_give_chance():
-    found = linear_probe(torch.ones(40, 4), torch.eye(4), torch.arange(40) % 4)
+    found = linear_probe(torch.ones(40, 4), torch.eye(4), torch.arange(40) % 4, logit_scale=SCALE)
     assert 0 <= found.accuracy <= 0.5
 
 
@@ -109,7 +109,7 @@ def test_a_class_without_a_training_image_is_told():
     images, texts, labels = planted()
     more = torch.cat([texts, torch.ones(1, 8)])
     with pytest.warns(UserWarning, match="1 of 4 classes have no training image"):
-        linear_probe(images, more, labels)
+        linear_probe(images, more, labels, logit_scale=SCALE)
 
 
 GOOD = planted()
@@ -133,7 +133,12 @@ GOOD = planted()
     ],
 )
 def test_bad_input_is_refused_by_name(change, kind, message):
-    given = {"image_embeds": GOOD[0], "text_embeds": GOOD[1], "labels": GOOD[2]} | change
+    given = {
+        "image_embeds": GOOD[0],
+        "text_embeds": GOOD[1],
+        "labels": GOOD[2],
+        "logit_scale": SCALE,
+    } | change
     with pytest.raises(kind, match=message):
         linear_probe(**given)
 
