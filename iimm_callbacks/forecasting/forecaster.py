@@ -83,6 +83,9 @@ class Forecaster:
         task_fingerprint: str = "",
         recipe: Mapping[str, Any] | None = None,
         off_target: Sequence[str] = (),
+        linear_probe_accuracy: float | None = None,
+        linear_probe_standard_error: float | None = None,
+        n_train: int | None = None,
         next_share: float | None = None,
     ) -> Forecast:
         """The forecast before training.
@@ -96,6 +99,10 @@ class Forecaster:
             task_fingerprint: As `Outcome.task_fingerprint`; the same task has the same one.
             recipe: As `Outcome.recipe`; its ``learning_rate`` and ``steps`` are made use of.
             off_target: Names of the off-target tasks: runs with the same ones are preferred.
+            linear_probe_accuracy: As `Outcome.linear_probe_accuracy`; the forecast of the gain
+                rests on it, where it is known.
+            linear_probe_standard_error: Of that; ``None``: 0.
+            n_train: Images in the training set, if known.
             next_share: Share of the steps at which the next look is due, if known.
 
         Returns:
@@ -116,6 +123,8 @@ class Forecaster:
         ask = Ask(
             method, model, zero_shot_accuracy, m.iimm, m.inter, m.intra, m.n_images,
             task, task_fingerprint, recipe or {}, tuple(off_target),
+            math.nan if linear_probe_accuracy is None else linear_probe_accuracy,
+            linear_probe_standard_error or 0.0, n_train,
         )  # fmt: skip
         runs = choose(self._record, self._base_rates, ask)
         notes = list(runs.notes)

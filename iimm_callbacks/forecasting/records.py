@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -28,6 +29,8 @@ class Ask:
         task, task_fingerprint: Where known, past runs on the same task are used.
         recipe: Where known, ``learning_rate`` and ``steps`` are compared with those on record.
         off_target: Names of the off-target tasks, where known.
+        linear_probe_accuracy, linear_probe_standard_error: As `Outcome`; NaN where not known.
+        n_train: As `Outcome`.
     """
 
     method: str
@@ -41,6 +44,9 @@ class Ask:
     task_fingerprint: str = ""
     recipe: Mapping[str, Any] = field(default_factory=dict)
     off_target: tuple[str, ...] = ()
+    linear_probe_accuracy: float = math.nan
+    linear_probe_standard_error: float = math.nan
+    n_train: int | None = None
 
 
 def about(outcome: Outcome) -> dict[str, Any]:
@@ -53,6 +59,9 @@ def about(outcome: Outcome) -> dict[str, Any]:
         "task_fingerprint": outcome.task_fingerprint,
         "recipe": outcome.recipe,
         "off_target": tuple(outcome.off_target_before),
+        "linear_probe_accuracy": outcome.linear_probe_accuracy,
+        "linear_probe_standard_error": outcome.linear_probe_standard_error,
+        "n_train": outcome.n_train,
     }
 
 

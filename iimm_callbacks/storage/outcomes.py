@@ -51,6 +51,12 @@ class Outcome:
         versions: Library -> its version.
         source: Where the numbers were published; empty for a run that this package guarded.
         run: What tells this run from all others, the same when it is resumed; empty where unknown.
+        n_train: Images in the training set; ``None`` where unknown.
+        linear_probe_accuracy: Of a linear probe on the untouched model's embeddings, fitted to
+            `n_train` images or carried on to that many; ``None`` where it was not measured.
+        linear_probe_standard_error: Of that.
+        linear_probe_n_train: Images that the probe was fitted to.
+        images: Name of an accuracy, such as ``"final_accuracy"`` -> which images it is of.
         schema_version: Of this record.
     """
 
@@ -76,6 +82,11 @@ class Outcome:
     versions: dict[str, str] = field(default_factory=dict)
     source: str = ""
     run: str = ""
+    n_train: int | None = None
+    linear_probe_accuracy: float | None = None
+    linear_probe_standard_error: float | None = None
+    linear_probe_n_train: int | None = None
+    images: dict[str, str] = field(default_factory=dict)
     schema_version: int = SCHEMA_VERSION
 
     @property
@@ -183,7 +194,9 @@ _CHECKS: dict[str, Check] = (
     dict.fromkeys(("model", "model_fingerprint", "method", "task", "task_fingerprint"), text)
     | dict.fromkeys(("ended", "source", "run"), text)
     | dict.fromkeys(("iimm", "inter", "intra"), or_none(DIFFERENCE))
-    | dict.fromkeys(("n_images", "n_classes"), or_none(count))
+    | dict.fromkeys(("n_images", "n_classes", "n_train"), or_none(count))
+    | {"linear_probe_accuracy": or_none(FRACTION), "linear_probe_n_train": or_none(count)}
+    | {"linear_probe_standard_error": or_none(ERROR), "images": dict_of(text)}
     | dict.fromkeys(("zero_shot_accuracy", "final_accuracy"), FRACTION)
     | dict.fromkeys(("off_target_before", "off_target_after"), dict_of(FRACTION))
     | {"standard_error": or_none(ERROR), "complete": flag}
