@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from test_forecast import EARLY, bare, planted, run, scattered
 
-from iimm_callbacks.forecasting.records import Ask, Run, Runs, choose
+from iimm_callbacks.forecasting.records import Ask, Run, Runs, choose, name_on_record, of_a_kind
 from iimm_callbacks.forecasting.tabulate import beyond, tabulate
 
 ASK = Ask("full", "1f", 0.4, 0.3, 0.2, 0.4, 512)
@@ -31,15 +31,15 @@ PUBLISHED = planted(4, model_fingerprint="published:x", iimm=None, inter=None, i
         (planted(3), "lora", 3, True, False, "3 complete runs of this model, 0 of them under meth"),
         # Runs of other models join in only where its own are too few.
         (planted(3) + planted(5, model_fingerprint="2"), "full", 3, True, False, "3 complete"),
-        (planted(2) + planted(5, model_fingerprint="2"), "full", 7, False, False, "of 2 models"),
-        (planted(5, model_fingerprint="2"), "full", 5, False, False, "5 complete runs of 1 model"),
-        # Tasks count, not runs; of all models together.
-        ([run("t")] * 4, "full", 4, False, True, "base rates: 4 complete runs of 1 CLIP model"),
-        ([run("t"), run("u", model_fingerprint="2"), run("v", model_fingerprint="3")], "full", 3,
-         False, False, "3 complete runs of 3 models"),
-        ([], "full", 4, False, True, "base rates"),
-        ([], "lora", 0, False, False, "no forecast: no complete run of this model is on record"),
-        ([run("t")], "lora", 0, False, False, "no forecast: only 1 complete run of this model is"),
+        (planted(2) + planted(5, model_fingerprint="2"), "full", 11, False, False,
+         "2 complete runs of this model, pooled with 9 complete runs of 2 other models"),
+        (planted(5, model_fingerprint="2"), "full", 9, False, True, "of 2 other models"),
+        # Tasks count, not runs.
+        ([run("t")] * 4, "full", 8, False, False, "4 complete runs of this model, pooled with 4"),
+        ([run("t"), run("u", model_fingerprint="2"), run("v", model_fingerprint="3")], "full", 7,
+         False, False, "6 complete runs of 3 other models"),
+        ([], "full", 4, False, True, "base rates: borrowed from 4 complete runs of 1 other model,"),
+        ([], "lora", 4, False, True, "with recipes of their own"),
     ],
 )  # fmt: skip
 def test_the_models_own_runs_come_first_then_all_then_base_rates(
@@ -48,6 +48,27 @@ def test_the_models_own_runs_come_first_then_all_then_base_rates(
     found = chosen(outcomes, PUBLISHED, replace(ASK, method=method))
     assert (len(found.rows), found.own, found.base_rate) == (n, own, base_rate)
     assert label in found.label
+
+
+def test_with_nothing_to_go_by_the_reason_is_given():
+    found = chosen([])
+    assert found.rows == []
+    assert found.label == "no forecast: no complete run of this model is on record"
+
+
+def test_numbers_of_another_kind_are_not_borrowed():
+    recall = replace(ASK, task="captions", recipe={"metrics": {"captions": "recall@1"}})
+    rows = [Run(o) for o in (run("t"), run("t", model_fingerprint="2"))]
+    assert of_a_kind(rows, recall, "gain") == rows[:1]
+    assert of_a_kind(rows, replace(recall, off_target=("a",)), "forgetting") == rows
+    assert of_a_kind(rows, ASK, "gain") == rows
+
+
+def test_a_task_is_found_by_its_fingerprint_under_another_name():
+    rows = [Run(run("folder", task_fingerprint="9c")), Run(run("other"))]
+    assert name_on_record(rows, replace(ASK, task="mine", task_fingerprint="9c")) == "folder"
+    assert name_on_record(rows, replace(ASK, task="mine", task_fingerprint="77")) == "mine"
+    assert name_on_record(rows, replace(ASK, task="mine")) == "mine"
 
 
 def test_a_run_is_read_between_its_looks():

@@ -1,6 +1,7 @@
 """How much of the recorded gain does a linear probe explain, with no past run at all?
 
     python examples/study/linear_probe.py    # about ten seconds on two cores
+    python examples/study/linear_probe.py --outcomes outcomes.jsonl    # write the probes into it
 
 Embeds training and test images of the ten shipped tasks with the untouched model, fits the probe
 to the training images, and compares its accuracy on the test images with the accuracies after
@@ -11,7 +12,9 @@ Test images are those of `Outcome.final_accuracy`. Ten tasks of one small model,
 embeddings were seen when the probe's form was chosen: not a promise for another model.
 """
 
-from dataclasses import dataclass, field
+import json
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -19,7 +22,7 @@ from rich.console import Console
 from rich.table import Table
 from transformers import HfArgumentParser
 
-from iimm_callbacks import linear_probe, sample, zero_shot_accuracy
+from iimm_callbacks import linear_probe, read_outcomes, sample, zero_shot_accuracy
 from iimm_callbacks.models.encoders import class_embeddings, find_encoder
 
 
@@ -27,6 +30,7 @@ from iimm_callbacks.models.encoders import class_embeddings, find_encoder
 class Settings:
     tasks: list[str] = field(default_factory=sample.task_names, metadata={"help": "Shipped tasks"})
     n_images: int = field(default=1000, metadata={"help": "Most images of a split"})
+    outcomes: str = field(default="", metadata={"help": "JSON-lines file to write the probes into"})
 
 
 @torch.no_grad()
@@ -42,7 +46,7 @@ def embed(model, encoder, name, split, n_images):
 
 
 def probe_tasks(settings):
-    """Task -> zero-shot accuracy and the probe's, on its test images."""
+    """Task -> zero-shot accuracy and the `LinearProbe`, on its test images."""
     model = sample.load_model().eval()
     encoder = find_encoder(model, sample.load_processor(), None)
     scale = model.logit_scale.detach().exp().item()
@@ -51,8 +55,25 @@ def probe_tasks(settings):
         images, labels, texts = embed(model, encoder, name, "train", settings.n_images)
         test, truth, _ = embed(model, encoder, name, "test", settings.n_images)
         probe = linear_probe(images, texts, labels, logit_scale=scale, held_out=(test, truth))
-        found[name] = zero_shot_accuracy(test, texts, truth), probe.accuracy
+        found[name] = zero_shot_accuracy(test, texts, truth), probe
     return found
+
+
+def with_probe(outcome, probe):
+    """The outcome with its task's probe, which depends on model and task alone."""
+    scored = f"{probe.n_scored} test images"
+    return replace(
+        outcome,
+        n_train=probe.n_train,
+        linear_probe_accuracy=round(probe.accuracy, 6),
+        linear_probe_standard_error=round(probe.standard_error, 6),
+        linear_probe_n_train=probe.n_train,
+        images={
+            "zero_shot_accuracy": scored,
+            "final_accuracy": scored,
+            "linear_probe_accuracy": f"fitted to {probe.n_train} training images, {scored}",
+        },
+    )
 
 
 def r_squared(x, y):
@@ -64,7 +85,7 @@ def grade(found, outcomes, method):
     runs = [[o for o in outcomes if (o.task, o.method) == (name, method)] for name in found]
     gain = np.array([np.mean([o.gain for o in of_task]) for of_task in runs])
     iimm = np.array([of_task[0].iimm for of_task in runs])
-    before, probe = np.array(list(found.values())).T
+    before, probe = np.array([(accuracy, p.accuracy) for accuracy, p in found.values()]).T
     n = len(gain)
     others = (gain.sum() - gain) / (n - 1)
     errors = [np.abs(guess - gain).mean() for guess in (probe - before, 0 * gain, others)]
@@ -78,8 +99,8 @@ def main(arguments=None):
     outcomes = sample.load_outcomes()
     console = Console(width=110, color_system=None)
     accuracies = Table("task", "zero-shot", "linear probe", title="Accuracy on test images")
-    for name, pair in found.items():
-        accuracies.add_row(name, *(f"{value:.3f}" for value in pair))
+    for name, (before, probe) in found.items():
+        accuracies.add_row(name, f"{before:.3f}", f"{probe.accuracy:.3f}")
     console.print(accuracies)
     title = "Gain before training, no past run: mean absolute error in points; R² of the gain"
     columns = [
@@ -95,6 +116,10 @@ def main(arguments=None):
     for method in sorted({o.method for o in outcomes}):
         graded.add_row(method, *grade(found, outcomes, method))
     console.print(graded)
+    if settings.outcomes:
+        path = Path(settings.outcomes)
+        rows = [with_probe(o, found[o.task][1]) for o in read_outcomes(path)]
+        path.write_text("".join(f"{json.dumps(asdict(row), sort_keys=True)}\n" for row in rows))
 
 
 if __name__ == "__main__":

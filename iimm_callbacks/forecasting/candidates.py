@@ -103,6 +103,7 @@ class Candidate:
         intercept: Whether there is one.
         pooled: Fitted to the runs of all methods, each with an offset of its own that is pulled
             to zero, instead of to those of the method alone.
+        credit: How many slopes it is ahead of the others by, for what it has shown elsewhere.
     """
 
     name: str
@@ -111,6 +112,7 @@ class Candidate:
     times: str | None = None
     intercept: bool = True
     pooled: bool = False
+    credit: float = 0.0
 
     def cost(self) -> float:
         """Slopes; being fitted over another feature counts half a one, as it is a choice too."""
@@ -234,11 +236,12 @@ def blend(
         [[np.abs(table.target - f.left_out)[rows].mean() for rows in inside] for f in fits]
     )
     slopes = np.array([f.candidate.cost() for f in fits])
-    weights = _weights(misses, slopes)  # [K]
+    costs = slopes - np.array([f.candidate.credit for f in fits])
+    weights = _weights(misses, costs)  # [K]
     # How well averaging does is judged with weights that have not seen the task either.
     residuals, left_out = [], np.full(len(table.tasks), np.nan)
     for t, rows in enumerate(inside):
-        blind = _weights(np.delete(misses, t, axis=1), slopes)
+        blind = _weights(np.delete(misses, t, axis=1), costs)
         left_out[rows] = np.sum([w * f.left_out[rows] for w, f in zip(blind, fits, strict=True)], 0)
         residuals.append(table.target[rows] - left_out[rows])
     squares = np.array([np.mean(r**2) for r in residuals])  # [T]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -21,24 +22,30 @@ class Prediction:
         point: The most likely value, a fraction.
         scale: Standard error of a new observation, a fraction.
         dof: Degrees of freedom, ≥ 1; infinite for a normal distribution.
+        least, most: What is possible: a gain cannot lift an accuracy above 1. The interval ends
+            there.
     """
 
     point: float
     scale: float
     dof: float
+    least: float = -math.inf
+    most: float = math.inf
 
     @property
     def low(self) -> float:
         """Lower end of the 90 % prediction interval."""
-        return self.point - self._half_width
+        return min(max(self.point - self._half_width, self.least), self.most)
 
     @property
     def high(self) -> float:
         """Upper end of the 90 % prediction interval."""
-        return self.point + self._half_width
+        return max(min(self.point + self._half_width, self.most), self.least)
 
     def probability_above(self, limit: float) -> float:
         """Probability that the value ends above `limit`, in [0, 1]."""
+        if not self.least <= limit < self.most:
+            return float(limit < self.least)
         if self.scale == 0:
             return float(self.point > limit)
         return float(special.stdtr(self.dof, (self.point - limit) / self.scale))
@@ -82,8 +89,9 @@ class Forecast:
         n_outcomes: Number of outcomes it rests on.
         evidence: "gain", "forgetting", "worst" -> `Evidence`, where there is one.
         notes: What the reader should know: out of range, contradictions on record.
-        base_rate: Whether it rests on published figures of other models only. It is then shown
-            under that name, neither logged nor judged.
+        base_rate: Whether no run of this model is on record, so that it is borrowed from runs of
+            other models. It is shown, logged and graded like any other and may warn; it stops no
+            run before the first look at how that one goes.
         in_range: Whether recipe and IIMM lie within what is on record.
         next_look: "forgetting", "worst" -> `Prediction` for the next look, where that is known.
     """

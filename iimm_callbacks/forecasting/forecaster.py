@@ -19,12 +19,13 @@ from ..accuracy import NEAR_CEILING
 from ..data.tasks import OFF_TARGET_PROBE_SIZE
 from ..measure import Measurement
 from ..storage.outcomes import Outcome, one_of_each_run
+from . import pooling
 from .candidates import Blend, Candidate, Table, blend
 from .forecast import COVERAGE, Evidence, Forecast, Prediction
-from .predictors import MEAN, RECIPE, ZERO_SHOT, before_training, during_training
-from .records import QUANTITIES, Ask, Run, Runs, choose
-from .stand_ins import lost_so_far, repeat
-from .tabulate import beyond, tabulate, within
+from .pooling import Pooled, bounded
+from .predictors import MEAN, POOLED, RECIPE, ZERO_SHOT, before_training, during_training
+from .records import QUANTITIES, Ask, Run, Runs, choose, name_on_record, of_a_kind
+from .tabulate import beyond, tabulate, with_pooled, within
 
 if TYPE_CHECKING:
     from .grading import Grade
@@ -33,16 +34,19 @@ if TYPE_CHECKING:
 class Forecaster:
     """Learns from outcomes on record how runs end, and says how well it does.
 
-    Before training the candidates are the plain mean of the method, zero-shot error, IIMM (on gain
-    over zero-shot error, the target of arXiv 2407.15731), its two terms, what other methods did on
-    the same task, and recipe; during training also what was gained or lost so far, as it is, with
-    the mean rest, and on lines learned from past trajectories. They are averaged by what each has
-    earned on tasks left out (see `candidates`), so a predictor that explains nothing has next to no
-    say. Never an extrapolation in steps. Methods are pooled, and models where the model has runs on
-    fewer than 3 tasks; without any, published base rates stand in, labelled as such.
+    Where the model has runs on fewer than 3 tasks, they are pooled with those of all other models
+    on record and the ones that ship, published runs of CLIP and the sample's (see `pooling`): the
+    first gain rests on the linear probe, and own runs count from the first one on.
+
+    From 3 tasks on, the candidates before training are that pooled forecast, the plain mean of the
+    method, zero-shot error, IIMM (on gain over zero-shot error, the target of arXiv 2407.15731),
+    its two terms, what other methods did on the same task, and recipe; during training also what
+    was gained or lost so far, as it is, with the mean rest, and on lines learned from past
+    trajectories. They are averaged by what each has earned on tasks left out (see `candidates`), so
+    a predictor that explains nothing has next to no say. Never an extrapolation in steps.
 
     It is *not* valid for recipes unlike the recorded ones: outside their range of learning rate,
-    steps or IIMM it says so, widens, and abstains when far out.
+    steps or IIMM it says so and widens.
 
     Example:
         >>> none = Forecaster().fit([], base_rates=False)
@@ -53,23 +57,25 @@ class Forecaster:
 
     def __init__(self) -> None:
         self._record: list[Run] = []
-        self._base_rates: list[Run] = []
+        self._borrowed: list[Run] = []
         self._blends: dict[Any, Blend | None] = {}
         self._priors: dict[Any, dict[Run, float]] = {}
+        self._pools: dict[Any, Pooled | None] = {}
 
     def fit(self, outcomes: Iterable[Outcome], *, base_rates: bool = True) -> Forecaster:
         """Take these outcomes as the record. Interrupted and stopped runs are left out.
 
         Args:
             outcomes: Outcomes of any models and methods.
-            base_rates: Whether published figures may stand in where they are of no use.
+            base_rates: Whether runs of other models that ship may stand in where the model's own
+                are of too few tasks.
 
         Returns:
             Itself.
         """
         self._record = [Run(o) for o in one_of_each_run(outcomes) if o.complete]
-        self._base_rates = _load_base_rates() if base_rates else []
-        self._blends, self._priors = {}, {}
+        self._borrowed = _load_borrowed(self._record) if base_rates else []
+        self._blends, self._priors, self._pools = {}, {}, {}
         return self
 
     def predict(
@@ -82,7 +88,7 @@ class Forecaster:
         task: str = "",
         task_fingerprint: str = "",
         recipe: Mapping[str, Any] | None = None,
-        off_target: Sequence[str] = (),
+        off_target: Sequence[str] | Mapping[str, float] = (),
         linear_probe_accuracy: float | None = None,
         linear_probe_standard_error: float | None = None,
         n_train: int | None = None,
@@ -98,7 +104,8 @@ class Forecaster:
             task: Name of the task; where given, past runs on the same task are made use of.
             task_fingerprint: As `Outcome.task_fingerprint`; the same task has the same one.
             recipe: As `Outcome.recipe`; its ``learning_rate`` and ``steps`` are made use of.
-            off_target: Names of the off-target tasks: runs with the same ones are preferred.
+            off_target: Names of the off-target tasks: runs with the same ones are preferred. As a
+                mapping to their zero-shot accuracies it bounds what can be forgotten.
             linear_probe_accuracy: As `Outcome.linear_probe_accuracy`; the forecast of the gain
                 rests on it, where it is known.
             linear_probe_standard_error: Of that; ``None``: 0.
@@ -123,10 +130,12 @@ class Forecaster:
         ask = Ask(
             method, model, zero_shot_accuracy, m.iimm, m.inter, m.intra, m.n_images,
             task, task_fingerprint, recipe or {}, tuple(off_target),
+            tuple(off_target.values()) if isinstance(off_target, Mapping) else (),
             math.nan if linear_probe_accuracy is None else linear_probe_accuracy,
             linear_probe_standard_error or 0.0, n_train,
         )  # fmt: skip
-        runs = choose(self._record, self._base_rates, ask)
+        ask = replace(ask, task=name_on_record(self._record, ask))
+        runs = choose(self._record, self._borrowed, ask)
         notes = list(runs.notes)
         predictions: dict[str, Prediction | None] = dict.fromkeys(QUANTITIES)
         evidence = {}
@@ -188,64 +197,34 @@ class Forecaster:
         if forecast._asked is None:
             raise ValueError("`forecast` must be what `predict` gave; this one was made otherwise")
         ask, runs = forecast._asked
-        recorded = bool(runs.rows) and not runs.base_rate
         if share >= 1:
-            names = [name for name in seen if recorded or name != "gain"]
-            last: dict[str, Any] = {name: Prediction(*seen[name], math.inf) for name in names}
-            if not recorded:  # a base rate is no forecast of this run
-                last = {name: last.get(name) for name in QUANTITIES}
+            last: dict[str, Any] = {name: Prediction(*seen[name], math.inf) for name in seen}
             return replace(
                 forecast, **last, basis="what is observed", base_rate=False, next_look={}
             )
         updated: dict[str, Any] = {}
-        evidence = dict(forecast.evidence) if recorded else {}
+        evidence = dict(forecast.evidence)
         next_look = {}
-        so_far = []
         for name in seen:
-            prior = getattr(forecast, name) if recorded else None
-            found = self._during(runs, ask, name, share, 1.0, seen, prior) if recorded else None
-            if found is not None:
-                updated[name], now = found
-                plain = forecast.evidence.get(name, now)
-                evidence[name] = replace(
-                    now,
-                    error_of_mean=plain.error_of_mean,
-                    error_of_zero_shot=plain.error_of_zero_shot,
-                )
-            else:
-                guess = lost_so_far(name, share, 1.0, *seen[name])
-                if guess is not None and (prior is None or guess.scale < prior.scale):
-                    updated[name] = guess
-                    so_far.append(name)
-                    evidence.pop(name, None)
-            if next_share is None or name == "gain":
+            prior = getattr(forecast, name)
+            found = self._during(runs, ask, name, share, 1.0, seen, prior)
+            if found is None:
                 continue
-            coming = (
-                self._during(runs, ask, name, share, next_share, seen, prior) if found else None
+            updated[name], now = found
+            plain = forecast.evidence.get(name, now)
+            evidence[name] = replace(
+                now,
+                error_of_mean=plain.error_of_mean,
+                error_of_zero_shot=plain.error_of_zero_shot,
             )
-            guess = coming[0] if coming else lost_so_far(name, share, next_share, *seen[name])
-            if guess is not None:
-                next_look[name] = guess
+            if next_share is not None and name != "gain":
+                coming = self._during(runs, ask, name, share, next_share, seen, prior)
+                if coming is not None:
+                    next_look[name] = coming[0]
         if not updated:
             return forecast
-        at = f"at {share:.0%} of the steps"
-        basis = f"{forecast.basis}; {' and '.join(updated)} {at}" if recorded else ""
-        if so_far:
-            guessed = (
-                f"what was lost {at}; no run on record tells how it goes on, so the interval is "
-                "that of the shipped sample's runs"
-            )
-            basis = f"{basis}; {guessed}" if basis else guessed
-        if not recorded:
-            updated.setdefault("gain", None)
-        return replace(
-            forecast,
-            **updated,
-            basis=basis,
-            evidence=evidence,
-            base_rate=False,
-            next_look=next_look,
-        )
+        basis = f"{forecast.basis}; {' and '.join(updated)} at {share:.0%} of the steps"
+        return replace(forecast, **updated, basis=basis, evidence=evidence, next_look=next_look)
 
     def grade(self, outcomes: Iterable[Outcome], **settings: Any) -> Grade:
         """Replay recorded runs as if live, their task left out: see `grading.grade`."""
@@ -254,7 +233,7 @@ class Forecaster:
         return grade(outcomes, **settings)
 
     def _next_look(self, runs: Runs, ask: Ask, next_share: float | None) -> dict[str, Prediction]:
-        if next_share is None or runs.base_rate or not runs.rows:
+        if next_share is None or not runs.rows:
             return {}
         found = {q: self._before(runs, ask, q, next_share) for q in ("forgetting", "worst")}
         return {name: p for name, (p, _, _) in found.items() if p is not None}
@@ -263,30 +242,94 @@ class Forecaster:
         self, runs: Runs, ask: Ask, quantity: str, share: float
     ) -> tuple[Prediction | None, Evidence | None, list[str]]:
         """The forecast of a quantity at this share, and what the reader should know about it."""
-        if runs.repeats:
-            return repeat(runs, quantity, share), None, []
+        pooled = self._pooled(runs, ask, quantity, share)
         if quantity == "worst" and runs.other_off_target:
             return None, None, ["the worst of other off-target tasks says little of these"]
+        if not runs.own:
+            return (*_of_pool(pooled, ask, quantity), [])
         table, question, rows = tabulate(runs, ask, quantity, share)
+        if quantity == "gain" and math.isfinite(ask.linear_probe_accuracy):
+            table, question, rows = with_pooled(table, question, rows, pooled)
         fitted = self._blend(table, before_training(quantity, table.features), ask.method)
         if fitted is None:
-            return None, None, []
+            return (*_of_pool(pooled, ask, quantity), [])
         widening, words = beyond(table, question)
-        if math.isinf(widening):
+        widest = math.inf
+        if widening > 1:  # no less sure than of a model that nothing is known of
+            strangers = self._pooled(replace(runs, rows=[]), ask, quantity, share)
+            widest = strangers.prediction.scale if strangers else math.inf
+        if math.isinf(min(widening, widest)):
             return None, None, [f"{word}, too far for a forecast of {quantity}" for word in words]
         point, scale = fitted.predict(within(table, question, RECIPE))
-        if ask.method not in table.methods:
+        dof = fitted.dof
+        if pooled is not None and fitted.weights.get(POOLED, 0.0) > 0.5:
+            # Its errors on other models count too.
+            scale, dof = pooled.prediction.scale, pooled.prediction.dof
+        elif ask.method not in table.methods:
             means = [table.target[table.methods == m].mean() for m in set(table.methods)]
             # Its errors are those of other methods, so they are a guess: twice as wide.
             scale = 2 * math.hypot(scale, float(np.std(means)))
         if scale < 1e-9 and np.ptp(table.target) < 1e-9:
             scale = 0.5 / math.sqrt(ask.n_images or OFF_TARGET_PROBE_SIZE)
             words.append(f"all {len(rows)} runs ended with the same {quantity}")
-        if quantity == "gain":
-            point = min(max(point, -ask.zero_shot_accuracy), 1 - ask.zero_shot_accuracy)
-        return Prediction(point, scale * widening, fitted.dof), _evidence(fitted), words
+        found = Prediction(point, max(scale, min(scale * widening, widest)), dof)
+        return bounded(found, ask, quantity), _evidence(fitted), words
+
+    def _pooled(self, runs: Runs, ask: Ask, quantity: str, until: float) -> Pooled | None:
+        """What the runs of all models say together; the same for all methods but for its point."""
+        key = (
+            *(
+                runs.own,
+                not runs.rows,
+                ask.model,
+                ask.method,
+                ask.task,
+                ask.task_fingerprint,
+                ask.off_target,
+            ),
+            *(ask.zero_shot_accuracy, ask.linear_probe_accuracy, quantity, until),
+            repr(ask.recipe),
+        )
+        if key not in self._pools:
+            rows = of_a_kind(self._all_runs(runs, ask), ask, quantity)
+            self._pools[key] = pooling.before_training(rows, ask, quantity, until)
+        return self._pools[key]
+
+    def _all_runs(self, runs: Runs, ask: Ask) -> list[Run]:
+        others = [*self._record, *self._borrowed] if runs.own else []
+        return [*runs.rows, *(r for r in others if r.outcome.model_fingerprint != ask.model)]
 
     def _during(
+        self,
+        runs: Runs,
+        ask: Ask,
+        quantity: str,
+        share: float,
+        target_share: float,
+        seen: Mapping[str, tuple[float, float]],
+        prior: Prediction | None,
+    ) -> tuple[Prediction, Evidence] | None:
+        """The forecast for a share of the steps, from what was seen until an earlier one."""
+        if runs.own:
+            found = self._blended_during(runs, ask, quantity, share, target_share, seen, prior)
+            if found is not None:
+                return bounded(found[0], ask, quantity), found[1]
+        before = self._pooled(runs, ask, quantity, 1.0)
+        pooled = pooling.during_training(
+            of_a_kind(self._all_runs(runs, ask), ask, quantity),
+            ask,
+            quantity,
+            share,
+            target_share,
+            seen[quantity],
+            prior,
+            before.left_out if before else {},
+        )
+        if pooled is None:
+            return None
+        return bounded(pooled.prediction, ask, quantity), pooled.evidence
+
+    def _blended_during(
         self,
         runs: Runs,
         ask: Ask,
@@ -351,7 +394,10 @@ class Forecaster:
         known = (math.isfinite(ask.iimm), *known)
         key = (ask.model, ask.task, ask.task_fingerprint, ask.off_target, known, quantity, method)
         if key not in self._priors:
-            table, _, rows = tabulate(runs, replace(ask, method=method), quantity, 1.0)
+            table, question, rows = tabulate(runs, replace(ask, method=method), quantity, 1.0)
+            if quantity == "gain" and math.isfinite(ask.linear_probe_accuracy):
+                pooled = self._pooled(runs, ask, quantity, 1.0)
+                table, question, rows = with_pooled(table, question, rows, pooled)
             candidates = before_training(quantity, table.features)
             fitted = self._blend(table, candidates, method)
             own = np.flatnonzero(table.methods == method)
@@ -364,6 +410,14 @@ class Forecaster:
         if key not in self._blends:
             self._blends[key] = blend(table, candidates, method, COVERAGE)
         return self._blends[key]
+
+
+def _of_pool(
+    pooled: Pooled | None, ask: Ask, quantity: str
+) -> tuple[Prediction, Evidence] | tuple[None, None]:
+    if pooled is None:
+        return None, None
+    return bounded(pooled.prediction, ask, quantity), pooled.evidence
 
 
 def _evidence(fitted: Blend) -> Evidence:
@@ -383,7 +437,11 @@ def _evidence(fitted: Blend) -> Evidence:
     )
 
 
-def _load_base_rates() -> list[Run]:
+def _load_borrowed(record: Sequence[Run]) -> list[Run]:
+    """Published runs, and those of the shipped sample where the record has none of them."""
+    from ..sample import load_outcomes
     from .base_rates import load_base_rates
 
-    return [Run(outcome) for outcome in load_base_rates()]
+    models = {run.outcome.model_fingerprint for run in record}
+    outcomes = [*load_base_rates(), *load_outcomes()]
+    return [Run(outcome) for outcome in outcomes if outcome.model_fingerprint not in models]

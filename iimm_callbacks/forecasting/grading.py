@@ -160,8 +160,8 @@ def grade(
             replays.append(replay)
     if not replays:
         raise ValueError(
-            f"`outcomes` must hold complete runs with looks on at least 3 tasks besides the one "
-            f"that is replayed, got {len(runs)} runs of {len({o.task for o in runs})} tasks; "
+            "`outcomes` must hold complete runs with looks on at least 2 tasks, got "
+            f"{len(runs)} runs of {len({o.task for o in runs})} tasks; "
             "record more runs"
         )
     methods = ["all", *sorted({r.outcome.method for r in replays})]

@@ -12,7 +12,6 @@ import numpy as np
 from ..storage.outcomes import Outcome
 from .candidates import MIN_TASKS
 
-_TOY = "sample/model"  # the shipped one: its runs say nothing of others
 QUANTITIES = ("gain", "forgetting", "worst")
 
 
@@ -29,6 +28,7 @@ class Ask:
         task, task_fingerprint: Where known, past runs on the same task are used.
         recipe: Where known, ``learning_rate`` and ``steps`` are compared with those on record.
         off_target: Names of the off-target tasks, where known.
+        off_target_accuracies: Their zero-shot accuracies, where known.
         linear_probe_accuracy, linear_probe_standard_error: As `Outcome`; NaN where not known.
         n_train: As `Outcome`.
     """
@@ -44,6 +44,7 @@ class Ask:
     task_fingerprint: str = ""
     recipe: Mapping[str, Any] = field(default_factory=dict)
     off_target: tuple[str, ...] = ()
+    off_target_accuracies: tuple[float, ...] = ()
     linear_probe_accuracy: float = math.nan
     linear_probe_standard_error: float = math.nan
     n_train: int | None = None
@@ -58,7 +59,7 @@ def about(outcome: Outcome) -> dict[str, Any]:
         "task": outcome.task,
         "task_fingerprint": outcome.task_fingerprint,
         "recipe": outcome.recipe,
-        "off_target": tuple(outcome.off_target_before),
+        "off_target": outcome.off_target_before,
         "linear_probe_accuracy": outcome.linear_probe_accuracy,
         "linear_probe_standard_error": outcome.linear_probe_standard_error,
         "n_train": outcome.n_train,
@@ -116,10 +117,10 @@ class Runs:
     Attributes:
         rows: Complete runs.
         label: In words.
-        own: Whether they are all of the model that is asked about.
-        base_rate: Whether they are published figures of other people's models.
+        own: Whether they are all of the model that is asked about, and on tasks enough to learn
+            from them alone.
+        base_rate: Whether none of them is of that model.
         notes: What the reader should know about them.
-        repeats: Whether they are all of the very task and method that is asked about.
         other_off_target: Whether too few were probed on the off-target tasks that are asked about.
     """
 
@@ -128,16 +129,15 @@ class Runs:
     own: bool
     base_rate: bool
     notes: tuple[str, ...]
-    repeats: bool = False
     other_off_target: bool = False
 
 
-def choose(record: Sequence[Run], base_rates: Sequence[Run], ask: Ask) -> Runs:
-    """The model's own runs; failing these, all runs on record; failing these, base rates.
+def choose(record: Sequence[Run], borrowed: Sequence[Run], ask: Ask) -> Runs:
+    """The model's own runs; where they are of too few tasks, those of all models beside them.
 
     Args:
         record: Complete runs on record.
-        base_rates: Published figures.
+        borrowed: Of other models, shipped with the package.
         ask: The run that is asked about.
 
     Returns:
@@ -157,28 +157,42 @@ def choose(record: Sequence[Run], base_rates: Sequence[Run], ask: Ask) -> Runs:
         notes += _unseen(own, ask)
         return Runs(own, label, True, False, tuple(notes), other_off_target=other)
     notes.append(_too_few(own))
-    repeats = [
+    others = [run for run in (*record, *borrowed) if run.outcome.model_fingerprint != ask.model]
+    rows = [*own, *others]
+    if not rows:
+        return Runs([], f"no forecast: {'; '.join(notes)}", False, False, ())
+    models = len({run.outcome.model_fingerprint for run in others})
+    of_others = f"{_count(others)} of {models} other model{'s' if models != 1 else ''}"
+    if not own:
+        label = f"base rates: borrowed from {of_others}, with recipes of their own"
+    else:
+        label = f"{_count(own)} of this model" + (f", pooled with {of_others}" if others else "")
+    return Runs(rows, label, False, not own, (*notes, *_unseen(rows, ask)))
+
+
+def metrics(run: Outcome | Ask, tasks: Iterable[str]) -> frozenset[str]:
+    """What the accuracies of these tasks of a run are: "accuracy", or the metric in its place."""
+    named = run.recipe.get("metrics")
+    found = named if isinstance(named, dict) else {}
+    return frozenset(str(found.get(task, "accuracy")) for task in tasks)
+
+
+def of_a_kind(runs: Iterable[Run], ask: Ask, quantity: str) -> list[Run]:
+    """The model's own runs, and those of others whose numbers mean the same.
+
+    A recall of captions is no accuracy: what other models gained there says nothing of it.
+    """
+    gain = quantity == "gain"
+    asked = metrics(ask, [ask.task] if gain else ask.off_target)
+
+    def same(o: Outcome) -> bool:
+        return metrics(o, [o.task] if gain else o.off_target_before) == asked
+
+    return [
         run
-        for run in own
-        if run.outcome.method == ask.method and task_key(run.outcome) == task_key(ask)
+        for run in runs
+        if run.outcome.model_fingerprint == ask.model or not asked or same(run.outcome)
     ]
-    if len(repeats) > 1:
-        label = f"{_count(repeats)} of this model on this very task under method {ask.method!r}"
-        return Runs(repeats, label, True, False, tuple(notes), repeats=True)
-    real = [run for run in record if run.outcome.model != _TOY]
-    if n_tasks(real) >= MIN_TASKS:
-        models = len({run.outcome.model_fingerprint for run in real})
-        label = f"{_count(real)} of {models} model{'s' if models > 1 else ''}"
-        return Runs(real, label, False, False, (*notes, *_unseen(real, ask)))
-    published = [run for run in base_rates if run.outcome.method == ask.method]
-    if published:
-        models = len({run.outcome.model_fingerprint for run in published})
-        label = (
-            f"base rates: {_count(published)} of {models} CLIP model{'s' if models > 1 else ''}, "
-            "published elsewhere, with recipes of their own"
-        )
-        return Runs(published, label, False, True, tuple(notes))
-    return Runs([], f"no forecast: {'; '.join(notes)}", False, False, ())
 
 
 def alike(runs: Sequence[Run], ask: Ask) -> list[Run]:
@@ -192,6 +206,17 @@ def task_key(run: Outcome | Ask) -> str:
     return f"{run.task}\n{run.task_fingerprint}"
 
 
+def name_on_record(record: Sequence[Run], ask: Ask) -> str:
+    """The name under which the very task that is asked about is on record; else its own.
+
+    The command line names a task after its folder and a script as it likes; images, prompts and
+    preprocessing tell that it is one.
+    """
+    prints = [run.outcome for run in record if run.outcome.task_fingerprint]
+    names = {o.task for o in prints if o.task_fingerprint == ask.task_fingerprint}
+    return names.pop() if len(names) == 1 else ask.task
+
+
 def _too_few(own: Sequence[Run]) -> str:
     if not own:
         return "no complete run of this model is on record"
@@ -202,7 +227,10 @@ def _too_few(own: Sequence[Run]) -> str:
             f"nothing of how tasks differ; runs on {MIN_TASKS} tasks are needed"
         )
     are = "is" if len(own) == 1 else "are"
-    return f"only {_count(own)} of this model {are} on record; {MIN_TASKS} are needed"
+    return (
+        f"only {_count(own)} of this model {are} on record; runs on {MIN_TASKS} tasks speak for "
+        "themselves"
+    )
 
 
 def _unseen(runs: Sequence[Run], ask: Ask) -> list[str]:

@@ -13,6 +13,7 @@ import numpy as np
 
 from ..storage.outcomes import Outcome
 from .candidates import MIN_TASKS, Floats, Question, Table
+from .pooling import Pooled
 from .records import Ask, Run, Runs, alike, n_tasks, task_key
 
 # Beyond the recorded range by this many half-ranges (at the least: the unit), nothing is said.
@@ -81,6 +82,23 @@ def tabulate(
         features,
     )
     return table, Question(ask.method, ask.model, asked), rows
+
+
+def with_pooled(
+    table: Table, question: Question, rows: list[Run], pooled: Pooled | None
+) -> tuple[Table, Question, list[Run]]:
+    """The same with the pooled forecast as a feature, where enough of the runs have one."""
+    known = [run for run in rows if pooled is not None and run in pooled.left_out]
+    if pooled is None or not _most(known, rows):
+        return table, question, rows
+    keep = np.array([run in pooled.left_out for run in rows])
+    features = {name: column[keep] for name, column in table.features.items()}
+    features["pooled"] = np.array([pooled.left_out[run] for run in known])
+    kept = Table(
+        table.tasks[keep], table.methods[keep], table.models[keep], table.target[keep], features
+    )
+    asked = {**question.features, "pooled": pooled.prediction.point}
+    return kept, replace(question, features=asked), known
 
 
 def beyond(

@@ -22,13 +22,15 @@ def load_base_rates() -> list[Outcome]:
     """Published fine-tunes of CLIP ViT-B/32, B/16 and L/14: full, LoRA and linearized LoRA.
 
     Of the eight tasks that were tested crosswise each outcome has the other seven as off-target
-    tasks; the twelve others (``"full"`` only) have none. Their `model_fingerprint` is
+    tasks; the twelve others (``"full"`` only) have none. Nine tasks have the published accuracy of
+    a linear probe on all training images beside them. Their `model_fingerprint` is
     ``"published:<model>"``, so none is taken for a run of your model.
 
     Returns:
         76 outcomes, all with a `source`.
     """
     data = json.loads((_FOLDER / "clip.json").read_text(encoding="utf-8"))
+    probes = json.loads((_FOLDER / "linear_probes.json").read_text(encoding="utf-8"))["models"]
     twenty = {
         table["model"]: dict(zip(table["columns"], table["pre_trained"], strict=True))
         for table in data["twenty_tasks"]
@@ -43,7 +45,7 @@ def load_base_rates() -> list[Outcome]:
             after = dict(zip(tasks, table["fine_tuned"][row], strict=True))
             task = data["task_names"][row]
             outcomes.append(
-                _outcome(data, table, task, dict(zip(tasks, before, strict=True)), after)
+                _outcome(data, probes, table, task, dict(zip(tasks, before, strict=True)), after)
             )
     crosswise = set(data["task_names"].values())
     for table in data["twenty_tasks"]:
@@ -51,12 +53,13 @@ def load_base_rates() -> list[Outcome]:
             table["columns"], table["pre_trained"], table["fine_tuned"], strict=True
         ):
             if task not in crosswise:
-                outcomes.append(_outcome(data, table, task, {task: before}, {task: after}))
+                outcomes.append(_outcome(data, probes, table, task, {task: before}, {task: after}))
     return outcomes
 
 
 def _outcome(
     data: dict[str, Any],
+    probes: dict[str, dict[str, float]],
     table: dict[str, Any],
     task: str,
     before: dict[str, float],
@@ -64,6 +67,7 @@ def _outcome(
 ) -> Outcome:
     from ...storage.outcomes import Outcome
 
+    probe = probes[table["model"]].get(task)
     return Outcome(
         model=table["model"],
         model_fingerprint=f"published:{table['model']}",
@@ -82,6 +86,7 @@ def _outcome(
         off_target_after={name: _fraction(v) for name, v in after.items() if name != task},
         recipe=dict(data["recipes"][table["recipe"]]),
         source=data["source"],
+        linear_probe_accuracy=None if probe is None else _fraction(probe),
     )
 
 

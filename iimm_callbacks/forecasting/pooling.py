@@ -1,0 +1,393 @@
+"""All runs there are, of any model and method -> how a new one ends, from the first run on.
+
+The forecast of a model's first run, and of the next few. It is a mixed model (see `mixed_model`):
+what differs between models, methods and tasks is an effect of each, shrunk by how little is known
+of it. Runs of other models are the prior, the model's own take over as they come.
+
+Gain rests on the linear probe. With zero-shot error ``e_0``, the probe's error ``e_p`` and "way"
+``e_0 - e_p``, a method that moves the towers ends near the probe: ``gain = way + q · e_p``, ``q``
+the share of the probe's error that long training removes besides (error ratio ``1 - q``): next to 0
+for a hundred steps, 0.4 to 0.5 for CLIP's published runs over 4,000 steps. A light method goes a
+share of the way, 0.5 ± 0.3 where nothing is known of it.
+
+The spreads below are set by hand: wide enough for the sample, for published runs, and for the
+conclusions on a third model that were at hand (see examples/study/RESULTS.md); how wide intervals
+are is then learnt from the model's own runs. They are *not* coefficients of any paper.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import special
+
+from .forecast import COVERAGE, Evidence, Prediction
+from .mixed_model import Effect, Floats, Rows, left_out, predict
+from .records import Ask, Run
+
+# They leave the towers' weight matrices as they are.
+LIGHT = frozenset(
+    ("bitfit", "clip_adapter", "ia3", "l_lora", "p_tuning", "prefix_tuning", "prompt_tuning")
+)
+_SHARE_OF_LIGHT = 0.5
+_DOF = 3  # of the intervals before any run of the model is on record
+
+_MOST_CELLS = 600
+_IMAGES = 2000  # of an accuracy, where their number is unknown
+# Training over this many images adds nothing to the probe; over so many, all of `q`.
+_SHORT, _LONG = 5_000, 128_000
+
+_GAIN = (
+    Effect("long_error", (), 0.5),
+    Effect("unknown_error", ("run",), 0.25),
+    Effect("error", ("model",), 0.08),
+    Effect("tower_way", ("model",), 0.05),
+    Effect("light_way", (), 0.3),
+    Effect("light_way", ("method",), 0.15),
+    Effect("light_way", ("model",), 0.15),
+    Effect("light_way", ("model", "method"), 0.1),
+    Effect("one", ("model",), 0.01),
+    Effect("probe_noise", ("model", "task"), 1.0),
+    Effect("size", ("task",), 0.4),
+    Effect("size", ("model", "task"), 0.6),
+    Effect("size", ("model", "task", "kind"), 0.4),
+    Effect("size", ("model", "task", "method"), 0.4),
+)
+_GAIN_WITHOUT_PROBE = (
+    Effect("zero_shot_error", (), 0.5),
+    Effect("zero_shot_error", ("method",), 0.2),
+    Effect("zero_shot_error", ("model",), 0.3),
+    Effect("one", ("model", "method"), 0.1),
+    Effect("zero_shot_error", ("model", "task"), 0.2),
+    Effect("one", ("model", "task", "method"), 0.05),
+)
+_LOSS = (
+    Effect("one", (), 0.05),
+    Effect("one", ("kind",), 0.02),
+    Effect("one", ("method",), 0.02),
+    Effect("one", ("model",), 0.04),
+    Effect("one", ("model", "method"), 0.02),
+    Effect("one", ("task",), 0.01),
+    Effect("one", ("model", "task"), 0.015),
+    Effect("one", ("model", "task", "method"), 0.015),
+)
+_LOSS_TO_COME = (
+    Effect("one", (), 0.02),
+    Effect("so_far", (), 0.5),
+    Effect("one", ("method",), 0.01),
+    Effect("so_far", ("method",), 0.2),
+    Effect("one", ("model",), 0.015),
+    Effect("so_far", ("model",), 0.2),
+    Effect("one", ("model", "task"), 0.01),
+    Effect("one", ("model", "task", "method"), 0.01),
+)
+_GAIN_TO_COME = (
+    *_LOSS_TO_COME[:-2],
+    Effect("to_go", (), 0.5),
+    Effect("to_go", ("kind",), 0.2),
+    Effect("to_go", ("model",), 0.3),
+    Effect("one", ("model", "task"), 0.03),
+    Effect("one", ("model", "task", "method"), 0.02),
+)
+# Whether it is of gain, whether a probe is known -> effects, and what the forecast rests on
+_EFFECTS: dict[tuple[bool, bool], tuple[tuple[Effect, ...], str]] = {
+    (True, True): (_GAIN, "linear probe, pooled"),
+    (True, False): (_GAIN_WITHOUT_PROBE, "zero-shot error, pooled"),
+    (False, False): (_LOSS, "mean, pooled"),
+}
+
+
+@dataclass(frozen=True)
+class Pooled:
+    """A forecast from the runs of many models.
+
+    Attributes:
+        prediction: Student-t.
+        evidence: What it rests on. Its errors are those on the model's own runs, each task left
+            out; without any, on the other models' runs, each model left out.
+        left_out: Run -> what would have been forecast for it without its task.
+    """
+
+    prediction: Prediction
+    evidence: Evidence
+    left_out: dict[Run, float]
+
+
+def before_training(
+    runs: Sequence[Run], ask: Ask, quantity: str, until: float = 1.0
+) -> Pooled | None:
+    """The forecast before training.
+
+    Args:
+        runs: On record, of any models and methods.
+        ask: The run that is asked about.
+        quantity: "gain", "forgetting" or "worst".
+        until: Share of the steps that is asked about; 1 is the end.
+
+    Returns:
+        `Pooled`; None where no run tells of the quantity.
+    """
+    probed = quantity == "gain" and math.isfinite(ask.linear_probe_accuracy)
+    rows = [run for run in runs if run.at(quantity, until) is not None]
+    if probed:
+        rows = [run for run in rows if run.outcome.linear_probe_accuracy is not None]
+    if not rows:
+        return None
+    effects, name = _EFFECTS[quantity == "gain", probed]
+    return _pool(rows, ask, effects, name, lambda run: _at(run, quantity, until))
+
+
+def during_training(
+    runs: Sequence[Run],
+    ask: Ask,
+    quantity: str,
+    share: float,
+    until: float,
+    seen: tuple[float, float],
+    prior: Prediction | None,
+    priors: Mapping[Run, float],
+) -> Pooled | None:
+    """The forecast from what was seen so far: a line that other models' runs taught, passed over.
+
+    Args:
+        runs: As `before_training`.
+        ask: As `before_training`.
+        quantity: As `before_training`.
+        until: As `before_training`.
+        share: Of the steps that are done.
+        seen: Value so far and its standard error.
+        prior: The forecast before training, of a gain.
+        priors: The same of each run, without its task.
+
+    Returns:
+        `Pooled`; None where no run was followed.
+    """
+    rows = [
+        run
+        for run in runs
+        if run.at(quantity, share) is not None and run.at(quantity, until) is not None
+    ]
+    gain = quantity == "gain" and prior is not None
+    if gain:
+        rows = [run for run in rows if run in priors]
+    if not rows:
+        return None
+    value, error = seen
+    effects = _GAIN_TO_COME if gain else _LOSS_TO_COME
+    noises = [n for run in rows if (n := run.noise_at(quantity, share)) is not None]
+    excess = max(error**2 - float(np.mean(np.square(noises))), 0.0) if noises else error**2
+
+    def more(run: Run | None) -> dict[str, float]:
+        so_far = value if run is None else _at(run, quantity, share)
+        expected = prior.point if run is None and prior else priors.get(run, 0.0) if run else 0.0
+        return {"so_far": so_far, "to_go": expected - so_far if gain else 0.0}
+
+    def to_come(run: Run) -> float:
+        return _at(run, quantity, until) - _at(run, quantity, share)
+
+    found = _pool(rows, ask, effects, "what was seen so far, pooled", to_come, more)
+    p = found.prediction
+    return Pooled(
+        Prediction(value + p.point, math.hypot(p.scale, math.sqrt(excess)), p.dof),
+        found.evidence,
+        {},
+    )
+
+
+def bounded(prediction: Prediction, ask: Ask, quantity: str) -> Prediction:
+    """The prediction within what accuracies can do: none leaves [0, 1].
+
+    Args:
+        prediction: Of the quantity.
+        ask: The run, with its zero-shot accuracies.
+        quantity: "gain", "forgetting" or "worst".
+    """
+    before = ask.off_target_accuracies
+    if quantity == "gain":
+        least, most = -ask.zero_shot_accuracy, 1 - ask.zero_shot_accuracy
+    elif not before:
+        least, most = -1.0, 1.0
+    elif quantity == "worst":
+        least, most = min(before) - 1, max(before)
+    else:
+        least, most = _mean(before) - 1, _mean(before)
+    point = min(max(prediction.point, least), most)
+    return replace(prediction, point=point, least=least, most=most)
+
+
+def _pool(
+    runs: Sequence[Run],
+    ask: Ask,
+    effects: Sequence[Effect],
+    name: str,
+    target: Callable[[Run], float],
+    more: Callable[[Run | None], dict[str, float]] | None = None,
+) -> Pooled:
+    cells = _cells(runs, ask)
+    known = _rows([_describe(cell, target, more) for cell in cells])
+    asked = _rows([_describe_ask(ask, more)])
+    expected, asked_expected = np.zeros(len(known)), 0.0
+    if effects is _GAIN:
+        expected, asked_expected = known.numbers["way"], float(asked.numbers["way"][0])
+        known = replace(known, target=known.target - expected)
+    point, scale = (float(found[0]) for found in predict(known, asked, effects))
+    whole = np.ones(len(cells), bool)
+    points, scales = left_out(known, effects, whole, "task")
+    start = 1.0
+    if more is not None:  # a line of other models: as good as it was on them
+        start = float(_by_task(known, points, scales, whole).mean())
+    own = known.groups["model"] == ask.model
+    surprises = _by_task(known, points, scales, own)
+    dof = _DOF + len(surprises)
+    factor = math.sqrt((_DOF * start + surprises.sum()) / dof)
+    found = {run: float(points[i] + expected[i]) for i, cell in enumerate(cells) for run in cell}
+    if own.any():
+        judged = own
+    else:
+        judged = whole
+        points, scales = left_out(known, effects, whole, "model")
+    misses = np.abs(known.target - points)[judged]
+    reach = float(special.stdtrit(dof, (1 + COVERAGE) / 2)) * factor * scales[judged]
+    evidence = Evidence(
+        {name: 1.0},
+        sum(len(cell) for cell, counts in zip(cells, judged, strict=True) if counts),
+        len(set(known.groups["task"][judged].tolist())),
+        float(misses.mean()),
+        None,
+        None,
+        float((misses <= reach).mean()),
+    )
+    return Pooled(Prediction(asked_expected + point, scale * factor, dof), evidence, found)
+
+
+def _by_task(known: Rows, points: Floats, scales: Floats, rows: NDArray[np.bool_]) -> Floats:
+    """[T] mean squared miss of each task, in units of what was expected."""
+    squares, tasks = ((known.target - points) / scales) ** 2, known.groups["task"]
+    return np.array([squares[rows & (tasks == t)].mean() for t in sorted(set(tasks[rows]))])
+
+
+def _cells(runs: Sequence[Run], ask: Ask) -> list[list[Run]]:
+    """Runs that differ in nothing but seed and learning rate together, the most relevant first."""
+    cells: dict[tuple[object, ...], list[Run]] = {}
+    for run in runs:
+        o = run.outcome
+        key = (o.model_fingerprint, o.task, o.method, o.recipe.get("steps"))
+        cells.setdefault(key, []).append(run)
+    ranked = sorted(
+        cells.values(),
+        key=lambda cell: (
+            cell[0].outcome.model_fingerprint != ask.model,
+            cell[0].outcome.method != ask.method,
+        ),
+    )
+    return ranked[:_MOST_CELLS]
+
+
+def _describe(
+    cell: Sequence[Run],
+    target: Callable[[Run], float],
+    more: Callable[[Run | None], dict[str, float]] | None,
+) -> dict[str, float | str]:
+    o = cell[0].outcome
+    row = _facts(
+        o.model_fingerprint, o.method, o.task,
+        _mean([run.outcome.zero_shot_accuracy for run in cell]),
+        o.linear_probe_accuracy, o.linear_probe_standard_error, _seen(o.recipe, bool(o.source)),
+        n_images=o.n_images, n_runs=len(cell),
+    )  # fmt: skip
+    if more is not None:
+        described = [more(run) for run in cell]
+        row |= {name: _mean([d[name] for d in described]) for name in described[0]}
+    row["target"] = _mean([target(run) for run in cell])
+    return row
+
+
+def _describe_ask(
+    ask: Ask, more: Callable[[Run | None], dict[str, float]] | None
+) -> dict[str, float | str]:
+    probe = ask.linear_probe_accuracy
+    row = _facts(
+        ask.model, ask.method, ask.task or "\n", ask.zero_shot_accuracy,
+        probe if math.isfinite(probe) else None, ask.linear_probe_standard_error,
+        _seen(ask.recipe, False), n_images=ask.n_images or None, n_runs=1,
+    )  # fmt: skip
+    if more is not None:
+        row |= more(None)
+    return row | {"target": math.nan}
+
+
+def _facts(
+    model: str,
+    method: str,
+    task: str,
+    zero_shot: float,
+    probe: float | None,
+    probe_error: float | None,
+    seen: float | None,
+    *,
+    n_images: int | None,
+    n_runs: int,
+) -> dict[str, float | str]:
+    """A row of the mixed model but for its target."""
+    light = method in LIGHT
+    error = 1 - (zero_shot if probe is None else probe)
+    way = 1 - zero_shot - error
+    share = 0.5 if seen is None else _budget(seen)
+    return {
+        "model": model,
+        "method": method,
+        "task": task,
+        "kind": "light" if light else "tower",
+        "run": f"{model}\n{method}\n{task}",
+        "one": 1.0,
+        "zero_shot_error": 1 - zero_shot,
+        "error": error,
+        "long_error": share * error,
+        "unknown_error": error if seen is None else 0.0,
+        "tower_way": 0.0 if light else way,
+        "light_way": way if light else 0.0,
+        "probe_noise": (probe_error or 0.0) * (_SHARE_OF_LIGHT if light else 1.0),
+        # What tasks differ by: the more, the further there is to go.
+        "size": math.sqrt(0.005**2 + (0.15 * error) ** 2 + (0.1 * max(way, 0.0)) ** 2),
+        "way": way * (_SHARE_OF_LIGHT if light else 1.0),
+        "noise": 0.4 / math.sqrt((n_images or _IMAGES) * n_runs),
+    }
+
+
+def _rows(facts: Sequence[Mapping[str, float | str]]) -> Rows:
+    names = list(facts[0]) if facts else []
+    words = ("model", "method", "task", "kind", "run")
+    numbers = {n: np.array([f[n] for f in facts], dtype=float) for n in names if n not in words}
+    groups = {n: np.array([f[n] for f in facts], dtype=str) for n in names if n in words}
+    return Rows(numbers, groups, numbers.pop("target"))
+
+
+def _seen(recipe: Mapping[str, object], published: bool) -> float | None:
+    """Images that training shows, repetitions counted; None where it is not known.
+
+    Published runs whose budget is not stated are taken for as long as the others of their source.
+    """
+    steps, batch = recipe.get("steps"), recipe.get("batch_size", 32)
+    if isinstance(steps, int | float) and isinstance(batch, int | float) and steps > 0 < batch:
+        return float(steps * batch)
+    return float(_LONG) if published else None
+
+
+def _budget(seen: float) -> float:
+    """0 for a short training, 1 for one as long as the published ones."""
+    share = math.log(max(seen, 1.0) / _SHORT) / math.log(_LONG / _SHORT)
+    return min(max(share, 0.0), 1.3)
+
+
+def _at(run: Run, quantity: str, share: float) -> float:
+    value = run.at(quantity, share)
+    assert value is not None  # the callers have looked
+    return value
+
+
+def _mean(values: Sequence[float]) -> float:
+    return float(np.mean(values))
