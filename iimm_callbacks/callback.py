@@ -103,6 +103,10 @@ class IIMMCallback(TrainerCallback):  # type: ignore[misc]  # transformers is un
         encode: ``(encode_images, encode_texts)`` for a model without feature functions.
         batch_size: Images in one forward pass of the probe; halved where memory does not suffice.
         cache_limit: Bytes of preprocessed probe images kept in memory, on each rank.
+        train: What the run trains on, for the linear probe that the forecast of the gain rests on:
+            a `Task` or a data set that one can be made of; ``"auto"``: the Trainer's, where its
+            images and labels can be read as the task's are; ``None``: the probe is cross-validated
+            on the task's own probe images.
         strict: Raise when a look during training fails, or `action`, a tracker or the terminal
             raises; otherwise that costs one warning each, never the run.
         verbose: Print the tables.
@@ -140,6 +144,7 @@ class IIMMCallback(TrainerCallback):  # type: ignore[misc]  # transformers is un
         encode: EncodePair | None = None,
         batch_size: int = 64,
         cache_limit: int = 2**31,
+        train: Any = "auto",
         strict: bool = False,
         verbose: bool = True,
     ) -> None:
@@ -186,6 +191,7 @@ class IIMMCallback(TrainerCallback):  # type: ignore[misc]  # transformers is un
         self.encode = encode
         self.batch_size = batch_size
         self.cache_limit = cache_limit
+        self.train = train
         self.strict = strict
         self.verbose = verbose
         self.monitor: IIMMMonitor | None = None
@@ -220,6 +226,8 @@ class IIMMCallback(TrainerCallback):  # type: ignore[misc]  # transformers is un
         kept = self._rescuer if first_try is not None else None
         self.monitor = self._rescuer = None  # should the model not be measurable
         monitor = self._new_monitor(args, state, kwargs.get("processing_class"))
+        if isinstance(self.train, str) and self.train == "auto":
+            monitor.probe.train = host.training_set(kwargs.get("train_dataloader"))
         if first_try is not None:
             monitor.try_again(first_try)
         rescuer = self._new_rescuer(args)
@@ -389,6 +397,7 @@ class IIMMCallback(TrainerCallback):  # type: ignore[misc]  # transformers is un
             progress=self.verbose and state.is_world_process_zero,
             autocast_dtype=host.autocast_dtype(args),
             strict=self.strict,
+            train=None if isinstance(self.train, str) and self.train == "auto" else self.train,
         )
 
     def _hold_if_stopped(self, args: TrainingArguments, state: TrainerState, model: Any) -> None:
@@ -479,7 +488,9 @@ class IIMMCallback(TrainerCallback):  # type: ignore[misc]  # transformers is un
         monitor = self.monitor
         assert monitor is not None
         looks, alarm = len(monitor.history), monitor.alarm
-        verdict = monitor.check(model, self._step(state), state.max_steps)
+        losses = [row["loss"] for row in state.log_history if "loss" in row]
+        loss = losses[-1] if losses else None
+        verdict = monitor.check(model, self._step(state), state.max_steps, loss)
         if len(monitor.history) > looks:
             self._show(state, lambda: report.look_line(monitor.history[-1]))
             self._emit(state, control, monitor.row())

@@ -199,7 +199,7 @@ def _scores(record: Mapping[str, Any]) -> Iterator[tuple[str, float, float | Non
 
 def _facts(record: Mapping[str, Any], first: Any, last: Any) -> Iterator[str]:
     forecast = record["forecast"] or {}
-    predicted = {} if forecast.get("base_rate") else forecast
+    predicted = forecast
     rescue = mixed(record)
     if rescue is not None:
         held = rescue["held_out"]

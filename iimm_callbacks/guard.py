@@ -88,7 +88,8 @@ def judge(forecast: Forecast | None, observed: Forgetting | None, limits: Limits
     warns. It stops from ``limits.confidence`` on, but for the forecast's sake not before the limit
     is likely to be exceeded at the *next look*, where that is known: until then there is something
     to be gained within the limit. An observed drop within its own sampling error raises no alarm,
-    whatever the limit, and published base rates judge nobody's run.
+    whatever the limit. A forecast that is borrowed from other models' runs may warn before the
+    first look in training; it stops no run there.
 
     Args:
         forecast: Of the end of the run; ``None`` or absent where there is none.
@@ -103,7 +104,8 @@ def judge(forecast: Forecast | None, observed: Forgetting | None, limits: Limits
         return Verdict("continue", None, "no limit set")
     quantity = "forgetting" if limits.limit_on == "mean" else "worst"
     candidates: list[tuple[float, str, bool]] = []
-    if forecast is not None and not forecast.base_rate:
+    borrowed = observed is None and forecast is not None and forecast.base_rate
+    if forecast is not None:
         predicted: Prediction | None = getattr(forecast, quantity)
         if predicted is not None:
             text = (
@@ -112,6 +114,9 @@ def judge(forecast: Forecast | None, observed: Forgetting | None, limits: Limits
             )
             coming = forecast.next_look.get(quantity)
             now = coming is None or coming.probability_above(limit) > _NEXT_LOOK
+            if forecast.base_rate:
+                text = f"borrowed {text}"
+                now = now and not borrowed
             candidates.append((predicted.probability_above(limit), text, now))
     if observed is not None:
         drop = observed.mean if limits.limit_on == "mean" else observed.worst
@@ -132,7 +137,8 @@ def judge(forecast: Forecast | None, observed: Forgetting | None, limits: Limits
         level = "stop"
         probability, text, _ = max(stopping)
     elif level == "warn" and probability >= limits.confidence:
-        text = f"{text}, not yet at the next look"
+        why = "not yet seen in this run" if borrowed else "not yet at the next look"
+        text = f"{text}, {why}"
     return Verdict(
         level,
         probability,
@@ -151,7 +157,7 @@ def recommend(forecasts: Mapping[str, Forecast], limits: Limits) -> str | None:
 
     Returns:
         The method; None where no method has a forecast of gain, or none is more likely to stay
-        within the limit than not. Forecasts from base rates are not told apart here.
+        within the limit than not. Borrowed forecasts are not told apart.
     """
     gains = {}
     for method, forecast in forecasts.items():

@@ -16,6 +16,8 @@ from transformers import (
     TrainingArguments,
 )
 
+from .probing.learnable import TrainingSet
+
 
 def find_trainer() -> Trainer | None:
     """The Trainer that is calling, found on the call stack: no hook is handed it."""
@@ -131,6 +133,12 @@ def recipe(args: TrainingArguments, state: TrainerState) -> dict[str, Any]:
         "batch_size": batch_size * args.gradient_accumulation_steps * args.world_size,
         "seed": args.seed,
     }
+
+
+def training_set(loader: Any) -> TrainingSet | None:
+    """The data set behind the Trainer's data loader, as the guard finds it; None without one."""
+    data = getattr(loader, "dataset", None)
+    return None if data is None else TrainingSet(data, given=False)
 
 
 def _name(choice: Any) -> str:

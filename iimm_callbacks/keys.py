@@ -17,6 +17,8 @@ PREFIX = "eval_iimm"
 INTER = f"{PREFIX}_inter"
 INTRA = f"{PREFIX}_intra"
 STANDARD_ERROR = f"{PREFIX}_se"
+LINEAR_PROBE = f"{PREFIX}_linear_probe_accuracy"
+LINEAR_PROBE_ERROR = f"{PREFIX}_linear_probe_se"
 ACCURACY = f"{PREFIX}_accuracy"
 WORST = f"{PREFIX}_forgetting_worst"
 EXCEED = f"{PREFIX}_exceed_probability"
@@ -66,11 +68,13 @@ def look_row(
     }
     if not math.isnan(m.standard_error):
         row[STANDARD_ERROR] = m.standard_error
+    if look.learnable is not None and look.learnable.probe is not None:
+        row[LINEAR_PROBE] = look.learnable.probe.accuracy
+        row[LINEAR_PROBE_ERROR] = look.learnable.probe.standard_error
     if off_target:
         row[observed_key("forgetting")] = observed.mean.value if observed else 0.0
         row[WORST] = observed.worst.value if observed else 0.0
-    if not forecast.base_rate:  # a tracker would show it without that label
-        row |= _interval("gain", forecast.gain) | _interval("forgetting", forecast.forgetting)
+    row |= _interval("gain", forecast.gain) | _interval("forgetting", forecast.forgetting)
     if verdict.exceed_probability is not None:
         row[EXCEED] = verdict.exceed_probability
     return row | {accuracy_key(name): look.accuracy(name) for name in off_target}
@@ -102,7 +106,9 @@ def _trajectory_row(row: dict[str, Any]) -> dict[str, float]:
     kept = {n: observed_key(n) for n in ("gain", "forgetting")} | {"worst": WORST}
     values = {k: row[key] for k, key in kept.items() if key in row}
     errors = {f"{k}_se": row["standard_errors"][k] for k in values if k in row["standard_errors"]}
-    return {"share": row["share"]} | values | errors
+    known = {"iimm": PREFIX, "training_loss": "training_loss"}
+    beside = {name: row[key] for name, key in known.items() if key in row}
+    return {"share": row["share"]} | values | errors | beside
 
 
 def _interval(name: str, prediction: Prediction | None) -> dict[str, float]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
 import uuid
 from collections.abc import Iterable, Mapping, Sequence
@@ -24,6 +25,7 @@ from .guard import Limits, Verdict
 from .judging import Judged, judge_first, judge_look
 from .models.encoders import EncodePair
 from .models.tuning import detect, trainable_share
+from .probing.learnable import TrainingSet
 from .probing.probe import Probe
 from .rescue.rescuer import Rescuer, is_exceeded
 from .rescue.sweep import Rescue
@@ -79,6 +81,9 @@ class IIMMMonitor:
         progress: See `Probe`.
         autocast_dtype: See `Probe.look`.
         strict: Raise when a look fails; otherwise warn once and let the run go on.
+        train: What the run trains on, a `Task` or a data set that one can be made of: the linear
+            probe that the forecast of the gain rests on learns from a sample of it. ``None``: it is
+            cross-validated on the task's own probe images.
 
     Attributes:
         verdict: The latest `Verdict`.
@@ -111,6 +116,7 @@ class IIMMMonitor:
         progress: bool = True,
         autocast_dtype: torch.dtype | None = None,
         strict: bool = False,
+        train: Any = None,
     ) -> None:
         if off_target is None:
             from .sample import canaries
@@ -131,6 +137,7 @@ class IIMMMonitor:
             batch_size=batch_size,
             cache_limit=cache_limit,
             progress=progress,
+            train=None if train is None else TrainingSet(train),
         )
         self.limits = limits or Limits()
         self.every = every
@@ -256,7 +263,13 @@ class IIMMMonitor:
             return False
         return True
 
-    def check(self, model: nn.Module, step: int, total_steps: int) -> Verdict:
+    def check(
+        self,
+        model: nn.Module,
+        step: int,
+        total_steps: int,
+        training_loss: float | None = None,
+    ) -> Verdict:
         """Look at the model in training and judge it.
 
         A look that fails on any rank leaves verdict and history as they were on all of them, and
@@ -266,6 +279,7 @@ class IIMMMonitor:
             model: The model as it trains.
             step: Optimizer steps done.
             total_steps: Of the whole training.
+            training_loss: The latest, where it is known; it goes on record.
 
         Returns:
             The verdict.
@@ -296,6 +310,8 @@ class IIMMMonitor:
             self._failure = error
             self._warn(step, error)
         else:
+            if training_loss is not None and math.isfinite(training_loss):
+                judged.row["training_loss"] = float(training_loss)
             self._note(journal, judged)
         self._budget.took(time.perf_counter() - started)
         self._keep("interrupted")
@@ -408,6 +424,7 @@ class IIMMMonitor:
             "templates": {task.name: list(task.templates) for task in tasks},
             "metrics": {task.name: task.metric.name for task in tasks if task.metric},
             "limits": asdict(self.limits),
+            "linear_probe": journal.linear_probe if journal else None,
             "forecast": self._prior.to_json() if self._prior else None,
             "failures": self.failures,
             "looks_dropped": journal.dropped if journal else 0,
@@ -454,7 +471,7 @@ class IIMMMonitor:
         before = untouched if isinstance(untouched, nn.Module) else model
         inside = untouched if isinstance(untouched, AbstractContextManager) else nullcontext()
         with inside:
-            look = self.probe.look(before, 0, self.autocast_dtype)
+            look = self.probe.look(before, 0, self.autocast_dtype, linear_probe=True)
         tasks = [self.probe.task, *self.probe.off_target]
         metrics = {task.name: task.metric.name for task in tasks if task.metric}
         recipe = {"trainable_share": trainable_share(model)}

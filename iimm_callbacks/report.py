@@ -56,10 +56,13 @@ def preflight_table(record: dict[str, Any]) -> str:
         value = percent(row[keys.accuracy_key(name)])
         table.add_row("" if score == above else score, value, f"{name} (off-target)")
         above = score
+    if (probe := record.get("linear_probe")) is not None and probe["accuracy"] is not None:
+        spread = f" ± {100 * probe['standard_error']:.1f}"
+        table.add_row("linear probe", f"{percent(probe['accuracy'])}{spread}", probe["note"])
     trainable = f"{100 * record['recipe']['trainable_share']:.3g} %"
     table.add_row("trainable", trainable, f"of the parameters, method {record['method']!r}")
     forecast = record["forecast"]
-    label = "base rate" if forecast["base_rate"] else "forecast"
+    label = "borrowed forecast" if forecast["base_rate"] else "forecast"
     for name in ("gain", "forgetting"):
         meaning = "points at the end, 90 % interval" if name in forecast else ""
         table.add_row(f"{name} {label}", interval(forecast.get(name)), meaning)
@@ -131,15 +134,14 @@ def summary_table(record: dict[str, Any]) -> str:
     for column in ("in points", "predicted before training", "observed"):
         table.add_column(column, justify="left" if column == "in points" else "right")
     forecast = record["forecast"]
-    predicted = {} if forecast["base_rate"] else forecast
     metrics = record.get("metrics", {})
     gain, own = points(last[keys.observed_key("gain")]), own_metric(metrics, record["task"])
-    table.add_row(f"gain{own}", interval(predicted.get("gain")), gain)
+    table.add_row(f"gain{own}", interval(forecast.get("gain")), gain)
     if record["off_target"]:
         mean = points(last[keys.observed_key("forgetting")])
         worst = points(last[keys.WORST])
-        table.add_row("forgetting, mean", interval(predicted.get("forgetting")), mean)
-        table.add_row("forgetting, worst", interval(predicted.get("worst")), worst)
+        table.add_row("forgetting, mean", interval(forecast.get("forgetting")), mean)
+        table.add_row("forgetting, worst", interval(forecast.get("worst")), worst)
     for name in record["off_target"]:
         key = keys.accuracy_key(name)
         change = f"{percent(first[key])} -> {percent(last[key])}"

@@ -280,10 +280,11 @@ LIMITS = Limits(0.05)
 @pytest.mark.parametrize(
     ("predicted", "seen", "level", "says"),
     [
-        # Base rates judge nobody's run, what is observed does.
-        (forecast(0.9, base_rate=True), None, "continue", "nothing to judge by yet"),
-        (forecast(0.9, base_rate=True), observed(0.0), "continue", "observed mean"),
-        (forecast(0.9, base_rate=True), observed(0.2), "stop", "observed mean"),
+        # What is borrowed warns, and stops no run before the first look at it.
+        (forecast(0.9, base_rate=True), None, "warn", "not yet seen in this run"),
+        (forecast(0.0, base_rate=True), None, "continue", "borrowed forecast mean"),
+        (forecast(0.9, base_rate=True), observed(0.0), "stop", "borrowed forecast mean"),
+        (forecast(0.0, base_rate=True), observed(0.2), "stop", "observed mean"),
         # The end is over the limit: it stops once the next look likely is, too.
         (forecast(0.2), None, "stop", "forecast mean"),
         (forecast(0.2, coming=0.051), None, "stop", "forecast mean"),

@@ -11,14 +11,16 @@ from typing import Annotated, Any
 
 import typer
 
+from ..data.training import SAMPLE_SIZE
 from ..forecasting.forecast import Forecast
 from ..forecasting.forecaster import Forecaster
 from ..guard import Limits, judge, recommend
 from ..models.wrappers import model_fingerprint
+from ..probing.learnable import TrainingSet
 from ..probing.probe import Probe
 from ..storage.outcomes import Outcome
 from . import demo, doctor, outcomes, rescuing, runs, tables
-from .loading import SAMPLE, load_model, load_task
+from .loading import SAMPLE, load_model, load_task, load_training
 from .options import LimitOn, Reading
 from .outcomes import Store, read_record
 from .shell import Answer, Commands, command
@@ -51,6 +53,10 @@ class Subject(Reading):
         typer.Argument(help="Hub name, folder, sample, open_clip:NAME:TAG", metavar="MODEL"),
     ]
     dataset: Annotated[str, typer.Argument(help="Hub name, folder, sample:NAME", metavar="DATASET")]
+    train: Annotated[
+        str | None,
+        typer.Option(help="Training data, as DATASET, for the linear probe"),
+    ] = None
 
 
 @dataclass(frozen=True)
@@ -120,10 +126,7 @@ def forecast(
 ) -> Answer:
     """Measure IIMM, forecast gain and forgetting."""
     measured = _measure(subject, plan, method or METHODS, store)
-    # Published figures of other models choose only where there is nothing else.
-    forecasts = {m: f for m, f in measured.forecasts.items() if f.gain is not None}
-    own = {m: f for m, f in forecasts.items() if not f.base_rate}
-    data = measured.data | {"recommended": recommend(own or forecasts, plan.limits())}
+    data = measured.data | {"recommended": recommend(measured.forecasts, plan.limits())}
     return Answer(data, f"{tables.measured(data)}\n{tables.forecasts(data)}")
 
 
@@ -144,11 +147,11 @@ def preflight(
     measured = _measure(subject, plan, [method], store)
     expected = measured.forecasts[method]
     verdict = judge(expected, None, plan.limits())
-    if require_forecast and verdict.exceed_probability is None:
-        why = f"only base rates: {expected.basis}" if expected.base_rate else expected.basis
+    if require_forecast and (expected.base_rate or verdict.exceed_probability is None):
+        why = f"borrowed: {expected.basis}" if expected.base_rate else expected.basis
         raise ValueError(
-            f"`--require-forecast` needs runs on record to judge by, got none ({why}); add some, "
-            "or leave it out"
+            "`--require-forecast` needs runs of this model on record to judge by, got none "
+            f"({why}); add some, or leave it out"
         )
     go = verdict.level != "stop"
     data = measured.data | {"verdict": asdict(verdict), "go": go}
@@ -216,8 +219,29 @@ def _measure(
         seed=subject.seed,
     )
     model, processor = load_model(subject.model, processor=subject.processor, device=subject.device)
-    probe = Probe(task, processor=processor, batch_size=subject.batch_size)
-    look = probe.look(model, 0)
+    train = None
+    if subject.train is not None:
+        train = load_training(
+            subject.train,
+            task_name=task.name,
+            templates=subject.template,
+            image_column=subject.image_column,
+            label_column=subject.label_column,
+            probe_size=SAMPLE_SIZE,
+            seed=subject.seed,
+        )
+    probe = Probe(
+        task,
+        processor=processor,
+        batch_size=subject.batch_size,
+        train=None if train is None else TrainingSet(train),
+    )
+    look = probe.look(model, 0, linear_probe=True)
+    learnable = look.learnable
+    assert learnable is not None  # it was asked for
+    accuracy = error = None
+    if learnable.probe is not None:
+        accuracy, error = learnable.probe.at(learnable.n_train)
     about: dict[str, Any] = {
         "zero_shot_accuracy": look.accuracy(task.name),
         "model": model_fingerprint(model),
@@ -232,9 +256,14 @@ def _measure(
         "templates": list(task.templates),
         **{name: about[name] for name in ("task", "task_fingerprint", "zero_shot_accuracy")},
         **asdict(look.measurement),
+        "linear_probe_accuracy": accuracy,
+        "linear_probe_standard_error": error,
+        "linear_probe_note": learnable.note,
     }
     if plan is None:
         return _Measured(data, {})
+    about |= {"linear_probe_accuracy": accuracy, "linear_probe_standard_error": error}
+    about |= {"n_train": learnable.n_train}
     about |= {"recipe": plan.recipe(), "off_target": plan.off_target or ()}
     forecaster = Forecaster().fit(record)
     forecasts = {

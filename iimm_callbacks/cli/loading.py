@@ -123,6 +123,24 @@ def load_task(
     return Task(task_name or own, dataset, templates=templates or None, **settings), split
 
 
+def load_training(name: str, **settings: Any) -> Task:
+    """The task in a training set of this name: its split "train", or its only one.
+
+    Args:
+        name: As in `load_task`.
+        settings: As `load_task`, without a split.
+
+    Raises:
+        ValueError: As `load_task`; the error names ``--train``.
+    """
+    try:
+        return load_task(name, split="train", argument="--train", **settings)[0]
+    except ValueError:
+        if name.startswith(_SHIPPED):
+            raise
+        return load_task(name, argument="--train", **settings)[0]
+
+
 def load_recorded(source: str) -> list[Outcome]:
     """The outcomes in a JSON-lines file, a folder of `save_to_disk` or a data set on the Hub.
 

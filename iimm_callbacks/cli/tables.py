@@ -34,7 +34,14 @@ def measured(data: dict[str, Any]) -> str:
     split = f", split {data['split']}" if data["split"] else ""
     accuracy = percent(data["zero_shot_accuracy"])
     table.add_row("zero-shot accuracy", accuracy, f"{data['dataset']}{split}")
+    probe = data["linear_probe_accuracy"]
+    value = "none" if probe is None else f"{percent(probe)} ± {_error(data)}"
+    table.add_row("linear probe", value, data["linear_probe_note"])
     return page(table)
+
+
+def _error(data: dict[str, Any]) -> str:
+    return f"{100 * data['linear_probe_standard_error']:.1f}"
 
 
 def forecasts(data: dict[str, Any]) -> str:
@@ -73,8 +80,7 @@ def verdict(data: dict[str, Any]) -> str:
     go = "go" if data["go"] else "no go"
     if found["exceed_probability"] is None:
         (row,) = data["forecasts"].values()
-        why = "base rates of other models judge nobody's run" if row["base_rate"] else row["basis"]
-        return page(f"Verdict: {go}, as there is nothing to judge by ({why}).")
+        return page(f"Verdict: {go}, as there is nothing to judge by ({row['basis']}).")
     return page(f"Verdict: {go} ({found['level']}): {found['reason']}.")
 
 
@@ -188,7 +194,7 @@ def _choice(data: dict[str, Any], names: dict[str, str], limit: str) -> str:
 
 
 def _named(method: str, row: dict[str, Any]) -> str:
-    return f"{method} (base rate)" if row["base_rate"] else method
+    return f"{method} (borrowed)" if row["base_rate"] else method
 
 
 def _or_nothing(fraction: float | None) -> str:

@@ -75,6 +75,7 @@ class Task:
         templates: Tuple of templates.
         is_captions: Whether images carry captions instead of labels.
         metric: A `metrics.RecallAt` or `metrics.Metric`; ``None``: zero-shot accuracy.
+        columns: `image_column` and `label_column` as given.
 
     Raises:
         TypeError: `name`, `dataset`, `templates`, `class_names`, `metric`, `metric_kwargs` or a
@@ -121,6 +122,7 @@ class Task:
         self.dataset = dataset
         self.probe_size = probe_size
         self.seed = seed
+        self.columns = image_column, label_column
         given = None if templates is None else _given_templates(name, templates)
         self._source = open_source(
             name,

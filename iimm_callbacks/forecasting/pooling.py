@@ -229,7 +229,7 @@ def _pool(
 ) -> Pooled:
     cells = _cells(runs, ask)
     known = _rows([_describe(cell, target, more) for cell in cells])
-    asked = _rows([_describe_ask(ask, more)])
+    asked = _rows([_describe_ask(ask, cells, more)])
     expected, asked_expected = np.zeros(len(known)), 0.0
     if effects is _GAIN:
         expected, asked_expected = known.numbers["way"], float(asked.numbers["way"][0])
@@ -307,13 +307,20 @@ def _describe(
 
 
 def _describe_ask(
-    ask: Ask, more: Callable[[Run | None], dict[str, float]] | None
+    ask: Ask,
+    cells: Sequence[Sequence[Run]],
+    more: Callable[[Run | None], dict[str, float]] | None,
 ) -> dict[str, float | str]:
-    probe = ask.linear_probe_accuracy
+    probe, seen = ask.linear_probe_accuracy, _seen(ask.recipe, False)
+    if seen is None:  # as long as the model was trained before
+        own = [run.outcome for cell in cells for run in cell]
+        past = [_seen(o.recipe, False) for o in own if o.model_fingerprint == ask.model]
+        known = [number for number in past if number is not None]
+        seen = float(np.median(known)) if known else None
     row = _facts(
         ask.model, ask.method, ask.task or "\n", ask.zero_shot_accuracy,
         probe if math.isfinite(probe) else None, ask.linear_probe_standard_error,
-        _seen(ask.recipe, False), n_images=ask.n_images or None, n_runs=1,
+        seen, n_images=ask.n_images or None, n_runs=1,
     )  # fmt: skip
     if more is not None:
         row |= more(None)

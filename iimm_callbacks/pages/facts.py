@@ -56,7 +56,7 @@ def state(record: dict[str, Any]) -> str:
 def headline(record: dict[str, Any]) -> list[dict[str, str]]:
     """The few numbers to see first: each a name, a value and a note."""
     last, forecast = record["looks"][-1], record["forecast"]
-    label = "base rate" if forecast["base_rate"] else "forecast before training"
+    label = "borrowed forecast" if forecast["base_rate"] else "forecast before training"
     found = []
     for name, words in QUANTITIES.items():
         if observed(last, name) is None:
@@ -85,8 +85,6 @@ def predicted_and_observed(record: dict[str, Any]) -> list[dict[str, str]]:
 def _agree(record: dict[str, Any], predicted: dict[str, float] | None, value: float) -> str:
     if predicted is None:
         return "nothing was forecast"
-    if record["forecast"]["base_rate"]:
-        return "base rates of other models are no forecast of this run"
     if not is_complete(record):
         return "does not compare: the forecast is of the last planned step"
     if predicted["low"] <= value <= predicted["high"]:

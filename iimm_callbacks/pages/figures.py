@@ -110,12 +110,7 @@ def _outcome_caption(record: dict[str, Any], name: str, forecast: bool) -> str:
         "forgetting": f"Mean drop of {others} over the off-target tasks; above 0 is loss.",
     }[name]
     if not forecast:
-        why = (
-            "only base rates, which forecast nobody's run"
-            if record["forecast"]["base_rate"]
-            else ""
-        )
-        return f"{what} There is no forecast of it{f': {why}' if why else ''}."
+        return f"{what} There is no forecast of it."
     return (
         f"{what} The dashed line is what, at each look, was forecast for the last planned step; in "
         "9 of 10 runs that should end inside the band."

@@ -157,7 +157,7 @@ def _mark(axis: Any, record: dict[str, Any], name: str) -> str:
     first, last = record["looks"][0], record["looks"][-1]
     x, said = first[keys.PREFIX], [f"This run has IIMM {first[keys.PREFIX]:.3f}"]
     predicted = record["forecast"].get(name)
-    if predicted is not None and not record["forecast"]["base_rate"]:
+    if predicted is not None:
         low, middle, high = in_points([predicted[k] for k in ("low", "point", "high")])
         axis.errorbar(
             [x], [middle], [[max(middle - low, 0)], [max(high - middle, 0)]], fmt="s", ms=7,

@@ -10,7 +10,9 @@ import numpy as np
 
 from ..accuracy import Score
 from ..measure import Measurement
+from ..probe_accuracy import LinearProbe
 from ..storage import checks
+from .learnable import Learnable
 
 
 @dataclass(frozen=True)
@@ -25,6 +27,7 @@ class Look:
             comes first, then the off-target tasks.
         runtime: Wall time of the probe without the first preprocessing, seconds.
         scores: Task name -> its score by its metric; none of the tasks of which `correct` says all.
+        learnable: The linear probe, of a first look that was asked for it.
     """
 
     step: int
@@ -32,6 +35,7 @@ class Look:
     correct: dict[str, np.ndarray]
     runtime: float
     scores: dict[str, Score] = field(default_factory=dict)
+    learnable: Learnable | None = None
 
     def accuracy(self, task: str) -> float:
         """Zero-shot accuracy on a task, or the task's own metric in its place; a fraction."""
@@ -49,6 +53,10 @@ class Look:
             measurement["standard_error"] = None
         bits = {name: "".join("01"[int(c)] for c in row) for name, row in self.correct.items()}
         data = {"measurement": measurement, "correct": bits}
+        if self.learnable is not None:
+            data["learnable"] = asdict(self.learnable)
+            if self.learnable.probe is not None:
+                data["learnable"]["probe"]["penalty"] = _finite(self.learnable.probe.penalty)
         if self.scores:
             data["scores"] = {
                 name: {"value": score.value, "images": score.images.tolist()}
@@ -63,14 +71,15 @@ class Look:
         Raises:
             ValueError: It is not that; the message names the field.
         """
-        look = checks.fields(data, "baseline", _BASELINE, {"scores": checks.dict_of(_score)})
+        look = checks.fields(data, "baseline", _BASELINE, _OPTIONAL)
         if look["measurement"]["standard_error"] is None:
             look["measurement"]["standard_error"] = math.nan
         correct, scores = look["correct"], look.get("scores", {})
         for name, score in scores.items():
             if name not in correct or len(score.images) != len(correct[name]):
                 raise ValueError(f"`baseline`: `scores` and `correct` of {name!r:.40} do not match")
-        return cls(0, Measurement(**look["measurement"]), correct, 0.0, scores)
+        learnable = look.get("learnable")
+        return cls(0, Measurement(**look["measurement"]), correct, 0.0, scores, learnable)
 
 
 def _bits(value: Any, name: str) -> np.ndarray:
@@ -93,4 +102,35 @@ _MEASUREMENT = {
     "n_classes": checks.count,
 }
 _SCORE = {"value": checks.FRACTION, "images": checks.list_of(checks.finite)}
+_PROBE = {
+    "accuracy": checks.FRACTION,
+    "standard_error": checks.ERROR,
+    "penalty": checks.or_none(checks.finite),
+    "n_train": checks.count,
+    "n_scored": checks.count,
+    "held_out": checks.flag,
+    "curve": checks.list_of(checks.anything),
+}
+
+
+def _finite(number: float) -> float | None:
+    return number if math.isfinite(number) else None  # JSON has no infinity
+
+
+def _learnable(value: Any, name: str) -> Learnable:
+    found = checks.fields(
+        value,
+        name,
+        {"probe": checks.anything, "note": checks.text, "n_train": checks.or_none(checks.count)},
+    )
+    probe = None
+    if found["probe"] is not None:
+        row = checks.fields(found["probe"], f"{name}.probe", _PROBE)
+        penalty = math.inf if row["penalty"] is None else row["penalty"]
+        curve = tuple((int(n), float(accuracy)) for n, accuracy in row["curve"])
+        probe = LinearProbe(**row | {"penalty": penalty, "curve": curve})
+    return Learnable(probe, found["note"], found["n_train"])
+
+
+_OPTIONAL = {"scores": checks.dict_of(_score), "learnable": _learnable}
 _BASELINE = {"measurement": checks.object_of(_MEASUREMENT), "correct": checks.dict_of(_bits)}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from ..models.sharded import check_measurable, inside_forward, is_sharded
 from ..models.wrappers import adapt, find_dual_encoder, find_head
 from .frozen import FrozenPart
 from .halving import Halving
+from .learnable import Learnable, TrainingSet, learn, why_none
 from .look import Look
 from .scoring import fingerprint, score, warn_of_mixed_units
 from .share import Batch, ProbeTask, Share, read_share
@@ -45,6 +47,7 @@ class Probe:
         cache_limit: Bytes of preprocessed images kept in memory on each rank; what is beyond it
             is preprocessed anew at each look.
         progress: Show a progress bar while preprocessing for the first time.
+        train: What the run trains on, for the linear probe; ``None``: it is cross-validated.
     """
 
     def __init__(
@@ -57,6 +60,7 @@ class Probe:
         batch_size: int = 64,
         cache_limit: int = 2**31,
         progress: bool = True,
+        train: TrainingSet | None = None,
     ) -> None:
         self.task = task
         self.off_target = list(off_target)
@@ -65,6 +69,7 @@ class Probe:
         self.batch_size = batch_size
         self.cache_limit = cache_limit
         self.progress = progress
+        self.train = train
         self._share: Share | None = None
         self._width = 0  # of the embeddings
         # On the CPU: a look leaves nothing on the device.
@@ -136,7 +141,14 @@ class Probe:
                 "baseline does not compare; restore them, or start a new run"
             )
 
-    def look(self, model: nn.Module, step: int, autocast_dtype: torch.dtype | None = None) -> Look:
+    def look(
+        self,
+        model: nn.Module,
+        step: int,
+        autocast_dtype: torch.dtype | None = None,
+        *,
+        linear_probe: bool = False,
+    ) -> Look:
         """Show the model every probe image and class prompt once.
 
         Weights, gradients, train mode of every module and all random streams are as before.
@@ -146,6 +158,8 @@ class Probe:
             step: Optimizer steps taken so far.
             autocast_dtype: Run under `torch.autocast` with this dtype, as a mixed-precision
                 training does.
+            linear_probe: Fit a linear probe of the task as well, see `learnable`; where it cannot
+                be, the look tells why.
 
         Returns:
             The same on all ranks, and as a single process would have it to 1e-9.
@@ -165,6 +179,7 @@ class Probe:
             torch.zeros(GROUPS, self._width + 2, dtype=torch.float64),
             [torch.zeros(len(t.labels), dtype=torch.float64) for t in share.tasks],
             torch.zeros(n_ranks, dtype=torch.float64),
+            torch.zeros(len(share.tasks[0].labels) if linear_probe else 0, self._width).double(),
         )
         failure: Exception | None = None
         classes = torch.zeros(0)
@@ -186,7 +201,87 @@ class Probe:
         accumulator.state = sums.state
         scored = score(share.tasks, sums.seen)
         runtime = float(sums.seconds.max()) + scored.seconds
-        return Look(step, accumulator.compute(), scored.correct, runtime, scored.scores)
+        learnable = None
+        if linear_probe:
+            start = time.perf_counter()
+            learnable = self._learn(model, share, autocast_dtype, sums.embeds, classes.cpu())
+            runtime += time.perf_counter() - start
+        return Look(step, accumulator.compute(), scored.correct, runtime, scored.scores, learnable)
+
+    def _learn(
+        self,
+        model: nn.Module,
+        share: Share,
+        autocast_dtype: torch.dtype | None,
+        images: Tensor,
+        classes: Tensor,
+    ) -> Learnable:
+        """The linear probe on [N, D] embeddings of the task's images."""
+        if reason := why_none(self.task):
+            return Learnable(None, reason)
+        sample, why_not = None, "no training set was given"
+        if self.train is not None:
+            try:
+                sample = ranks.together(partial(self.train.task, self.task))
+            except Exception as error:
+                if self.train.given:
+                    raise
+                why_not = str(error)
+        scale = ranks.from_first(lambda: _logit_scale(model, share.encoder))
+        embed = None
+        if sample is not None:
+            embed = partial(self._embed_sample, model, share.encoder, sample, autocast_dtype)
+        return learn(
+            share.tasks[0],
+            images.float(),
+            classes,
+            scale,
+            embed,
+            len(sample) if sample is not None else None,
+            why_not,
+        )
+
+    def _embed_sample(
+        self,
+        model: nn.Module,
+        encoder: Encoder,
+        sample: Task,
+        autocast_dtype: torch.dtype | None,
+    ) -> tuple[ProbeTask, Tensor]:
+        """A sample of the training set as it is probed, and its embeddings [M, D]; kept nowhere."""
+        with undisturbed(model):
+            share = read_share(
+                [sample], encoder, batch_size=self.batch_size, cache_limit=0, progress=self.progress
+            )
+        embeds = torch.zeros(len(share.tasks[0].labels), self._width, dtype=torch.float64)
+        failure: Exception | None = None
+        in_step = is_sharded(model)
+        run = _at_once if in_step else self._halving
+
+        def show() -> None:
+            nonlocal failure
+            for batch in share.batches:
+                inputs = None
+                try:
+                    inputs = share.inputs(batch) if batch.positions and not failure else None
+                except Exception as error:
+                    failure = error
+                if inputs is None:
+                    if in_step:
+                        encoder.embed_backbone(model, move(share.image, model))
+                    continue
+                with autocast(model, autocast_dtype):
+                    found = adapt(model, _embed_images(model, encoder, inputs, run))
+                embeds[batch.first : batch.first + len(found)] = found.detach().cpu().double()
+
+        try:
+            with undisturbed(model):
+                inside_forward(model, self._core(model), show)
+        except Exception as error:
+            failure = error
+        clear_device_cache()
+        added = ranks.add_up(embeds.flatten(), failure).reshape(embeds.shape)
+        return share.tasks[0], added.float()
 
     def _show(
         self, model: nn.Module, share: Share, autocast_dtype: torch.dtype | None, sums: _Sums
@@ -249,6 +344,8 @@ class Probe:
             accumulator = IIMMAccumulator(texts, offset=batch.first)
             accumulator.update(images, labels)
             sums.state += accumulator.state.cpu()
+            if len(sums.embeds):
+                sums.embeds[rows] = images.detach().cpu().double()
             scores = self._classify(model, images, len(texts))
         if metric is not None:
             scores = zero_shot_scores(images, texts) if scores is None else scores
@@ -294,12 +391,28 @@ class _Sums:
     state: Tensor
     seen: list[Tensor]
     seconds: Tensor  # [ranks]
+    embeds: Tensor  # [N, D] of the task, where they are asked for; else [0, D]
 
     def of_all_ranks(self, failure: Exception | None) -> _Sums:
-        parts = [self.state.flatten(), *self.seen, self.seconds]
+        parts = [self.state.flatten(), *self.seen, self.seconds, self.embeds.flatten()]
         added = ranks.add_up(torch.cat(parts), failure)
         sums = torch.split(added, [len(part) for part in parts])
-        return _Sums(sums[0].reshape(self.state.shape), list(sums[1:-1]), sums[-1])
+        return _Sums(
+            sums[0].reshape(self.state.shape),
+            list(sums[1:-2]),
+            sums[-2],
+            sums[-1].reshape(self.embeds.shape),
+        )
+
+
+def _logit_scale(model: nn.Module, encoder: Encoder) -> float | None:
+    """The model's factor on cosines; None where it tells none."""
+    try:
+        scale, _ = encoder.logit_scale(model)
+        found = float(scale)
+    except (AttributeError, NotImplementedError, RuntimeError, TypeError, ValueError):
+        return None  # a model of one's own, or a scale that is sharded over ranks
+    return found if math.isfinite(found) and found > 0 else None
 
 
 def _check_rows(embeds: Tensor, n: int, kind: str) -> None:

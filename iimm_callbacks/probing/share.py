@@ -32,6 +32,7 @@ class ProbeTask:
         prompts: Tokenized, in batches; every rank embeds all of them.
         n_prompts: How many they are.
         fingerprint: Hash of images, labels, prompts and preprocessing.
+        digest: [N, 32] of each image.
     """
 
     task: Task
@@ -39,6 +40,7 @@ class ProbeTask:
     prompts: list[Any]
     n_prompts: int
     fingerprint: str
+    digest: Tensor
 
 
 @dataclass
@@ -257,13 +259,16 @@ def _finish(
     for task, positions, digest in zip(tasks, readable, digests, strict=True):
         labels, prompts = task.labels(positions), task.prompts(positions)
         whole = hashlib.sha256(repr((labels, prompts, encoder.description)).encode())
-        whole.update(bytes(digest[digest.any(1)].flatten().to(torch.uint8).tolist()))
+        digest = digest[digest.any(1)]
+        whole.update(bytes(digest.flatten().to(torch.uint8).tolist()))
         tokenized = [
             encoder.tokenize(prompts[i : i + TEXT_BATCH])
             for i in range(0, len(prompts), TEXT_BATCH)
         ]
         fingerprint = whole.hexdigest()[:16]
-        shown.append(ProbeTask(task, torch.tensor(labels), tokenized, len(prompts), fingerprint))
+        shown.append(
+            ProbeTask(task, torch.tensor(labels), tokenized, len(prompts), fingerprint, digest)
+        )
     image = _preprocess(encoder, tasks[0].images(readable[0][:1]))
     prompt = encoder.tokenize(tasks[0].prompts(readable[0])[:1])
     return Share(encoder, shown, batches, image, prompt)

@@ -57,6 +57,17 @@ class Journal:
         return Verdict(last["level"], last.get(keys.EXCEED), last["reason"])
 
     @property
+    def linear_probe(self) -> dict[str, Any] | None:
+        """Of the untouched model, as JSON-ready data; None where none was asked for."""
+        found = self.baseline.learnable
+        if found is None:
+            return None
+        accuracy = error = None
+        if found.probe is not None:
+            accuracy, error = found.probe.at(found.n_train)
+        return {"accuracy": accuracy, "standard_error": error, "note": found.note}
+
+    @property
     def alarm(self) -> str:
         """The worst level so far."""
         return max((row["level"] for row in self.history), key=LEVELS.index, default=LEVELS[0])
@@ -129,6 +140,14 @@ def opening(
     m = look.measurement
     task, *off_target = look.correct
     accuracies = {name: look.accuracy(name) for name in off_target}
+    learnable = look.learnable
+    probe = None if learnable is None else learnable.probe
+    n_train = None if learnable is None else learnable.n_train
+    carried, error = (None, None) if probe is None else probe.at(n_train)
+    images = {"zero_shot_accuracy": f"{len(look.correct[task])} probe images of the task"}
+    images["final_accuracy"] = images["zero_shot_accuracy"]
+    if learnable is not None and probe is not None:
+        images["linear_probe_accuracy"] = learnable.note
     return Outcome(
         model=model_name(model),
         model_fingerprint=model_fingerprint(model),
@@ -148,6 +167,11 @@ def opening(
         recipe=recipe,
         versions=library_versions(),
         run=run,
+        n_train=n_train,
+        linear_probe_accuracy=carried,
+        linear_probe_standard_error=error,
+        linear_probe_n_train=None if probe is None else probe.n_train,
+        images=images,
     )
 
 

@@ -210,4 +210,7 @@ _RECORD = {
 _OPTIONAL = {  # of a rescued run, and what an old version did not write
     "rescue": check_rescue, "templates": dict_of(list_of(text)), "metrics": dict_of(text),
     "fingerprints": dict_of(text),
+    "linear_probe": or_none(object_of(
+        {"note": text}, dict.fromkeys(("accuracy", "standard_error"), or_none(FRACTION)), anything
+    )),
 }  # fmt: skip

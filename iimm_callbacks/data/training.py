@@ -1,0 +1,94 @@
+"""A training set -> the task's images to learn from, labelled as the task is."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from .streams import is_stream
+from .tasks import Task
+
+SAMPLE_SIZE = 1024
+
+
+class NoTrainingSetError(ValueError):
+    """The training set cannot be read as the task is; the message tells why."""
+
+
+def training_task(train: Any, task: Task, *, given: bool = True) -> Task:
+    """The training set as a task with the classes, prompts and columns of another.
+
+    Its subset is what a linear probe learns from: seeded, class-balanced, at most `SAMPLE_SIZE`
+    images. On two models a probe on 256 images was 3 points farther off than one on 800; beyond
+    that its learning curve carries on.
+
+    Args:
+        train: A `Task`, or a data set as `Task` takes it; of `datasets.Dataset` the columns are
+            those of `task`.
+        task: What is being learnt.
+        given: Whether the user named it; otherwise it is only taken where that is cheap and safe.
+
+    Raises:
+        NoTrainingSetError: It is a stream, it has captions, other classes or another order of them
+            than `task`, or, not `given`, labels that only reading every image would tell.
+        TypeError: As `Task`.
+        ValueError: As `Task`.
+    """
+    if task.is_captions:
+        raise NoTrainingSetError("captions have no classes, and so no linear probe")
+    if isinstance(train, Task):
+        _check_classes(train, task)
+        return train
+    if is_stream(train):
+        raise NoTrainingSetError("the training set is a stream, which is not read twice")
+    if not given:
+        _check_cheap(train)
+    names = None if _has_names(train, task) else task.class_names
+    read = Task(
+        task.name,
+        train,
+        templates=task.templates,
+        class_names=names,
+        image_column=task.columns[0],
+        label_column=task.columns[1],
+        probe_size=SAMPLE_SIZE,
+        seed=task.seed,
+    )
+    if read.is_captions:
+        raise NoTrainingSetError("the training set has texts for labels, the task has classes")
+    _check_classes(read, task)
+    return read
+
+
+def _check_classes(train: Task, task: Task) -> None:
+    if train.class_names == task.class_names:
+        return
+    same = set(train.class_names) == set(task.class_names)
+    what = "the classes of `task` in another order" if same else "other classes than `task`"
+    raise NoTrainingSetError(
+        f"`train` has {what}: {_short(train.class_names)} against {_short(task.class_names)}; give "
+        "both the same `class_names`, in label order"
+    )
+
+
+def _check_cheap(train: Any) -> None:
+    known = hasattr(train, "features") or hasattr(train, "targets") or isinstance(train, list)
+    if not known:
+        raise NoTrainingSetError(
+            f"the labels of the training set ({type(train).__name__}) cannot be told without "
+            "reading every image; pass `train=`"
+        )
+
+
+def _has_names(train: Any, task: Task) -> bool:
+    features = getattr(train, "features", None)
+    if features is None:
+        return getattr(train, "classes", None) is not None
+    label = task.columns[1]
+    found = features.values() if label is None else [features.get(label)]
+    return any(getattr(feature, "names", None) is not None for feature in found)
+
+
+def _short(names: Sequence[str]) -> str:
+    shown = ", ".join(map(repr, names[:8]))
+    return f"[{shown}{', ...' if len(names) > 8 else ''}]"

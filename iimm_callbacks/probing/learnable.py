@@ -1,0 +1,151 @@
+"""The untouched model's embeddings of a task -> the linear probe on them, and what it learnt from.
+
+Training images where there are any at hand, else leave-one-out inside the task's own probe images.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from scipy import optimize
+from torch import Tensor
+
+from .. import ranks
+from ..data.tasks import Task
+from ..data.training import training_task
+from ..embeddings import unit_rows
+from ..probe_accuracy import LinearProbe, linear_probe
+from .share import ProbeTask
+
+logger = logging.getLogger(__name__)
+
+CAPTIONS = "captions have no classes, and so no linear probe"
+
+
+@dataclass(frozen=True)
+class TrainingSet:
+    """What the run trains on.
+
+    Attributes:
+        data: A `Task` or a data set.
+        given: Whether the user named it; what the guard found for itself may be passed over.
+    """
+
+    data: Any
+    given: bool = True
+
+    def task(self, task: Task) -> Task:
+        """As a task like the one being learnt; see `data.training.training_task`."""
+        return training_task(self.data, task, given=self.given)
+
+
+@dataclass(frozen=True)
+class Learnable:
+    """The linear probe of a look at the untouched model.
+
+    Attributes:
+        probe: ``None`` where there is none.
+        note: Which images it learnt from, or why there is none.
+        n_train: Images in the training set; ``None`` where none was read.
+    """
+
+    probe: LinearProbe | None
+    note: str
+    n_train: int | None = None
+
+
+def why_none(task: Task) -> str:
+    """Why a task has no linear probe; empty where it may have one."""
+    if task.is_captions:
+        return CAPTIONS
+    if task.metric is not None:
+        return f"its accuracy would not compare with the task's metric, {task.metric.name}"
+    return ""
+
+
+def learn(
+    shown: ProbeTask,
+    images: Tensor,
+    classes: Tensor,
+    scale: float | None,
+    embed_training: Callable[[], tuple[ProbeTask, Tensor]] | None,
+    n_train: int | None,
+    why_not: str,
+) -> Learnable:
+    """Fit and score the linear probe of a task; the same on all ranks, which must all call it.
+
+    Args:
+        shown: The task as it is probed.
+        images: [N, D] embeddings of its probe images.
+        classes: [C, D] class embeddings.
+        scale: Factor on cosines; ``None``: the one of least negative log-likelihood.
+        embed_training: Gives the sample of training images as it is probed, and their [M, D]
+            embeddings; ``None``: there is none.
+        n_train: Images in the training set.
+        why_not: Why there is no training sample, in words.
+    """
+    labels = shown.labels
+    if embed_training is not None:
+        try:
+            train, embeds = embed_training()
+            new = ~_among(train.digest, shown.digest)  # held-out images must not be learnt from
+            learnt = ranks.from_first(
+                lambda: _fit(embeds[new], classes, train.labels[new], scale, (images, labels))
+            )
+        except Exception as error:
+            why_not = f"the training images did not serve ({type(error).__name__}: {error})"
+            logger.warning("The linear probe: %s; it is cross-validated instead", why_not)
+        else:
+            same = int((~new).sum())
+            besides = f" ({same} of them left out, as they are probe images)" if same else ""
+            probe, how = learnt
+            return Learnable(
+                probe,
+                f"fitted to {probe.n_train} of {n_train} training images{besides}, scored on "
+                f"{probe.n_scored} held-out ones{how}",
+                n_train,
+            )
+    try:
+        probe, how = ranks.from_first(lambda: _fit(images, classes, labels, scale, None))
+    except Exception as error:
+        return Learnable(None, f"no linear probe: {error}")
+    because = f": {why_not}" if why_not else ""
+    note = f"cross-validated on {probe.n_train} of the task's own images{how}{because}"
+    return Learnable(probe, note, n_train)
+
+
+def _fit(
+    images: Tensor,
+    classes: Tensor,
+    labels: Tensor,
+    scale: float | None,
+    held_out: tuple[Tensor, Tensor] | None,
+) -> tuple[LinearProbe, str]:
+    how = ""
+    if scale is None:
+        scale = _likeliest_scale(images, classes, labels)
+        how = f", with logit scale {scale:.3g}, the likeliest, as the model tells none"
+    return linear_probe(images, classes, labels, logit_scale=scale, held_out=held_out), how
+
+
+def _likeliest_scale(images: Tensor, classes: Tensor, labels: Tensor) -> float:
+    """Logit scale in [1, 200] of least negative log-likelihood of the zero-shot classifier."""
+    cosines = unit_rows(images, "image_embeds") @ unit_rows(classes, "text_embeds").T
+
+    def loss(log_scale: float) -> float:
+        logits = (math.exp(log_scale) * cosines).log_softmax(1)
+        return float(-logits[torch.arange(len(labels)), labels].mean())
+
+    found = optimize.minimize_scalar(loss, bounds=(0.0, math.log(200)), method="bounded")
+    return math.exp(found.x)
+
+
+def _among(digests: Tensor, others: Tensor) -> Tensor:
+    """[n] whether a row is one of the others."""
+    known = {tuple(row) for row in others.tolist()}
+    return torch.tensor([tuple(row) in known for row in digests.tolist()], dtype=torch.bool)
