@@ -291,7 +291,7 @@ class IIMMCallback(TrainerCallback):  # type: ignore[misc]  # transformers is un
             step, trains = self._step(state), self.outcome is None and self._held is None
             if trains and not chooses:
                 self._look_if_due(state, control, kwargs["model"], "evaluate")
-            elif trains and self.monitor.looked_at != step:
+            elif trains and not self.monitor.has_seen(step):
                 self._look(state, control, kwargs["model"])
             if self.monitor.history[-1]["step"] == step and not self.monitor.is_mixed:
                 metrics.update(self.monitor.row())
@@ -327,7 +327,7 @@ class IIMMCallback(TrainerCallback):  # type: ignore[misc]  # transformers is un
             return
         step = self._step(state)
         swapped = args.load_best_model_at_end and state.best_model_checkpoint is not None
-        if swapped or monitor.looked_at != step:
+        if swapped or not monitor.has_seen(step):
             self._look(state, control, model, may_stop=False)
         if self._rescuer is not None and monitor.is_exceeded():
             rescue_at_end(monitor, self._rescuer, model, strict=self.strict)

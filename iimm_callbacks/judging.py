@@ -23,8 +23,8 @@ class Judged:
     Attributes:
         forecast: Of the end of the run.
         verdict: On it, and on what is observed.
-        row: The logged keys, ``step``, ``share``, ``level``, ``reason`` and ``standard_errors`` of
-            what is observed.
+        row: The logged keys, ``step``, ``share``, ``level``, ``reason``, ``n_images`` shown and
+            ``standard_errors`` of what is observed.
     """
 
     forecast: Forecast
@@ -58,13 +58,14 @@ def judge_look(
 
     Args:
         look: At the model as it trains.
-        baseline: At the untouched model, with the same images.
+        baseline: At the untouched model, with these images and maybe more.
         prior: The forecast before training.
         forecaster: That made it.
         limits: The user's.
         share: Of the steps that are done, in [0, 1].
         coming: Share of the steps at which the next look is due.
     """
+    baseline = baseline.first(look)
     task, *off_target = look.correct
     gain = paired_drop(baseline.seen(task), look.seen(task))
     seen = {"gain": (-gain.value, gain.standard_error)}
@@ -97,5 +98,6 @@ def _row(
         "share": share,
         "level": verdict.level,
         "reason": verdict.reason,
+        "n_images": sum(map(len, look.correct.values())),
         "standard_errors": {name: error for name, (_, error) in seen.items()},
     }

@@ -29,7 +29,15 @@ from .probing.learnable import TrainingSet
 from .probing.probe import Probe
 from .rescue.rescuer import Rescuer, is_exceeded
 from .rescue.sweep import Rescue
-from .schedule import Budget, Every, check_every, is_due, next_share
+from .schedule import (
+    Budget,
+    Every,
+    check_every,
+    is_due,
+    is_needed,
+    looks_to_come,
+    next_share,
+)
 from .storage.checks import anything, dict_of
 from .storage.journal import Journal, opening
 from .storage.ledger import Ledger
@@ -157,6 +165,8 @@ class IIMMMonitor:
         self._prior: Forecast | None = None  # set by `begin`
         self._now = (0, 0)  # the latest step and the total that are known
         self._began = 0.0  # on the clock
+        self._part = 1.0  # of the images, at the next look
+        self._is_partial = False  # the latest look
         self._first_step: int | None = None  # steps done when it began
         self._warned: set[str] = set()
         self._rescue: Rescue | None = None
@@ -196,6 +206,7 @@ class IIMMMonitor:
         """
         if self._prior is not None:
             raise RuntimeError("`begin` was called already; make a new IIMMMonitor for every run")
+        began = time.perf_counter()
         self.probe.prepare(model)
         resumed = self._journal
         outcomes = ranks.from_first(self.outcomes)  # files may differ between ranks
@@ -212,6 +223,7 @@ class IIMMMonitor:
         self._forecaster.fit(outcomes)
         settings = dict_of(anything)(dict(recipe or {}), "recipe")  # a file must be able to hold it
         journal = resumed or self._first_look(model, untouched, len(outcomes))
+        seconds = time.perf_counter() - began
         if not journal.history:  # maybe tried anew with other settings
             journal.start = replace(journal.start, recipe=journal.start.recipe | settings)
         elif isinstance(steps := settings.get("steps"), int) and steps > 0:
@@ -230,7 +242,7 @@ class IIMMMonitor:
         self.forecast = self.forecast or prior
         self.looked_at = self.history[-1]["step"]
         self._now = (self.looked_at, total if isinstance(total, int) else 0)
-        self._budget.took(journal.baseline.runtime, counts=False)
+        self._budget.began(seconds, journal.baseline.runtime)
         self._began = time.perf_counter()
         self._keep("interrupted")
         return self.verdict
@@ -254,13 +266,23 @@ class IIMMMonitor:
         scheduled = self.every == event if event else is_due(self.every, step, total_steps)
         if self.looked_at == step or not (scheduled or last):
             return False
-        elapsed = time.perf_counter() - self._began
-        done = step - self._first_step
-        too_dear = not last and not self._budget.allows(elapsed, done, total_steps)
-        # All ranks look or none: if it is too dear for one, it is so for all.
-        if ranks.any_rank(too_dear):
+        if last:
+            self._part = 1.0
+            return True
+        taken = len(journal.history) - 1 + journal.failures
+        part = self._budget.part(
+            time.perf_counter() - self._began,
+            step - self._first_step,
+            total_steps,
+            looks_to_come(self.every, step, total_steps),
+            needed=self.limits.max_forgetting is not None and is_needed(step, total_steps, taken),
+        )
+        # All ranks look or none, and at the same images: at what the slowest can pay for.
+        part = ranks.least(part or 0.0)
+        if not part:
             journal.dropped += 1
             return False
+        self._part = part
         return True
 
     def check(
@@ -293,16 +315,12 @@ class IIMMMonitor:
         self._now = step, total_steps
         self.looked_at, self._failure = step, None
         started = time.perf_counter()
+        part, self._part = self._part, 1.0
         try:
-            judged = judge_look(
-                self.probe.look(model, step, self.autocast_dtype),
-                journal.baseline,
-                self._prior,
-                self._forecaster,
-                self.limits,
-                share=min(step / max(total_steps, 1), 1.0),
-                coming=next_share(self.every, step, total_steps, journal.history[-1]["step"]),
-            )
+            judged = self._judge(journal, model, step, total_steps, part)
+            if part < 1 and judged.verdict.worse_than(self.verdict):
+                part = 1.0  # an alarm is raised on all images only
+                judged = self._judge(journal, model, step, total_steps, part)
         except Exception as error:
             journal.failures += 1
             if self.strict:
@@ -310,12 +328,29 @@ class IIMMMonitor:
             self._failure = error
             self._warn(step, error)
         else:
+            if self._is_partial and journal.history[-1]["step"] == step:
+                journal.history.pop()  # the same look at more images
+            self._is_partial = part < 1
             if training_loss is not None and math.isfinite(training_loss):
                 judged.row["training_loss"] = float(training_loss)
             self._note(journal, judged)
-        self._budget.took(time.perf_counter() - started)
+        self._budget.took(time.perf_counter() - started, part)
         self._keep("interrupted")
         return self.verdict
+
+    def _judge(
+        self, journal: Journal, model: nn.Module, step: int, total_steps: int, part: float
+    ) -> Judged:
+        assert self._prior is not None
+        return judge_look(
+            self.probe.look(model, step, self.autocast_dtype, part=part),
+            journal.baseline,
+            self._prior,
+            self._forecaster,
+            self.limits,
+            share=min(step / max(total_steps, 1), 1.0),
+            coming=next_share(self.every, step, total_steps, journal.history[-1]["step"]),
+        )
 
     def end(self, model: nn.Module, step: int | None = None, *, ended: str = "") -> Outcome:
         """Look at the model once more, if it has trained since the last look; record the run.
@@ -338,7 +373,7 @@ class IIMMMonitor:
         self._require_begun("end")
         now, total = self._now
         now = now if step is None else step
-        if self.looked_at != now:
+        if not self.has_seen(now):
             self.check(model, now, total)
         # Numbers of an earlier step are no outcome, where the last look failed.
         complete = self._failure is None and now >= total and not ended
@@ -350,6 +385,10 @@ class IIMMMonitor:
         outcome = self._keep(self.ended, complete)
         self._ledger.close()
         return outcome
+
+    def has_seen(self, step: int) -> bool:
+        """Whether there was a look at this step, and at all images."""
+        return self.looked_at == step and not self._is_partial
 
     @property
     def is_mixed(self) -> bool:

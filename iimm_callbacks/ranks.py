@@ -76,6 +76,14 @@ def any_rank(flag: bool) -> bool:
     return bool(add_up(torch.tensor([float(flag)], dtype=torch.float64)).item())
 
 
+def least(number: float) -> float:
+    """The least of what the ranks say; ``number`` is not negative."""
+    rank, n_ranks = world()
+    said = torch.zeros(n_ranks, dtype=torch.float64)
+    said[rank] = number
+    return float(add_up(said).min())
+
+
 def from_first(make: Callable[[], _T]) -> _T:
     """What the first rank makes, on all ranks; it alone is asked.
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 # Forgetting comes early: look often at first, seldom later.
 DEFAULT_SHARES = (0.05, 0.10, 0.20, 0.30, 0.50, 0.70, 1.00)
+PARTS = (1.0, 0.5, 0.25)  # of the images that a look shows
+_LEAST_LOOKS = 5  # in training, where there is a limit to guard
 EVENTS = ("epoch", "evaluate")
 
 Every = int | float | str | None
@@ -81,21 +83,58 @@ def next_share(every: Every, step: int, total_steps: int, last_step: int) -> flo
     return min(due, total_steps) / max(total_steps, 1)
 
 
+def looks_to_come(every: Every, step: int, total_steps: int) -> int:
+    """Looks that are due from this step on, itself included and the last one apart.
+
+    Args:
+        every: As `check_every`; of "epoch" and "evaluate" only this one is known.
+        step: Optimizer steps done.
+        total_steps: Of the whole training.
+
+    Example:
+        >>> looks_to_come(None, 10, 100)
+        5
+    """
+    if isinstance(every, str):
+        return 1
+    if every is None:
+        shares = (math.ceil(share * total_steps - 1e-9) for share in DEFAULT_SHARES)
+        return len({due for due in shares if step <= due < total_steps})
+    gap = every if isinstance(every, int) else every * total_steps
+    return max(math.ceil((total_steps - step) / gap - 1e-9), 1)
+
+
+def is_needed(step: int, total_steps: int, looks: int) -> bool:
+    """Whether fewer looks were taken in training than `DEFAULT_SHARES` have gone by, and than 5.
+
+    Args:
+        step: Optimizer steps done.
+        total_steps: Of the whole training.
+        looks: Taken so far, the one before training apart.
+    """
+    passed = {
+        due for share in DEFAULT_SHARES if (due := math.ceil(share * total_steps - 1e-9)) <= step
+    }
+    return looks < min(len(passed), _LEAST_LOOKS)
+
+
 @dataclass
 class Budget:
     """Keeps the looks within a share of the wall time of the whole training.
 
-    The measurement before training and the last look are always taken; time for the last one is
-    set aside.
+    A look that cannot be paid for shows fewer images: half of them, or a quarter. The one before
+    training counts; the last one is always taken, and apart.
 
     Attributes:
         max_overhead: Share of the wall time that looks may take, in (0, 1]; ``None``: no limit.
+        before: Seconds that the look before training took.
         spent: Seconds spent in looks since training began.
     """
 
     max_overhead: float | None
+    before: float = 0.0
     spent: float = 0.0
-    _costs: list[float] = field(default_factory=list)
+    _full: float = 0.0  # seconds of a look at all images, as far as known
 
     def __post_init__(self) -> None:
         if self.max_overhead is not None and not 0 < self.max_overhead <= 1:
@@ -104,24 +143,37 @@ class Budget:
                 f"{self.max_overhead}"
             )
 
-    def allows(self, elapsed: float, step: int, total_steps: int) -> bool:
-        """Whether one more look fits, with the last one still to come.
+    def part(
+        self, elapsed: float, step: int, total_steps: int, looks: int, *, needed: bool
+    ) -> float | None:
+        """Share of the images that a look now may show; None where there should be none.
 
         Args:
             elapsed: Seconds since training began, looks included.
             step: Optimizer steps done, ≥ 1.
             total_steps: Of the whole training.
+            looks: To come, this one included and the last one apart.
+            needed: Whether there must be a look, if the smallest.
         """
-        if self.max_overhead is None or not self._costs:
-            return True
-        cost = self._costs[-1]
-        training = (elapsed - self.spent) * total_steps / step
+        if self.max_overhead is None:
+            return 1.0
+        training = max(elapsed - self.spent, 0.0) * total_steps / step
         # Looks are a share of the total, themselves included.
         allowed = self.max_overhead * training / (1 - min(self.max_overhead, 0.99))
-        return self.spent + 2 * cost <= allowed
+        each = (allowed - self.before - self.spent) / max(looks, 1)
+        found = next((part for part in PARTS if part * self._full <= each), None)
+        return PARTS[-1] if found is None and needed else found
 
-    def took(self, seconds: float, *, counts: bool = True) -> None:
-        """Note what a look cost; the one before training does not count as spent."""
-        self._costs.append(seconds)
-        if counts:
-            self.spent += seconds
+    def took(self, seconds: float, part: float = 1.0) -> None:
+        """Note what a look in training cost that showed this share of the images."""
+        self._full = seconds / part
+        self.spent += seconds
+
+    def began(self, wall: float, look: float) -> None:
+        """Note the look before training.
+
+        Args:
+            wall: Seconds that it took in all, reading and preprocessing the images included.
+            look: Seconds of that which a later look will take again.
+        """
+        self.before, self._full = wall, look

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -45,6 +45,13 @@ class Look:
     def seen(self, task: str) -> np.ndarray | Score:
         """What `accuracy` is made of, image by image: for `accuracy.paired_drop`."""
         return self.scores.get(task, self.correct[task])
+
+    def first(self, other: Look) -> Look:
+        """This look on the images of another one, which may have shown fewer: for pairs."""
+        if self.scores:
+            return self
+        correct = {name: row[: len(other.correct[name])] for name, row in self.correct.items()}
+        return replace(self, correct=correct)
 
     def to_json(self) -> dict[str, Any]:
         """As JSON-ready data, without step and runtime: the baseline of a run, for a checkpoint."""

@@ -148,6 +148,7 @@ class Probe:
         autocast_dtype: torch.dtype | None = None,
         *,
         linear_probe: bool = False,
+        part: float = 1.0,
     ) -> Look:
         """Show the model every probe image and class prompt once.
 
@@ -160,6 +161,8 @@ class Probe:
                 training does.
             linear_probe: Fit a linear probe of the task as well, see `learnable`; where it cannot
                 be, the look tells why.
+            part: Share of each task's images that is shown, in (0, 1]: its first ones, to the end
+                of a batch, the same at every look. All of them where a task has its own metric.
 
         Returns:
             The same on all ranks, and as a single process would have it to 1e-9.
@@ -180,7 +183,10 @@ class Probe:
             [torch.zeros(len(t.labels), dtype=torch.float64) for t in share.tasks],
             torch.zeros(n_ranks, dtype=torch.float64),
             torch.zeros(len(share.tasks[0].labels) if linear_probe else 0, self._width).double(),
+            torch.zeros(len(share.tasks), dtype=torch.float64),
         )
+        if any(shown.task.metric is not None for shown in share.tasks):
+            part = 1.0
         failure: Exception | None = None
         classes = torch.zeros(0)
         try:
@@ -188,7 +194,7 @@ class Probe:
                 classes, failure = inside_forward(
                     model,
                     self._core(model),
-                    lambda: self._show(model, share, autocast_dtype, sums),
+                    lambda: self._show(model, share, autocast_dtype, sums, part),
                 )
         except Exception as error:
             failure = error
@@ -199,7 +205,9 @@ class Probe:
         sums = sums.of_all_ranks(failure)
         accumulator = IIMMAccumulator(classes.cpu())
         accumulator.state = sums.state
-        scored = score(share.tasks, sums.seen)
+        n_shown = sums.n_shown.long().tolist()
+        seen = [numbers[:n] for numbers, n in zip(sums.seen, n_shown, strict=True)]
+        scored = score(share.tasks, seen)
         runtime = float(sums.seconds.max()) + scored.seconds
         learnable = None
         if linear_probe:
@@ -284,7 +292,12 @@ class Probe:
         return share.tasks[0], added.float()
 
     def _show(
-        self, model: nn.Module, share: Share, autocast_dtype: torch.dtype | None, sums: _Sums
+        self,
+        model: nn.Module,
+        share: Share,
+        autocast_dtype: torch.dtype | None,
+        sums: _Sums,
+        part: float,
     ) -> tuple[Tensor, Exception | None]:
         """Add what this rank sees to `sums`.
 
@@ -306,12 +319,13 @@ class Probe:
         for batch in share.batches:
             key = (batch.task, batch.first)
             inputs = None
+            is_shown = batch.first < part * len(share.tasks[batch.task].labels)
             try:
-                if batch.positions and not self._frozen_images.holds(key):
+                if is_shown and batch.positions and not self._frozen_images.holds(key):
                     inputs = share.inputs(batch)
             except Exception as error:
                 failure = failure or error
-            if failure or not batch.positions:
+            if failure or not is_shown or not batch.positions:
                 if in_step:
                     encoder.embed_backbone(model, move(share.image, model))
                 continue
@@ -355,6 +369,7 @@ class Probe:
         else:
             seen = torch.from_numpy(zero_shot_correct(images, texts, labels))
         sums.seen[batch.task][rows] = seen.double()
+        sums.n_shown[batch.task] += len(seen)
 
     def _find_frozen(
         self, model: nn.Module, share: Share, autocast_dtype: torch.dtype | None
@@ -392,16 +407,19 @@ class _Sums:
     seen: list[Tensor]
     seconds: Tensor  # [ranks]
     embeds: Tensor  # [N, D] of the task, where they are asked for; else [0, D]
+    n_shown: Tensor  # [T] images of each task
 
     def of_all_ranks(self, failure: Exception | None) -> _Sums:
         parts = [self.state.flatten(), *self.seen, self.seconds, self.embeds.flatten()]
+        parts.append(self.n_shown)
         added = ranks.add_up(torch.cat(parts), failure)
         sums = torch.split(added, [len(part) for part in parts])
         return _Sums(
             sums[0].reshape(self.state.shape),
-            list(sums[1:-2]),
-            sums[-2],
-            sums[-1].reshape(self.embeds.shape),
+            list(sums[1:-3]),
+            sums[-3],
+            sums[-2].reshape(self.embeds.shape),
+            sums[-1],
         )
 
 
