@@ -19,6 +19,7 @@ from torch import distributed
 
 from iimm_callbacks import IIMMMonitor, Task, ranks
 from iimm_callbacks.models.wrappers import model_fingerprint
+from iimm_callbacks.probing.learnable import TrainingSet
 from iimm_callbacks.probing.probe import Probe
 
 WORLDS = (1, 2, 3, 7)
@@ -300,7 +301,36 @@ def sharded_bad_image(kind):
     return error, told(probe.look(model, 2))[0]
 
 
-ANY = {"equal": equal, "bad_images": bad_images, "no_images": no_images, "metrics": metrics}
+def linear_probe():
+    """The linear probe on a training set, without one, and where one rank cannot read it."""
+    model, processor = FAMILIES["CLIP"]()
+    train = COLOURS.select(range(20))
+    task = colour_task(20, COLOURS.select(range(20, 40)))
+
+    class Broken(list):
+        def __getitem__(self, position):
+            if ranks.world()[0] == ranks.world()[1] - 1:
+                raise OSError("disk on fire")
+            return super().__getitem__(position)
+
+    broken = Broken([(row["image"], row["label"]) for row in train])
+    broken.targets, broken.classes = list(train["label"]), list(task.class_names)
+    found = []
+    for data in (train, None, broken):
+        probe = Probe(task, processor=processor, batch_size=4, progress=False)
+        probe.train = None if data is None else TrainingSet(data)
+        found.append(probe.look(model, 0, linear_probe=True).learnable)
+    part = Probe(task, [shape_task()], processor=processor, batch_size=2, progress=False)
+    return found, told(part.look(model, 1, part=0.25))
+
+
+ANY = {
+    "linear_probe": linear_probe,
+    "equal": equal,
+    "bad_images": bad_images,
+    "no_images": no_images,
+    "metrics": metrics,
+}
 SEVERAL = {
     "one_reduction": one_reduction,
     "one_fails": one_fails,

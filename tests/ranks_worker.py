@@ -27,8 +27,8 @@ FOLDER = Path(sys.argv[1]) if __name__ == "__main__" else Path()
 class ForgetsAtStep4(Probe):
     """All images of the off-target task right before step 4, none from there on."""
 
-    def look(self, model, step, autocast_dtype=None):
-        seen = super().look(model, step, autocast_dtype)
+    def look(self, model, step, autocast_dtype=None, **settings):
+        seen = super().look(model, step, autocast_dtype, **settings)
         right = np.full(len(seen.correct["shapes"]), step < 4)
         return replace(seen, correct=seen.correct | {"shapes": right})
 
@@ -36,9 +36,9 @@ class ForgetsAtStep4(Probe):
 class FailsOnRank1(Probe):
     """Cannot look at steps 2 and 6, the last one, on one rank."""
 
-    def look(self, model, step, autocast_dtype=None):
+    def look(self, model, step, autocast_dtype=None, **settings):
         self.fails = step in (2, 6) and distributed.get_rank() == 1
-        return super().look(model, step, autocast_dtype)
+        return super().look(model, step, autocast_dtype, **settings)
 
     def _show(self, *arguments):
         if self.fails:
@@ -49,8 +49,8 @@ class FailsOnRank1(Probe):
 class SlowClockOnRank1(Probe):
     """One rank takes its looks for far dearer than the other does."""
 
-    def look(self, model, step, autocast_dtype=None):
-        seen = super().look(model, step, autocast_dtype)
+    def look(self, model, step, autocast_dtype=None, **settings):
+        seen = super().look(model, step, autocast_dtype, **settings)
         return replace(seen, runtime=1e6 if distributed.get_rank() == 1 else 0.0)
 
 

@@ -58,6 +58,18 @@ def test_every_rank_has_the_numbers_of_one_process(results, world):
 
 
 @pytest.mark.parametrize("world", [2, 3, 7])
+def test_every_rank_has_the_linear_probe_of_one_process(results, world):
+    (((learnt, crossed, broken), part),) = results("linear_probe", 1)
+    assert learnt.probe.held_out
+    assert not crossed.probe.held_out
+    assert "disk on fire" in broken.note
+    for (ours, ours_crossed, ours_broken), ours_part in results("linear_probe", world):
+        assert (ours, ours_crossed) == (learnt, crossed)
+        assert ours_broken.probe == crossed.probe
+        assert_close(ours_part, part, atol=1e-9)
+
+
+@pytest.mark.parametrize("world", [2, 3, 7])
 def test_a_metric_gives_every_rank_the_score_of_one_process(results, world):
     ((look, scores, asked, _, shapes),) = results("metrics", 1)
     assert list(scores) == ["colours", "shapes"]

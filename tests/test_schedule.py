@@ -4,7 +4,14 @@ import re
 
 import pytest
 
-from iimm_callbacks.schedule import Budget, check_every, is_due
+from iimm_callbacks.schedule import (
+    PARTS,
+    Budget,
+    check_every,
+    is_due,
+    is_needed,
+    looks_to_come,
+)
 
 
 def due(every, total):
@@ -48,46 +55,86 @@ def test_bad_every_is_refused_by_value(every):
         check_every(every)
 
 
-def simulate(budget, *, cost, step_time=1.0, total=200, every=2):
-    """(looks taken, dropped, seconds of looks, seconds in all) of a run on a simulated clock."""
-    clock, taken, dropped = 0.0, 0, 0
-    budget.took(cost, counts=False)
-    for step in range(1, total + 1):
+def simulate(budget, *, cost, first=0.0, step_time=1.0, total=200, every=2, guarded=False):
+    """(parts of the images shown at each look, dropped, seconds in all) on a simulated clock."""
+    clock, parts, dropped = 0.0, [], 0
+    budget.began(first, cost)
+    for step in range(1, total):
         clock += step_time
         if is_due(every, step, total):
-            if step < total and not budget.allows(clock, step, total):
+            part = budget.part(
+                clock,
+                step,
+                total,
+                looks_to_come(every, step, total),
+                needed=guarded and is_needed(step, total, len(parts)),
+            )
+            if part is None:
                 dropped += 1
                 continue
-            clock += cost
-            budget.took(cost)
-            taken += 1
-    return taken, dropped, budget.spent, clock
+            clock += part * cost
+            budget.took(part * cost, part)
+            parts.append(part)
+    return parts, dropped, clock + step_time
 
 
 @pytest.mark.parametrize("share", [0.02, 0.05, 0.3])
-def test_looks_keep_within_their_share_of_the_wall_time(share):
+@pytest.mark.parametrize("first", [0.0, 2.0])
+@pytest.mark.parametrize("every", [None, 2, 0.1])
+def test_looks_keep_within_their_share_of_the_wall_time(share, first, every):
     budget = Budget(share)
-    taken, dropped, spent, clock = simulate(budget, cost=1.5)
-    assert spent <= share * clock + 1e-9
-    assert spent + 1.5 > share * (clock + 1.5)  # one more would not have fitted
-    assert dropped == 100 - taken > 0
+    parts, dropped, clock = simulate(budget, cost=1.5, first=first, every=every)
+    assert first + budget.spent <= share * clock + first + 1e-9
+    if budget.spent:
+        assert first + budget.spent <= share * (clock + first) + 1e-9
+    assert len(parts) + dropped == len([s for s in range(1, 200) if is_due(every, s, 200)])
 
 
-def test_the_last_look_is_taken_when_no_other_fits():
-    budget = Budget(0.05)
-    assert simulate(budget, cost=60)[:2] == (1, 99)
+def test_images_are_saved_before_looks():
+    few, dropped, _ = simulate(Budget(0.05), cost=4.0, every=None)
+    assert (len(few), dropped) == (6, 0)
+    assert max(few) < 1
+    plenty, _, _ = simulate(Budget(0.5), cost=4.0, every=None)
+    assert plenty == [1.0] * 6
+    assert simulate(Budget(0.05), cost=60.0, every=None)[:2] == ([], 6)
+
+
+def test_with_a_limit_five_looks_are_taken_whatever_they_cost():
+    parts, dropped, _ = simulate(Budget(0.05), cost=60.0, every=None, guarded=True)
+    assert (parts, dropped) == ([PARTS[-1]] * 5, 1)
+    often, _, _ = simulate(Budget(0.05), cost=60.0, every=1, guarded=True)
+    assert len(often) == 5
 
 
 @pytest.mark.parametrize("share", [None, 1.0])
 def test_without_a_limit_no_look_is_dropped(share):
-    budget = Budget(share)
-    assert simulate(budget, cost=0.5)[:2] == (100, 0)
+    parts, dropped, _ = simulate(Budget(share), cost=0.5)
+    assert (parts, dropped) == ([1.0] * 99, 0)
 
 
-def test_the_measurement_before_training_is_not_counted():
-    budget = Budget(0.05)
-    budget.took(9.0, counts=False)
-    assert budget.spent == 0
+def test_the_look_before_training_counts():
+    free, paid = (
+        sum(simulate(Budget(0.05), cost=1.0, first=first, every=None)[0]) for first in (0.0, 8.0)
+    )
+    assert free > paid
+
+
+@pytest.mark.parametrize(
+    ("every", "step", "total", "n"),
+    [(None, 5, 100, 6), (None, 70, 100, 1), (None, 71, 100, 0), (10, 10, 100, 9), (10, 90, 100, 1),
+     (0.25, 25, 100, 3), ("epoch", 3, 100, 1), (1, 1, 5, 4)],
+)  # fmt: skip
+def test_looks_to_come(every, step, total, n):
+    assert looks_to_come(every, step, total) == n
+
+
+@pytest.mark.parametrize(
+    ("step", "looks", "needed"),
+    [(4, 0, False), (5, 0, True), (5, 1, False), (10, 1, True), (69, 5, False), (70, 5, False),
+     (99, 4, True)],
+)  # fmt: skip
+def test_a_look_is_needed_where_fewer_were_taken_than_moments_went_by(step, looks, needed):
+    assert is_needed(step, 100, looks) == needed
 
 
 @pytest.mark.parametrize("share", [0, -0.1, 1.5, 5, float("nan")])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from .. import ranks
 from ..accuracy import zero_shot_correct, zero_shot_scores
 from ..data.tasks import Task
+from ..data.training import NoTrainingSetError
 from ..embeddings import NotFiniteError
 from ..measure import GROUPS, IIMMAccumulator
 from ..models.encoders import EncodePair, Encoder, class_embeddings, find_encoder, move
@@ -28,6 +30,8 @@ from .look import Look
 from .scoring import fingerprint, score, warn_of_mixed_units
 from .share import Batch, ProbeTask, Share, read_share
 from .undisturbed import autocast, undisturbed
+
+logger = logging.getLogger(__name__)
 
 
 class Probe:
@@ -231,11 +235,17 @@ class Probe:
         if self.train is not None:
             try:
                 sample = ranks.together(partial(self.train.task, self.task))
-            except Exception as error:
+            except NoTrainingSetError as error:
                 if self.train.given:
                     raise
                 why_not = str(error)
-        scale = ranks.from_first(lambda: _logit_scale(model, share.encoder))
+            except Exception as error:
+                why_not = f"the training set did not serve ({type(error).__name__}: {error})"
+                if self.train.given:
+                    logger.warning("The linear probe: %s; it is cross-validated instead", why_not)
+        scale = None  # the functions of `encode` tell none
+        if self.encode is None:
+            scale = ranks.from_first(lambda: _logit_scale(model, share.encoder))
         embed = None
         if sample is not None:
             embed = partial(self._embed_sample, model, share.encoder, sample, autocast_dtype)
@@ -427,7 +437,7 @@ def _logit_scale(model: nn.Module, encoder: Encoder) -> float | None:
     """The model's factor on cosines; None where it tells none."""
     try:
         scale, _ = encoder.logit_scale(model)
-        found = float(scale)
+        found = float(torch.as_tensor(scale).detach())
     except (AttributeError, NotImplementedError, RuntimeError, TypeError, ValueError):
         return None  # a model of one's own, or a scale that is sharded over ranks
     return found if math.isfinite(found) and found > 0 else None
