@@ -91,12 +91,14 @@ def forecast_lines(forecast: dict[str, Any]) -> list[str]:
                                ("error_of_zero_shot", "zero-shot error"))
             if found[key] is not None
         ]  # fmt: skip
+        also = f" ({', '.join(beside)})" if beside else ""
+        whose = " of other models," if found.get("left_out") == "model" else ""
         same = any(k.startswith("other runs of the same task") for k in found["predictors"])
         seen = ", but with other runs of that task known" if same else ""
         text = (
             f"{name}: by {', '.join(predictors) or 'many predictors'}; off by "
-            f"{points(found['error']).removeprefix('+')} points on {found['n_tasks']} tasks left "
-            f"out in turn ({', '.join(beside)}){seen}; 90 % intervals held {found['coverage']:.0%}"
+            f"{points(found['error']).removeprefix('+')} points on {found['n_tasks']} tasks{whose} "
+            f"left out in turn{also}{seen}; 90 % intervals held {found['coverage']:.0%}"
         )
         lines += wrap(printable(text), _WIDTH, initial_indent="  ", subsequent_indent="    ")
     return lines

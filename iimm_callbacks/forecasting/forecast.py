@@ -62,10 +62,11 @@ class Evidence:
     Attributes:
         predictors: Name -> share of it in the forecast; they sum to 1.
         n_runs, n_tasks: That its errors were measured on.
-        error: Its mean absolute error on them, the task left out, a fraction.
+        error: Its mean absolute error on them, their task or model left out, a fraction.
         error_of_mean: That of the plain mean of the method's runs.
         error_of_zero_shot: That of a line on the zero-shot error.
         coverage: Share of them inside their 90 % interval.
+        left_out: What was left out in turn: "task"; "model" where none of them is of this model.
     """
 
     predictors: dict[str, float]
@@ -75,6 +76,7 @@ class Evidence:
     error_of_mean: float | None
     error_of_zero_shot: float | None
     coverage: float
+    left_out: str = "task"
 
 
 @dataclass(frozen=True)

@@ -352,6 +352,11 @@ class Forecaster:
             if other != quantity and other in seen and None not in values:
                 features[name] = np.array(values, dtype=float)
                 asked[name] = seen[other][0]
+        probes = [run.outcome.linear_probe_accuracy for run in rows]
+        if quantity == "gain" and math.isfinite(ask.linear_probe_accuracy) and None not in probes:
+            before = [run.outcome.zero_shot_accuracy for run in rows]
+            features["probe_gain"] = np.array(probes, dtype=float) - np.array(before)
+            asked["probe_gain"] = ask.linear_probe_accuracy - ask.zero_shot_accuracy
         if prior is not None:
             priors = self._left_out(runs, ask, quantity, rows)
             if priors is not None:

@@ -260,6 +260,7 @@ def _pool(
         None,
         None,
         float((misses <= reach).mean()),
+        "task" if own.any() else "model",
     )
     return Pooled(Prediction(asked_expected + point, scale * factor, dof), evidence, found)
 

@@ -59,6 +59,7 @@ def during_training(features: Mapping[str, Any]) -> list[Candidate]:
     more = [
         (("zero_shot_error",), "zero-shot error"),
         (("iimm",), "IIMM"),
+        (("probe_gain",), "linear probe"),
         (("gain_so_far",), "gain so far"),
         (("mean_so_far",), "mean forgetting so far"),
         (_varied_recipe(features), "recipe"),
