@@ -608,13 +608,14 @@ def test_a_record_goes_to_the_hub_and_comes_back(record, tmp_path, monkeypatch):
 def test_runs_written_down_by_hand_are_added(store, tmp_path):
     rows = tmp_path / "runs.csv"
     rows.write_text(
-        "model,method,task,zero_shot_accuracy,final_accuracy,before:a,after:a\n"
-        "ours,full,cars,0.6,0.8,0.9,0.7\n"
+        "model,method,task,zero_shot_accuracy,final_accuracy,before:a,after:a,gain@0.1\n"
+        "ours,full,cars,0.6,0.8,0.9,0.7,0.05\n"
     )
     assert ask("outcomes", "add", rows)["added"] == 1
     (added,) = read_outcomes(store)
     assert added.gain == pytest.approx(0.2)
     assert added.drops == {"a": pytest.approx(0.2)}
+    assert added.trajectory == [{"share": 0.1, "gain": 0.05}]
     assert ask("outcomes", "add", rows) == {"store": str(store), "added": 0, "skipped": 1}
     rows.write_text(rows.read_text().replace("0.8", "80"))
     assert "runs.csv line 2: column `final_accuracy`" in fails("outcomes", "add", rows)

@@ -30,10 +30,17 @@ RUN = Outcome(
     trajectory=[{"share": 0.5, "gain": 0.4, "forgetting": 0.02, "worst": 0.1, "worst_se": 0.01}],
     recipe={"learning_rate": 1e-5, "note": "größer", "betas": [0.9, 0.99], "warmup": None},
     versions={"torch": "2.13"},
+    n_train=800,
+    linear_probe_accuracy=0.7,
+    linear_probe_standard_error=0.02,
+    linear_probe_n_train=512,
+    images={"final_accuracy": "512 test images"},
 )
 PUBLISHED = replace(
-    RUN, iimm=None, inter=None, intra=None, n_images=None, n_classes=None, source="a paper"
-)
+    RUN, iimm=None, inter=None, intra=None, n_images=None, n_classes=None, source="a paper",
+    n_train=None, linear_probe_accuracy=None, linear_probe_standard_error=None,
+    linear_probe_n_train=None, images={},
+)  # fmt: skip
 
 json_values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(st.characters()),
@@ -50,7 +57,12 @@ def outcomes(draw):
     signed, count = st.none() | st.floats(-1, 1), st.none() | st.integers(0, 2**63 - 1)
     look = st.fixed_dictionaries(
         {"share": fractions, "gain": st.floats(-1, 1)},
-        optional={"forgetting": st.floats(-1, 1), "gain_se": st.floats(0, 9)},
+        optional={
+            "forgetting": st.floats(-1, 1),
+            "gain_se": st.floats(0, 9),
+            "iimm": st.floats(-1, 1),
+            "training_loss": st.floats(-9, 9),
+        },
     )
     value = st.none() | st.booleans() | st.integers() | st.floats(-9, 9) | texts | st.lists(texts)
     return replace(
@@ -67,6 +79,11 @@ def outcomes(draw):
         trajectory=draw(st.lists(look, max_size=2)),
         complete=draw(st.booleans()),
         recipe=draw(st.dictionaries(texts, value, max_size=3)),
+        n_train=draw(count),
+        linear_probe_accuracy=draw(st.none() | fractions),
+        linear_probe_standard_error=draw(st.none() | st.floats(0, 9)),
+        linear_probe_n_train=draw(count),
+        images=draw(st.dictionaries(texts, texts, max_size=2)),
     )
 
 
@@ -115,8 +132,11 @@ def test_what_was_not_measured_is_none():
 
 def test_what_a_record_without_the_newer_fields_lacks_has_its_default():
     row = asdict(RUN)
-    del row["source"], row["versions"]
-    assert parse_outcome(row) == replace(RUN, source="", versions={})
+    newer = ("n_train", "images", *(n for n in row if n.startswith("linear_probe_")))
+    for name in ("source", "versions", *newer):
+        del row[name]
+    before = {name: getattr(PUBLISHED, name) for name in newer}
+    assert parse_outcome(row) == replace(RUN, source="", versions={}, **before)
 
 
 def test_an_unknown_field_of_a_later_version_is_ignored():
@@ -203,6 +223,15 @@ for _ in range(50):
         ({"recipe": {1: "x"}}, r"`recipe, a key` must be a string, got 1"),
         ({"recipe": {"deep": NESTED}}, r"`recipe\['deep'\]` is nested deeper than 16"),
         ({"versions": {"torch": 2}}, r"`versions\['torch'\]` must be a string, got 2"),
+        (
+            {"trajectory": [{"share": 0.1, "gain": 0, "iimm": 2}]},
+            r"`trajectory\[0\]\['iimm'\]` must be a number in \[-1, 1\], got 2",
+        ),
+        ({"n_train": 0.5}, r"`n_train` must be a whole number from 0, got 0.5"),
+        ({"linear_probe_accuracy": 71.0}, r"`linear_probe_accuracy` must be a fraction .* got 71"),
+        ({"linear_probe_standard_error": -1}, r"`linear_probe_standard_error` must be .* got -1"),
+        ({"linear_probe_n_train": "all"}, r"`linear_probe_n_train` must be .* got 'all'"),
+        ({"images": {"final_accuracy": 300}}, r"`images\['final_accuracy'\]` must be a string"),
     ],
 )
 def test_a_bad_field_is_refused_with_name_and_value(changes, says):

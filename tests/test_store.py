@@ -344,6 +344,13 @@ def test_numbers_can_be_filtered_and_dicts_are_json(caplog):
     assert json.loads(dataset[0]["off_target_after"]) == RUN.off_target_after
 
 
+def test_a_dataset_from_before_the_linear_probe_still_loads():
+    newer = [n for n in asdict(RUN) if n.startswith("linear_probe_")] + ["n_train", "images"]
+    table = to_dataset([RUN, PUBLISHED]).remove_columns(newer)
+    before = {name: getattr(PUBLISHED, name) for name in newer}
+    assert from_dataset(table) == [replace(RUN, **before), PUBLISHED]
+
+
 def test_a_damaged_row_is_skipped_and_named(tmp_path, caplog):
     rows = to_dataset([RUN] * 4).to_list()
     rows[1]["recipe"] = "{'single': 'quotes'}"
@@ -402,10 +409,14 @@ def test_all_columns_are_read_and_empty_cells_are_unknown(tmp_path):
     header = (
         " task ,model,method,final_accuracy,zero_shot_accuracy,iimm,inter,intra,n_images,n_classes,"
         "learning_rate,steps,batch_size,model_fingerprint,task_fingerprint,"
-        "before:dogs,after:dogs,after:a:b,before:a:b"
+        "before:dogs,after:dogs,after:a:b,before:a:b,"
+        "n_train,linear_probe_accuracy,linear_probe_standard_error,linear_probe_n_train,run"
     )
-    first = '"cars, old",m,lora, 0.9 ,0,.4,.2,.6,512,10,1e-4,120,32,1f,2e,0.5,0.4,1,0.25'
-    second = "größe,m,lora,1,0.5,,,,,,,,,,,,,,"
+    first = (
+        '"cars, old",m,lora, 0.9 ,0,.4,.2,.6,512,10,1e-4,120,32,1f,2e,0.5,0.4,1,0.25,'
+        "800,0.7,0.02,512,the first"
+    )
+    second = "größe,m,lora,1,0.5" + 19 * ","
     path = csv_file(tmp_path, header, first, "", ",,,,", second, encoding="utf-8-sig")
     one, two = read_csv(str(path))
     assert (one.task, one.zero_shot_accuracy, one.final_accuracy) == ("cars, old", 0.0, 0.9)
@@ -415,7 +426,50 @@ def test_all_columns_are_read_and_empty_cells_are_unknown(tmp_path):
     assert one.off_target_before == {"dogs": 0.5, "a:b": 0.25}
     assert one.off_target_after == {"dogs": 0.4, "a:b": 1.0}
     assert (two.task, two.final_accuracy, two.off_target_before) == ("größe", 1.0, {})
+    assert (one.n_train, one.linear_probe_accuracy, one.run) == (800, 0.7, "the first")
+    assert (one.linear_probe_standard_error, one.linear_probe_n_train) == (0.02, 512)
     assert (two.recipe, two.iimm, two.n_images) == ({}, None, None)
+    assert (two.n_train, two.linear_probe_accuracy, two.trajectory) == (None, None, [])
+
+
+def test_looks_are_columns_of_quantity_and_share(tmp_path, path):
+    looks = "gain@0.5,gain@0.1,forgetting@0.1,worst@0.1,gain_se@0.1,training_loss@0.5,iimm@0.5"
+    one = "m,full,cars,0.6,0.78,0.15,-0.02,0.01,0.04,0.005,1.5,0.3"
+    two = "m,full,dogs,0.6,0.78,,0.02,,,,,"
+    other = "m,full,birds,0.6,0.78,,,,,,,"
+    found = read_csv(csv_file(tmp_path, f"{HEADER},{looks}", one, two, other))
+    assert [outcome.trajectory for outcome in found] == [
+        [
+            {"share": 0.1, "gain": -0.02, "forgetting": 0.01, "worst": 0.04, "gain_se": 0.005},
+            {"share": 0.5, "gain": 0.15, "training_loss": 1.5, "iimm": 0.3},
+        ],
+        [{"share": 0.1, "gain": 0.02}],
+        [],
+    ]
+    append_outcome(path, found[0])
+    assert read_outcomes(path) == from_dataset(to_dataset(found[:1])) == found[:1]
+
+
+def test_a_table_of_looks_becomes_these_columns_as_the_docstring_says(tmp_path):
+    pandas = pytest.importorskip("pandas")
+    runs = pandas.DataFrame(
+        [["a", "m", "full", "cars", 0.6, 0.78], ["b", "m", "full", "dogs", 0.5, 0.6]],
+        columns=["run", *HEADER.split(",")],
+    )
+    looks = pandas.DataFrame(
+        {"run": ["a", "a", "b"], "share": [0.1, 0.5, 0.5], "gain": [0.02, 0.1, 0.05],
+         "forgetting": [0.0, 0.01, 0.02]}
+    )  # fmt: skip
+    wide = looks.pivot(index="run", columns="share", values=["gain", "forgetting"])
+    wide.columns = [f"{quantity}@{share}" for quantity, share in wide.columns]
+    runs.join(wide, on="run").to_csv(tmp_path / "runs.csv", index=False)
+    one, two = read_csv(tmp_path / "runs.csv")
+    assert (one.run, two.run) == ("a", "b")
+    assert one.trajectory == [
+        {"share": 0.1, "gain": 0.02, "forgetting": 0.0},
+        {"share": 0.5, "gain": 0.1, "forgetting": 0.01},
+    ]
+    assert two.trajectory == [{"share": 0.5, "gain": 0.05, "forgetting": 0.02}]
 
 
 @pytest.mark.parametrize(
@@ -445,6 +499,25 @@ def test_all_columns_are_read_and_empty_cells_are_unknown(tmp_path):
             "m,full,cars,0.6,0.7,0.6,0.7",
             r"`before:cars`: leave it empty",
         ),
+        (
+            ",gain@0.1",
+            "m,full,cars,0.6,0.7,12",
+            r"`gain@0.1` must be a number in \[-1, 1\], got 12",
+        ),
+        (",gain@0.1", "m,full,cars,0.6,0.7,12%", r"`gain@0.1` must be a number such as .* '12%'"),
+        (",gain@0.1,gain_se@0.1", "m,full,cars,0.6,0.7,0,-1", r"`gain_se@0.1` must be .* got -1"),
+        (",worst@0.1", "m,full,cars,0.6,0.7,0.2", r"`gain@0.1` is missing or empty, where `worst@"),
+        (
+            ",gain@0.1,worst_se@0.1",
+            "m,full,cars,0.6,0.7,0.2,0.1",
+            r"`worst@0.1` is missing or empty, where `worst_se@0.1` is not; fill both, or neither",
+        ),
+        (",n_train", "m,full,cars,0.6,0.7,many", r"`n_train` must be a whole number, got 'many'"),
+        (
+            ",linear_probe_accuracy",
+            "m,full,cars,0.6,0.7,71",
+            r"`linear_probe_accuracy` must be a fraction in \[0, 1\], got 71",
+        ),
     ],
 )
 def test_a_bad_cell_is_named_by_file_line_and_column(tmp_path, extra, cells, says):
@@ -465,6 +538,15 @@ def test_a_bad_cell_is_named_by_file_line_and_column(tmp_path, extra, cells, say
         (f"{HEADER},before:,after:", "unknown column `before:`"),
         (f"{HEADER},during:x", "unknown column `during:x`"),
         (f"{HEADER},task", "column `task` stands there twice"),
+        (f"{HEADER},loss@0.1", "unknown column `loss@0.1`; expected .* a quantity of gain, "),
+        (
+            f"{HEADER},gain@10",
+            r"column `gain@10`: .* must be a fraction in \[0, 1\], got '10'; write",
+        ),
+        (f"{HEADER},gain@10%", r"column `gain@10%`: .* got '10%'; write gain@0.1 for 10 %"),
+        (f"{HEADER},gain@", "column `gain@`: the share of the steps after @ must be a fraction"),
+        (f"{HEADER},gain@nan", "column `gain@nan`: the share"),
+        (f"{HEADER},gain@0.1,gain@.10", "columns `gain@0.1` and `gain@.10` are the same"),
     ],
 )
 def test_a_bad_header_is_named(tmp_path, header, says):

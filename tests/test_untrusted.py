@@ -152,8 +152,9 @@ def test_any_bytes_in_a_saved_table_are_outcomes_or_an_error(tmp_path_factory, d
 # --- CSV ---
 
 HEADER = ["model", "method", "task", "zero_shot_accuracy", "final_accuracy"]
-OPTIONAL = ["iimm", "n_images", "learning_rate", "steps", "before:b", "after:b"]
-GOOD = ["m", "full", "cars", "0.5", "0.6", "0.1", "8", "1e-3", "9", "0.5", "0.4"]
+LOOKS = ["gain@0.1", "gain_se@0.1"]
+OPTIONAL = ["iimm", "n_images", "learning_rate", "steps", "before:b", "after:b", *LOOKS]
+GOOD = ["m", "full", "cars", "0.5", "0.6", "0.1", "8", "1e-3", "9", "0.5", "0.4", "0.1", "0.01"]
 
 
 def as_csv(rows):

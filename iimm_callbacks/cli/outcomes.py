@@ -67,8 +67,11 @@ def add(
 
     One run a line, accuracies as fractions. Columns: model, method, task, zero_shot_accuracy,
     final_accuracy; where known also iimm, inter, intra, n_images, n_classes, learning_rate, steps,
-    batch_size, model_fingerprint, task_fingerprint, and before:TASK and after:TASK for each
-    off-target task. Runs that are there already are skipped.
+    batch_size, n_train, linear_probe_accuracy, linear_probe_standard_error, linear_probe_n_train,
+    run, model_fingerprint, task_fingerprint, and before:TASK and after:TASK for each off-target
+    task. Looks during training are columns QUANTITY@SHARE, such as gain@0.1 and forgetting@0.1
+    after a tenth of the steps; also worst, gain_se, forgetting_se, worst_se, iimm, training_loss.
+    Runs that are there already are skipped.
     """
     return _append(read_csv(file.expanduser()), store)
 

@@ -7,15 +7,23 @@ import math
 from pathlib import Path
 from typing import Any
 
+from .checks import DIFFERENCE, ERROR, FRACTION, Check, finite
 from .outcomes import SCHEMA_VERSION, Outcome, parse_outcome
 
 ADDED_BY_HAND = "added by hand"
 _REQUIRED = ("model", "method", "task", "zero_shot_accuracy", "final_accuracy")
-_TEXTS = ("model", "method", "task", "model_fingerprint", "task_fingerprint")
+_TEXTS = ("model", "method", "task", "run", "model_fingerprint", "task_fingerprint")
 _NUMBERS: dict[str, type[int] | type[float]] = {
     "iimm": float, "inter": float, "intra": float, "n_images": int, "n_classes": int,
     "learning_rate": float, "steps": int, "batch_size": int,
+    "n_train": int, "linear_probe_accuracy": float, "linear_probe_standard_error": float,
+    "linear_probe_n_train": int,
 }  # fmt: skip
+_LOOK: dict[str, Check] = (
+    dict.fromkeys(("gain", "forgetting", "worst", "iimm"), DIFFERENCE)
+    | dict.fromkeys(("gain_se", "forgetting_se", "worst_se"), ERROR)
+    | {"training_loss": finite}
+)
 _RECIPE = ("learning_rate", "steps", "batch_size")
 
 
@@ -24,8 +32,19 @@ def read_csv(path: str | Path) -> list[Outcome]:
 
     Columns: ``model``, ``method``, ``task``, ``zero_shot_accuracy``, ``final_accuracy``; where
     known ``iimm``, ``inter``, ``intra``, ``n_images``, ``n_classes``, ``learning_rate``, ``steps``,
-    ``batch_size``, ``model_fingerprint``, ``task_fingerprint``, and for each off-target task two,
-    ``before:<task>`` and ``after:<task>``. An empty cell is a number that is not known.
+    ``batch_size``, ``n_train``, ``linear_probe_accuracy``, ``linear_probe_standard_error``,
+    ``linear_probe_n_train``, ``run`` (a name that no other run has), ``model_fingerprint``,
+    ``task_fingerprint``, and for each off-target task two, ``before:<task>`` and ``after:<task>``.
+    An empty cell is a number that is not known.
+
+    Looks during training are columns ``<quantity>@<share>``, such as ``gain@0.1`` for the gain so
+    far after a tenth of the steps. Quantities: ``gain``, needed at every look of a run;
+    ``forgetting`` (mean) and ``worst``, in [-1, 1], positive where accuracy was lost; the standard
+    errors ``gain_se``, ``forgetting_se``, ``worst_se``; ``iimm``; ``training_loss``. Runs with
+    other looks leave the cells empty. In pandas a table with one row per run and look becomes such
+    columns by ``wide = looks.pivot(index="run", columns="share", values=["gain", "forgetting"])``
+    and ``wide.columns = [f"{quantity}@{share}" for quantity, share in wide.columns]``; then join
+    it to the table of runs.
 
     Args:
         path: The file.
@@ -48,6 +67,7 @@ def read_csv(path: str | Path) -> list[Outcome]:
 
 def _check_header(names: list[str]) -> list[str]:
     known = {*_REQUIRED, *_TEXTS, *_NUMBERS}
+    looks: dict[tuple[str, float], str] = {}
     for name in names:
         kind, colon, task = name.partition(":")
         partner = {"before": f"after:{task}", "after": f"before:{task}"}.get(kind)
@@ -56,10 +76,15 @@ def _check_header(names: list[str]) -> list[str]:
         if colon and task and partner:
             if partner not in names:
                 raise ValueError(f"column `{name}` needs a column `{partner}` beside it")
+        elif name.partition("@")[0] in _LOOK and "@" in name:
+            other = looks.setdefault(_look(name), name)
+            if other != name:
+                raise ValueError(f"columns `{other}` and `{name}` are the same; remove one")
         elif name not in known:
             raise ValueError(
                 f"unknown column `{name}`; expected {', '.join(sorted(known))}, before:<task> or "
-                "after:<task>, with commas between them"
+                f"after:<task>, or <quantity>@<share> with a quantity of {', '.join(_LOOK)}, with "
+                "commas between them"
             )
     for name in _REQUIRED:
         if name not in names:
@@ -89,9 +114,43 @@ def _from_cells(cells: dict[str | Any, Any]) -> Outcome:
         raise ValueError(f"fill both `before:{task}` and `after:{task}`, or neither")
     if row["task"] in row["off_target_before"]:
         raise ValueError(f"column `before:{row['task']}`: leave it empty, it is what was learnt")
+    row["trajectory"] = _trajectory(cells)
     return parse_outcome(
         row | {"standard_error": None, "source": ADDED_BY_HAND, "schema_version": SCHEMA_VERSION}
     )
+
+
+def _trajectory(cells: dict[str, str]) -> list[dict[str, float]]:
+    """The looks that the line fills, in the order of their shares."""
+    rows: dict[float, dict[str, float]] = {}
+    for name in cells:
+        value = _number(cells[name], name) if "@" in name and ":" not in name else None
+        if value is not None:
+            quantity, share = _look(name)
+            rows.setdefault(share, {"share": share})[quantity] = _LOOK[quantity](value, name)
+    for share, row in rows.items():
+        for quantity in row:
+            needed = quantity.removesuffix("_se") if quantity.endswith("_se") else "gain"
+            if quantity != "share" and needed not in row:
+                raise ValueError(
+                    f"column `{needed}@{share:g}` is missing or empty, where `{quantity}@{share:g}`"
+                    " is not; fill both, or neither"
+                )
+    return [rows[share] for share in sorted(rows)]
+
+
+def _look(name: str) -> tuple[str, float]:
+    """Quantity and share of the steps that a column is of."""
+    quantity, _, text = name.partition("@")
+    try:
+        share = float(text)
+        FRACTION(share, name)
+    except ValueError:
+        raise ValueError(
+            f"column `{name}`: the share of the steps after @ must be a fraction in [0, 1], got "
+            f"{text!r}; write {quantity}@0.1 for 10 %"
+        ) from None
+    return quantity, share
 
 
 def _number(text: str, name: str) -> float | None:

@@ -44,7 +44,8 @@ class Outcome:
         final_accuracy: On the task, after training.
         off_target_before, off_target_after: Task name -> zero-shot accuracy.
         trajectory: One row per look: ``share`` of the steps done, ``gain``, ``forgetting`` (mean)
-            and ``worst`` so far, and the standard error of each as ``gain_se`` and so on.
+            and ``worst`` so far, and the standard error of each as ``gain_se`` and so on; ``iimm``
+            and ``training_loss`` where they are known.
         complete: Whether training ran to its last planned step.
         ended: Why it ended, in words.
         recipe: Optimizer, learning rate, steps, batch size and so on, for people.
@@ -187,7 +188,7 @@ def _check_schema(row: dict[str, Any]) -> None:
 
 
 _LOOK = {
-    "forgetting": DIFFERENCE, "worst": DIFFERENCE,
+    "forgetting": DIFFERENCE, "worst": DIFFERENCE, "iimm": DIFFERENCE,
     "gain_se": ERROR, "forgetting_se": ERROR, "worst_se": ERROR,
 }  # fmt: skip
 _CHECKS: dict[str, Check] = (

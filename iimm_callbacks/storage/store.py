@@ -24,7 +24,9 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 LOCK_SECONDS = 60.0
-_AS_JSON = ("off_target_before", "off_target_after", "trajectory", "recipe", "versions")
+_AS_JSON = (
+    "off_target_before", "off_target_after", "trajectory", "recipe", "versions", "images",
+)  # fmt: skip
 _T = TypeVar("_T")
 
 
