@@ -1,6 +1,7 @@
 """The published fine-tunes of CLIP: whole, in range, and with the means known of them."""
 
 import json
+from collections import Counter
 from dataclasses import asdict
 
 import numpy as np
@@ -100,3 +101,27 @@ def test_recipes_are_those_stated(base_rates):
     assert (lora[0].recipe["steps"], lora[0].recipe["rank"]) == (2000, 16)
     assert {o.recipe["learning_rate"] for o in full[:8] + lora} == {1e-5}
     assert "learning_rate" not in full[8].recipe  # nothing is stated for the twelve further tasks
+
+
+def test_nine_tasks_have_a_published_linear_probe(base_rates):
+    probed = [o for o in base_rates if o.linear_probe_accuracy is not None]
+    counts = Counter((o.model, o.method) for o in probed)
+    full = {(model, "full"): 9 for model in (B32, B16, L14)}
+    assert counts == full | {(B16, "lora"): 4, (B16, "l_lora"): 4}  # 4 of the 8 crosswise tasks
+    assert len({o.task for o in probed}) == 9
+    svhn = of(base_rates, B32, "full")[EIGHT.index("svhn")]
+    assert svhn.linear_probe_accuracy == 0.6508
+    unknown = {(o.linear_probe_standard_error, o.linear_probe_n_train, o.n_train) for o in probed}
+    assert unknown == {(None, None, None)}  # nothing of these is published
+
+
+def test_fine_tuning_halves_the_error_of_the_published_linear_probes(base_rates):
+    """../shared/SCIENCE.md, section 6: a ratio of 0.5-0.6 for real CLIP, svhn the outlier, 0.08."""
+    full = [o for o in base_rates if o.method == "full" and o.linear_probe_accuracy is not None]
+    ratio = {
+        (o.model, o.task): (1 - o.final_accuracy) / (1 - o.linear_probe_accuracy) for o in full
+    }
+    assert 0.5 < np.median(list(ratio.values())) < 0.6
+    assert ratio[B32, "svhn"] == pytest.approx(0.0773, abs=1e-3)
+    direct = np.mean([abs(o.final_accuracy - o.linear_probe_accuracy) for o in full])
+    assert 100 * direct == pytest.approx(6.2, abs=0.051)

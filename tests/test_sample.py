@@ -1,10 +1,15 @@
 """The shipped model, tasks and outcomes."""
 
+import importlib
+from pathlib import Path
+
 import pytest
 
 from iimm_callbacks import sample
 from iimm_callbacks.models.wrappers import model_fingerprint
 from iimm_callbacks.probing.probe import Probe
+
+STUDY = Path(__file__).parent.parent / "examples" / "study"
 
 
 def test_there_are_at_least_six_tasks_with_enough_pictures():
@@ -52,6 +57,35 @@ def test_the_recorded_runs_are_of_the_tasks_as_they_are_probed_now():
         assert probe.fingerprints == {name: outcome.task_fingerprint}
         assert look.accuracy(name) == pytest.approx(outcome.zero_shot_accuracy, abs=0.01)
         assert look.measurement.iimm == pytest.approx(outcome.iimm, abs=1e-4)
+
+
+def test_the_recorded_linear_probes_are_those_of_the_tasks(monkeypatch):
+    monkeypatch.syspath_prepend(str(STUDY))
+    study = importlib.import_module("linear_probe")
+    found = study.probe_tasks(study.Settings(tasks=["handwritten_digits", "flag_regions"]))
+    recorded = sample.load_outcomes()
+    for name, (before, probe) in found.items():
+        runs = [o for o in recorded if o.task == name]
+        assert len(runs) == 15
+        for run in (study.with_probe(o, probe) for o in runs):
+            before_and_probe = (run.zero_shot_accuracy, run.linear_probe_accuracy)
+            assert before_and_probe == pytest.approx((before, probe.accuracy), abs=1e-6)
+        for run in runs:  # one image of 300 may tip on another processor
+            assert run.linear_probe_accuracy == pytest.approx(probe.accuracy, abs=0.011)
+            assert run.linear_probe_standard_error == pytest.approx(probe.standard_error, abs=1e-3)
+            n_train = len(sample.load_dataset(name, "train"))
+            assert (run.n_train, run.linear_probe_n_train, probe.n_train) == (n_train,) * 3
+            assert run.images["final_accuracy"] == f"{run.n_images} test images"
+            assert run.images["linear_probe_accuracy"].startswith(f"fitted to {n_train} training")
+
+
+def test_every_recorded_run_has_a_linear_probe_and_one_for_each_task():
+    probes = {}
+    for o in sample.load_outcomes():
+        found = (o.linear_probe_accuracy, o.linear_probe_standard_error, o.n_train)
+        assert None not in found
+        probes.setdefault(o.task, set()).add(found)
+    assert [len(found) for found in probes.values()] == [1] * 10
 
 
 def test_no_recorded_run_names_a_folder_of_anyones_machine():

@@ -10,6 +10,7 @@ import pytest
 from scipy import stats
 
 from iimm_callbacks import append_outcome, iimm, read_outcomes, sample
+from iimm_callbacks.probe_accuracy import LinearProbe
 from iimm_callbacks.storage.outcomes import Outcome
 
 STUDY = Path(__file__).parent.parent / "examples" / "study"
@@ -374,8 +375,8 @@ def test_the_committed_linear_probes_are_those_of_the_shipped_tasks(study):
     rows = [[cell.strip() for cell in line.split("│")] for line in committed.splitlines()]
     accuracies = {row[1]: (float(row[2]), float(row[3])) for row in rows if len(row) == 5}
     assert len(accuracies) == 10
-    for name, pair in found.items():  # one image of 300 may tip on another processor
-        assert accuracies[name] == pytest.approx(pair, abs=0.011)
+    for name, (before, probe) in found.items():  # one image of 300 may tip on another processor
+        assert accuracies[name] == pytest.approx((before, probe.accuracy), abs=0.011)
 
 
 def test_the_linear_probe_is_graded_against_gains_on_record(study):
@@ -384,7 +385,11 @@ def test_the_linear_probe_is_graded_against_gains_on_record(study):
                 zero_shot_accuracy=0.4, final_accuracy=0.4 + gain)
         for name, gain, iimm_value in (("a", 0.0, 0.1), ("b", 0.1, 0.3), ("c", 0.2, 0.2))
     ]  # fmt: skip
-    found = {"a": (0.4, 0.41), "b": (0.41, 0.51), "c": (0.4, 0.61)}
+    accuracies = {"a": (0.4, 0.41), "b": (0.41, 0.51), "c": (0.4, 0.61)}
+    found = {
+        name: (before, LinearProbe(accuracy, 0.02, 1.0, 300, 300, True))
+        for name, (before, accuracy) in accuracies.items()
+    }
     row = study("linear_probe").grade(found, outcomes, "full")
     # |0.01-0|, |0.1-0.1|, |0.21-0.2|; the gains' mean; |0.15-0|, |0.1-0.1|, |0.05...-0.2|
     assert row[:3] == ["0.7", "10.0", "10.0"]
