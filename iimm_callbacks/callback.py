@@ -50,6 +50,8 @@ class IIMMCallback(TrainerCallback):  # type: ignore[misc]  # transformers is un
     eval_iimm_intra                         image to image term
     eval_iimm_se                            standard error of eval_iimm
     eval_iimm_accuracy                      zero-shot accuracy on the task
+    eval_iimm_linear_probe_accuracy         of a linear probe on its embeddings; at step 0 only
+    eval_iimm_linear_probe_se               standard error of that
     eval_iimm_gain_observed                 accuracy on the task, minus that before training
     eval_iimm_gain_forecast                 final gain, forecast; also ..._low, ..._high (90 %)
     eval_iimm_forgetting_observed           mean drop of off-target accuracy; positive is loss

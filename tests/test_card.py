@@ -101,13 +101,13 @@ def test_the_section_tells_the_numbers_prompts_and_fingerprints_in_points():
     assert "org/base, fingerprint 0f1e" in text
 
 
-def test_base_rates_are_no_forecast_and_other_metrics_have_their_name():
+def test_borrowed_forecasts_stand_there_and_other_metrics_have_their_name():
     shown = record(
         forecast={"base_rate": True, "gain": {"point": 0.2, "low": 0, "high": 1}},
         metrics={"letters": "recall@5"},
     )
     card = update_card(ModelCard("---\n{}\n---\n"), shown)
-    assert "forecast" not in card.text
+    assert "forecast before training +20.0 [+0.0, +100.0]" in card.text
     assert ("letters", "recall@5, after fine-tuning on digits") in index(card)
     assert {r.metric_type for r in card.data.eval_results} == {"accuracy", "recall_5"}
 

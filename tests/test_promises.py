@@ -42,6 +42,7 @@ def test_the_table_of_keys_is_that_of_what_is_logged():
     section = README.split("## How to read the numbers\n")[1].split("\n`Task")[0]
     told = set(re.findall(r"`(eval_\w+|eval_iimm_<task>_accuracy)`", section))
     known = {keys.PREFIX, keys.INTER, keys.INTRA, keys.STANDARD_ERROR, keys.ACCURACY}
+    known |= {keys.LINEAR_PROBE, keys.LINEAR_PROBE_ERROR}
     known |= {keys.EXCEED, keys.RUNTIME, keys.WORST, keys.accuracy_key("<task>")}
     known |= {keys.observed_key(name) for name in ("gain", "forgetting")}
     known |= {keys.forecast_key(name) for name in ("gain", "forgetting")}

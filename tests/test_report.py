@@ -134,14 +134,13 @@ def test_an_absent_forecast_is_shown_with_its_reason():
     assert lines_with(text, "No forecast: nothing on record.")
 
 
-def test_base_rates_are_labelled_and_are_no_prediction():
+def test_borrowed_forecasts_are_labelled_and_stand_beside_what_came_out():
     record = make_record()
     record["forecast"] = PREDICTED | {"base_rate": True}
     record["looks"] = [FIRST, LAST]
     text = preflight_table(record)
-    assert lines_with(text, "gain base rate +30.0 [+10.0, +50.0]")
-    assert "forecast" not in text
-    assert lines_with(summary_table(record), "gain none +41.5")
+    assert lines_with(text, "gain borrowed forecast +30.0 [+10.0, +50.0]")
+    assert lines_with(summary_table(record), "gain +30.0 [+10.0, +50.0] +41.5")
 
 
 def test_without_a_limit_the_table_says_so():

@@ -442,11 +442,11 @@ def test_only_measured_the_model_keeps_its_weights_modes_and_gradients(
 
 
 class Fails(Probe):
-    def look(self, model, step, autocast_dtype=None):
+    def look(self, model, step, autocast_dtype=None, **settings):
         self.left = getattr(self, "left", 3) - 1
         if not self.left:
             raise KeyboardInterrupt
-        return super().look(model, step, autocast_dtype)
+        return super().look(model, step, autocast_dtype, **settings)
 
 
 def test_a_failure_half_way_leaves_every_bit_as_it_was(

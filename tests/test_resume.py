@@ -390,11 +390,11 @@ def test_tried_again_nothing_of_the_first_try_is_left(
     """No look that failed, no seconds spent, no folder; the settings are those of now."""
     look, first = Probe.look, [True]
 
-    def failing(self, model, step, autocast_dtype=None):
+    def failing(self, model, step, autocast_dtype=None, **settings):
         if step == 4 and first:
             first.clear()
             raise ValueError("no look")
-        return look(self, model, step, autocast_dtype)
+        return look(self, model, step, autocast_dtype, **settings)
 
     monkeypatch.setattr(Probe, "look", failing)
     callback = guard(every=4, on_exceed="rescue")

@@ -147,7 +147,10 @@ def grades(data: dict[str, Any], methods: Sequence[str]) -> str:
 
 def _evidence(rows: dict[str, Any], names: dict[str, str]) -> Table:
     narrow = ("error", "plain mean", "zero- shot", "in 90 %", "runs/ tasks")
-    table = Table(title="What they rest on: mean error in points, task left out (borrowed: model)", width=_WIDTH)
+    table = Table(
+        title="What they rest on: mean error in points, task left out (borrowed: model)",
+        width=_WIDTH,
+    )
     table.add_column("method")
     table.add_column("of")
     for column in narrow:

@@ -235,6 +235,8 @@ class Forecaster:
     def _next_look(self, runs: Runs, ask: Ask, next_share: float | None) -> dict[str, Prediction]:
         if next_share is None or not runs.rows:
             return {}
+        if runs.own and not any(run.at("forgetting", next_share) is not None for run in runs.rows):
+            return {}  # other models' looks do not say when this one's limit is crossed
         found = {q: self._before(runs, ask, q, next_share) for q in ("forgetting", "worst")}
         return {name: p for name, (p, _, _) in found.items() if p is not None}
 

@@ -25,6 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import special
 
+from ..data.tasks import OFF_TARGET_PROBE_SIZE
 from .forecast import COVERAGE, Evidence, Prediction
 from .mixed_model import Effect, Floats, Rows, left_out, predict
 from .records import Ask, Run
@@ -138,7 +139,7 @@ def before_training(
     if not rows:
         return None
     effects, name = _EFFECTS[quantity == "gain", probed]
-    return _pool(rows, ask, effects, name, lambda run: _at(run, quantity, until))
+    return _pool(rows, ask, quantity, effects, name, lambda run: _at(run, quantity, until))
 
 
 def during_training(
@@ -189,7 +190,7 @@ def during_training(
     def to_come(run: Run) -> float:
         return _at(run, quantity, until) - _at(run, quantity, share)
 
-    found = _pool(rows, ask, effects, "what was seen so far, pooled", to_come, more)
+    found = _pool(rows, ask, quantity, effects, "what was seen so far, pooled", to_come, more)
     p = found.prediction
     return Pooled(
         Prediction(value + p.point, math.hypot(p.scale, math.sqrt(excess)), p.dof),
@@ -222,14 +223,15 @@ def bounded(prediction: Prediction, ask: Ask, quantity: str) -> Prediction:
 def _pool(
     runs: Sequence[Run],
     ask: Ask,
+    quantity: str,
     effects: Sequence[Effect],
     name: str,
     target: Callable[[Run], float],
     more: Callable[[Run | None], dict[str, float]] | None = None,
 ) -> Pooled:
     cells = _cells(runs, ask)
-    known = _rows([_describe(cell, target, more) for cell in cells])
-    asked = _rows([_describe_ask(ask, cells, more)])
+    known = _rows([_describe(cell, quantity, target, more) for cell in cells])
+    asked = _rows([_describe_ask(ask, quantity, cells, more)])
     expected, asked_expected = np.zeros(len(known)), 0.0
     if effects is _GAIN:
         expected, asked_expected = known.numbers["way"], float(asked.numbers["way"][0])
@@ -290,6 +292,7 @@ def _cells(runs: Sequence[Run], ask: Ask) -> list[list[Run]]:
 
 def _describe(
     cell: Sequence[Run],
+    quantity: str,
     target: Callable[[Run], float],
     more: Callable[[Run | None], dict[str, float]] | None,
 ) -> dict[str, float | str]:
@@ -298,7 +301,7 @@ def _describe(
         o.model_fingerprint, o.method, o.task,
         _mean([run.outcome.zero_shot_accuracy for run in cell]),
         o.linear_probe_accuracy, o.linear_probe_standard_error, _seen(o.recipe, bool(o.source)),
-        n_images=o.n_images, n_runs=len(cell),
+        n_images=_n_images(quantity, o.n_images, len(o.off_target_before)), n_runs=len(cell),
     )  # fmt: skip
     if more is not None:
         described = [more(run) for run in cell]
@@ -309,6 +312,7 @@ def _describe(
 
 def _describe_ask(
     ask: Ask,
+    quantity: str,
     cells: Sequence[Sequence[Run]],
     more: Callable[[Run | None], dict[str, float]] | None,
 ) -> dict[str, float | str]:
@@ -321,7 +325,7 @@ def _describe_ask(
     row = _facts(
         ask.model, ask.method, ask.task or "\n", ask.zero_shot_accuracy,
         probe if math.isfinite(probe) else None, ask.linear_probe_standard_error,
-        seen, n_images=ask.n_images or None, n_runs=1,
+        seen, n_images=_n_images(quantity, ask.n_images, len(ask.off_target)), n_runs=1,
     )  # fmt: skip
     if more is not None:
         row |= more(None)
@@ -364,6 +368,13 @@ def _facts(
         "way": way * (_SHARE_OF_LIGHT if light else 1.0),
         "noise": 0.4 / math.sqrt((n_images or _IMAGES) * n_runs),
     }
+
+
+def _n_images(quantity: str, n_images: int | None, n_off_target: int) -> int | None:
+    """Images that a quantity is measured on, where that is known."""
+    if quantity == "gain":
+        return n_images or None
+    return OFF_TARGET_PROBE_SIZE * (max(n_off_target, 1) if quantity == "forgetting" else 1)
 
 
 def _rows(facts: Sequence[Mapping[str, float | str]]) -> Rows:

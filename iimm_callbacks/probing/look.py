@@ -63,7 +63,9 @@ class Look:
         if self.learnable is not None:
             data["learnable"] = asdict(self.learnable)
             if self.learnable.probe is not None:
-                data["learnable"]["probe"]["penalty"] = _finite(self.learnable.probe.penalty)
+                probe = self.learnable.probe
+                plain = {"penalty": _finite(probe.penalty), "curve": [list(p) for p in probe.curve]}
+                data["learnable"]["probe"] |= plain
         if self.scores:
             data["scores"] = {
                 name: {"value": score.value, "images": score.images.tolist()}
