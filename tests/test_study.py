@@ -239,6 +239,18 @@ def test_a_gain_that_is_linear_in_iimm_is_reported_as_r2_of_one_and_without_erro
     assert "from 32 runs" in text
 
 
+def test_how_much_each_predictor_explains_stands_first(study):
+    outcomes = planted(lambda iimm, rate, seed: 0.5 * iimm - 0.1)
+    text = study("report").markdown(outcomes, {})
+    found = {row[0]: row[1:] for row in rows(text, "How much each explains")}
+    assert found["predictor"] == ["full"]
+    assert found["IIMM"] == ["**1.00**"]
+    assert found["linear probe"] == ["–"]  # none of these outcomes has one
+    probed = [replace(o, linear_probe_accuracy=o.final_accuracy - 0.02) for o in outcomes]
+    text = study("report").markdown(probed, {})
+    assert rows(text, "How much each explains")[-1] == ["linear probe", "**1.00**"]
+
+
 def test_the_report_counts_what_chance_would_give(study):
     outcomes = planted(lambda iimm, rate, seed: 0.5 * iimm - 0.1)
     text = study("report").markdown(outcomes, {})

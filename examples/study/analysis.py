@@ -29,6 +29,7 @@ MEASURED = {
     "inter": lambda o: o.inter,
     "intra": lambda o: o.intra,
     "zero-shot error": lambda o: 1 - o.zero_shot_accuracy,
+    "linear probe": lambda o: probe_gain(o),
 }
 SHARES = (0.05, 0.1, 0.2, 0.3, 0.5, 0.7)
 LEAST_TASKS = 3  # a line through two points has no error to speak of
@@ -62,6 +63,12 @@ class Relation:
     intercept: float
     p: float
     tau: float
+
+
+def probe_gain(outcome):
+    """Accuracy of the linear probe minus zero-shot accuracy; `None` where there is no probe."""
+    probe = outcome.linear_probe_accuracy
+    return None if probe is None else probe - outcome.zero_shot_accuracy
 
 
 def rate_of(outcome):

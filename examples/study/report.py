@@ -15,6 +15,7 @@ import numpy as np
 from analysis import groups_of, relations_of
 from plots import draw
 from tables import (
+    explained_table,
     extreme_table,
     heading,
     left_out_tables,
@@ -71,6 +72,7 @@ def markdown(outcomes, scores, command="python examples/study/report.py"):
     relations = {(g.method, g.level): relations_of(g, scores) for g in groups}
     sections = [
         heading(finished, len(outcomes) - len(finished), command),
+        explained_table(groups, relations),
         summary(groups, relations),
         outcome_table(groups),
         *relation_tables(groups, relations),

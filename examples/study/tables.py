@@ -69,6 +69,25 @@ def summary(groups, relations):
     return f"## How many relations show\n\n{text}\n\n" + table(["predictor", *TARGETS], rows)
 
 
+def explained_table(groups, relations):
+    """R² of the gain, one row per predictor, one column per method: what to look at first."""
+    chosen = [g for g in groups if g.level == BOTH] or groups
+    names = list(dict.fromkeys(n for g in chosen for _, n in relations[g.method, g.level]))
+    rows = []
+    for name in names:
+        found = [relations[g.method, g.level]["gain", name] for g in chosen]
+        rows.append([name, *(bold(f"{r.r2:.2f}", r.p < SIGNIFICANT) if r else "–" for r in found)])
+    text = (
+        "R² of the gain over the tasks, learning rates together; bold: p < 0.05. IIMM is the mean "
+        "of inter and intra. H-Score, GBC, LogME and TransRate are transfer scores of the "
+        "untouched model's test embeddings. The linear probe is fitted to the training images; its "
+        "predictor is its accuracy minus zero-shot accuracy. One small model: no promise for "
+        "another."
+    )
+    head = ["predictor", *(g.method for g in chosen)]
+    return f"## How much each explains\n\n{text}\n\n" + table(head, rows)
+
+
 def outcome_table(groups):
     rows = []
     for group in groups:
