@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from scipy import stats
 
 from iimm_callbacks import append_outcome, iimm, read_outcomes, sample
@@ -407,3 +408,63 @@ def test_the_linear_probe_is_graded_against_gains_on_record(study):
     assert row[:3] == ["0.7", "10.0", "10.0"]
     assert row[3] == "1.00"
     assert row[5] == "0.25"
+
+
+# --- heads on frozen embeddings ---
+
+
+def embedded(n=40, dim=6, n_classes=3):
+    """Unit rows x [N, D] and t [C, D], labels [N]."""
+    generator = torch.Generator().manual_seed(0)
+    y = torch.arange(n) % n_classes
+    t = torch.randn(n_classes, dim, generator=generator)
+    x = t[y] + 1.5 * torch.randn(n, dim, generator=generator)
+    return *(torch.nn.functional.normalize(m, dim=1) for m in (x, t)), y
+
+
+def test_the_ridge_leaves_one_out_as_the_loop_does(study):
+    x, t, y = embedded()
+    target = torch.nn.functional.one_hot(y, 3) - (5 * x @ t.T).softmax(1)
+    ridge = study("heads").Ridge(x, target)
+    penalty = 0.1 * ridge.unit
+    for i in (0, 7):
+        rest = torch.arange(len(x)) != i
+        a, b = x[rest].double(), target[rest].double()
+        w = torch.linalg.solve(a.T @ a + penalty * torch.eye(6), a.T @ b)
+        assert ridge.left_out(0.1)[i].numpy() == pytest.approx((x[i].double() @ w).numpy())
+
+
+def test_a_strong_penalty_leaves_the_zero_shot_classifier_and_the_slope_is_zero_else(study):
+    x, t, y = embedded()
+    start = 5 * x @ t.T
+    path = study("heads")._logistic_path(x, y, start, (1e6, 1e-2))
+    assert path[1e6].abs().max() < 1e-5
+    v = path[1e-2].requires_grad_()
+    loss = torch.nn.functional.cross_entropy(start + x @ v.T, y) + 1e-2 * v.square().sum()
+    assert torch.autograd.grad(loss, v)[0].abs().max() < 1e-3
+    wide = torch.cat([x, x @ torch.randn(6, 60, generator=torch.Generator().manual_seed(1))], 1)
+    (found,) = study("heads")._logistic_path(wide, y, start, (1e-2,)).values()  # more columns, rows
+    found.requires_grad_()
+    loss = torch.nn.functional.cross_entropy(start + wide @ found.T, y)
+    slope = torch.autograd.grad(loss + 1e-2 * found.square().sum(), found)[0]
+    assert slope.abs().max() < 1e-2
+
+
+def test_the_error_times_the_ratio_of_other_tasks_is_the_arithmetic(study):
+    found, tuned = np.array([0.5, 0.6, 0.8]), np.array([[0.6, 0.7, 0.9]])
+    plain, scaled = study("compare_heads").errors(found, tuned)
+    assert plain == pytest.approx([0.1])
+    # 1 - (0.3 + 0.1)/(0.4 + 0.2)·0.5 and so on
+    expected = [1 - 0.4 / 0.6 * 0.5 - 0.6, 1 - 0.5 / 0.7 * 0.4 - 0.7, 1 - 0.7 / 0.9 * 0.2 - 0.9]
+    assert scaled == pytest.approx([np.abs(expected).mean()])
+
+
+def test_the_heads_are_tabled(study):
+    compare = study("compare_heads")
+    tasks = ["handwritten_digits", "flag_regions", "clipart_folders"]
+    settings = compare.Settings(tasks=tasks, n_images=60, draws=1)
+    table = compare.tabulate(settings)
+    assert table.row_count == len(compare.HEADS) + len(compare.OF_LAYERS)
+    committed = (STUDY / "HEADS.txt").read_text(encoding="utf-8")
+    names = [line.split("│")[1].strip() for line in committed.splitlines() if "│" in line]
+    assert names == [name.strip() for name in (*compare.HEADS, *compare.OF_LAYERS)]
