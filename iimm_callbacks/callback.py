@@ -194,6 +194,7 @@ class IIMMCallback(TrainerCallback):  # type: ignore[misc]  # transformers is un
         self.batch_size = batch_size
         self.cache_limit = cache_limit
         self.train = train
+        self._finds_training_set = isinstance(train, str) and train == "auto"
         self.strict = strict
         self.verbose = verbose
         self.monitor: IIMMMonitor | None = None
@@ -216,7 +217,7 @@ class IIMMCallback(TrainerCallback):  # type: ignore[misc]  # transformers is un
         self._forgiving = Forgiving(self.strict)
         self.outcome = None
         if state.global_step > 0:
-            self._resume(args, state, control, model, kwargs.get("processing_class"))
+            self._resume(args, state, control, **kwargs)
             self._amend_card()
             self._hold_if_stopped(args, state, model)
             return
@@ -227,9 +228,7 @@ class IIMMCallback(TrainerCallback):  # type: ignore[misc]  # transformers is un
             first_try = None
         kept = self._rescuer if first_try is not None else None
         self.monitor = self._rescuer = None  # should the model not be measurable
-        monitor = self._new_monitor(args, state, kwargs.get("processing_class"))
-        if isinstance(self.train, str) and self.train == "auto":
-            monitor.probe.train = host.training_set(kwargs.get("train_dataloader"))
+        monitor = self._new_monitor(args, state, **kwargs)
         if first_try is not None:
             monitor.try_again(first_try)
         rescuer = self._new_rescuer(args)
@@ -377,12 +376,12 @@ class IIMMCallback(TrainerCallback):  # type: ignore[misc]  # transformers is un
         return Rescuer(Path(args.output_dir), self._file_stem, self.base_model)
 
     def _new_monitor(
-        self, args: TrainingArguments, state: TrainerState, processor: Any
+        self, args: TrainingArguments, state: TrainerState, **kwargs: Any
     ) -> IIMMMonitor:
         run_file = self.run_file
         if run_file == "default":
             run_file = Path(args.output_dir) / file_name(self.task.name)
-        return IIMMMonitor(
+        monitor = IIMMMonitor(
             self.task,
             self.off_target,
             limits=self.limits,
@@ -392,15 +391,18 @@ class IIMMCallback(TrainerCallback):  # type: ignore[misc]  # transformers is un
             store=self.store,
             run_file=run_file,
             method=self.method,
-            processor=self.processor or processor,
+            processor=self.processor or kwargs.get("processing_class"),
             encode=self.encode,
             batch_size=self.batch_size,
             cache_limit=self.cache_limit,
             progress=self.verbose and state.is_world_process_zero,
             autocast_dtype=host.autocast_dtype(args),
             strict=self.strict,
-            train=None if isinstance(self.train, str) and self.train == "auto" else self.train,
+            train=None if self._finds_training_set else self.train,
         )
+        if self._finds_training_set:
+            monitor.probe.train = host.training_set(kwargs.get("train_dataloader"))
+        return monitor
 
     def _hold_if_stopped(self, args: TrainingArguments, state: TrainerState, model: Any) -> None:
         """Stopped in `on_train_begin`: the Trainer still does a step, which must change nothing."""
@@ -425,14 +427,13 @@ class IIMMCallback(TrainerCallback):  # type: ignore[misc]  # transformers is un
         args: TrainingArguments,
         state: TrainerState,
         control: TrainerControl,
-        model: Any,
-        processor: Any,
+        **kwargs: Any,
     ) -> None:
         """Go on as if the run had never been interrupted, or switch the guard off and say so."""
-        self.monitor = None
+        self.monitor, model = None, kwargs["model"]
         saved = state.stateful_callbacks.get(self._state_key)
         try:
-            monitor = self._new_monitor(args, state, processor)
+            monitor = self._new_monitor(args, state, **kwargs)
             untouched = None
             if saved is not None:
                 monitor.load_state_dict(saved["attributes"])

@@ -235,6 +235,8 @@ class IIMMMonitor:
             **about(start),
             next_share=next_share(self.every, 0, total, 0) if isinstance(total, int) else None,
         )
+        if not self.probe.off_target:
+            prior = replace(prior, forgetting=None, worst=None)
         if not journal.history:
             self._note(journal, judge_first(journal.baseline, prior, self.limits))
         self._journal, self._prior, self.method = journal, prior, start.method

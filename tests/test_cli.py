@@ -392,10 +392,12 @@ def test_base_rates_are_labelled_wherever_they_show(model):
     lines = result.stdout.splitlines()
     rows = [line for line in lines if line.startswith("│ full ")]
     assert len(rows) == 4  # the forecast, and what its three numbers rest on
-    assert all("(base" in row for row in rows)
-    assert any(line.startswith("full (base rate): ") for line in lines)
+    assert all("(borro" in row for row in rows)
+    assert any(line.startswith("full (borrowed): ") for line in lines)
     assert "Base rates: " in run("forecast", model, *EMOJI, "--method", "full").stdout
-    assert "Choose lora (base rate): of the methods that likely stay within 5.0" in result.stdout
+    assert re.search(
+        r"Choose \w+ \(borrowed\): of the methods that likely stay within 5.0", result.stdout
+    )
     assert "no runs on record" in result.stderr
     assert ask("forecast", model, *EMOJI, "--method", "full")["forecasts"]["full"]["base_rate"]
 
@@ -419,12 +421,12 @@ def test_preflight_exits_with_2_over_the_limit_and_with_0_below(store, model, fi
     assert run(*flight, *edge).stdout.splitlines()[-1].startswith("Verdict: go (warn): ")
 
 
-def test_preflight_with_nothing_to_judge_by_says_so(model):
-    flight = ["preflight", model, *EMOJI, "--method", "full"]
-    shown = run(*flight).stdout.splitlines()[-1]
-    assert shown.startswith("Verdict: go, as there is nothing to judge by (base rates")
-    assert ask(*flight)["verdict"]["exceed_probability"] is None
-    assert "needs runs on record to judge by" in fails(*flight, "--require-forecast")
+def test_preflight_warns_on_what_is_borrowed_and_goes(model):
+    flight = ["preflight", model, *EMOJI, "--method", "full", "--max-forgetting", "0.001"]
+    found = ask(*flight)
+    assert (found["go"], found["verdict"]["level"]) == (True, "warn")
+    assert found["verdict"]["reason"].startswith("borrowed forecast mean forgetting")
+    assert "needs runs of this model on record" in fails(*flight, "--require-forecast")
 
 
 @pytest.mark.parametrize(

@@ -392,7 +392,7 @@ FAULTS = {
     "clock stands still": Fault(clock(None)),
     "clock stands still, on a budget": Fault(clock(0.05)),
     "an hour in a look": Fault(clock(None, in_look=3600)),
-    "an hour in a look, on a budget": Fault(clock(0.05, in_look=3600), None, (0, 2, 6)),
+    "an hour in a look, on a budget": Fault(clock(0.05, in_look=3600)),
     "an hour in each step": Fault(clock(None, in_step=3600)),
     "an hour in each step, on a budget": Fault(clock(0.05, in_step=3600)),
 }
@@ -485,6 +485,11 @@ def on_disk(trainer, guard, tmp_path, own_store):
     return read_run(path) if path.exists() else None, [o for o in outcomes if o != RUN]
 
 
+def unforeseen(row):
+    """A row without what was forecast."""
+    return {k: v for k, v in row.items() if "forecast" not in k and "exceed" not in k}
+
+
 CLEAN = []  # rows of a run that nothing goes wrong in
 
 
@@ -517,6 +522,8 @@ def test_a_fault_costs_one_warning(start, name, caplog, tmp_path, own_store):
         expected = [row for row in CLEAN if row["step"] in fault.steps]
         assert len(rows) == len(expected)
         for row, clean in zip(timeless(rows), expected, strict=True):
+            if fault.lost:  # its store has a run to learn from
+                row, clean = unforeseen(row), unforeseen(clean)
             assert row == pytest.approx(clean, abs=1e-6)
     record = guard.record()
     assert of_verdicts == ([] if callable(guard.action) else verdicts(record["looks"]))

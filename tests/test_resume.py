@@ -345,13 +345,13 @@ def test_each_call_of_train_is_a_run_of_its_own(make_trainer, guard, own_store):
 def test_tried_again_after_an_exception_the_baseline_is_the_untouched_model(
     make_trainer, guard, tiny_clip, own_store
 ):
-    callback = guard()
+    callback = guard(outcomes=[])
     trainer = make_trainer([callback, Interrupt(5)], max_steps=6)
     with pytest.raises(KeyboardInterrupt):
         trainer.train()
     trainer.train()
     assert callback.outcome.model_fingerprint == model_fingerprint(tiny_clip())
-    alone = guard()
+    alone = guard(outcomes=[])
     make_trainer([alone], max_steps=6).train()
     assert timeless(callback)[0] == timeless(alone)[0]
     assert steps(callback) == [0, 3, 6]

@@ -76,6 +76,7 @@ class Probe:
         self.train = train
         self._share: Share | None = None
         self._width = 0  # of the embeddings
+        self._largest = 0  # batch of the probe
         # On the CPU: a look leaves nothing on the device.
         self._frozen_images, self._frozen_texts = FrozenPart("cpu"), FrozenPart("cpu")
         self._halving = Halving()
@@ -116,6 +117,7 @@ class Probe:
                     )
             self._width = ranks.together(lambda: self._measure_width(model, share))
         self._share = share
+        self._largest = max(len(batch.positions) for batch in share.batches)
         warn_of_mixed_units(self.off_target)
 
     def _measure_width(self, model: nn.Module, share: Share) -> int:
@@ -267,9 +269,12 @@ class Probe:
         autocast_dtype: torch.dtype | None,
     ) -> tuple[ProbeTask, Tensor]:
         """A sample of the training set as it is probed, and its embeddings [M, D]; kept nowhere."""
+        size = self.batch_size
+        if self._halving.parts > 1:  # no larger than what has fitted into memory
+            size = max(self._largest // self._halving.parts, 1)
         with undisturbed(model):
             share = read_share(
-                [sample], encoder, batch_size=self.batch_size, cache_limit=0, progress=self.progress
+                [sample], encoder, batch_size=size, cache_limit=0, progress=self.progress
             )
         embeds = torch.zeros(len(share.tasks[0].labels), self._width, dtype=torch.float64)
         failure: Exception | None = None
