@@ -85,7 +85,7 @@ SCENARIOS = {
     "guarded": ({"every": 2}, Probe, BUSY),
     "stop": ({"every": 2, "action": "stop"}, ForgetsAtStep4, {}),
     "stop-by-one": ({"every": 4, "action": stop_if_rank_1}, Probe, {}),
-    "clock": ({"every": 1, "max_overhead": 0.05}, SlowClockOnRank1, {}),
+    "clock": ({"every": 1, "max_overhead": 0.05, "max_forgetting": None}, SlowClockOnRank1, {}),
     "failing": ({"every": 2}, FailsOnRank1, {}),
     "raising": ({"every": 2, "action": raise_on_rank_1}, Probe, {}),
     "unguarded": (None, Probe, MODEL_ONLY),

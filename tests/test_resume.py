@@ -64,11 +64,11 @@ def unguarded(make_trainer, tmp_path):
 def test_the_base_model_gives_the_baseline_of_a_run_guarded_from_its_start(
     make_trainer, guard, tiny_clip, unguarded, tmp_path, form
 ):
-    whole = guard()
+    whole = guard(outcomes=[])
     make_trainer([whole], **SAVING).train()
     tiny_clip().save_pretrained(tmp_path / "base")
     base = {"model": tiny_clip(), "folder": str(tmp_path / "base"), "function": tiny_clip}[form]
-    late = guard(base_model=base)
+    late = guard(base_model=base, outcomes=[])
     make_trainer([late], output_dir=str(tmp_path / "late"), **SAVING).train(
         resume_from_checkpoint=unguarded
     )

@@ -66,7 +66,8 @@ class Evidence:
         error_of_mean: That of the plain mean of the method's runs.
         error_of_zero_shot: That of a line on the zero-shot error.
         coverage: Share of them inside their 90 % interval.
-        left_out: What was left out in turn: "task"; "model" where none of them is of this model.
+        left_out: What was left out in turn: "task"; "model" where none of them is of this model,
+            all models of one source at once.
     """
 
     predictors: dict[str, float]

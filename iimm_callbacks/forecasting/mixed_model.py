@@ -87,7 +87,7 @@ def left_out(
         known: [n] rows with their targets.
         effects: Of the mixed model.
         rows: [n] which to predict.
-        by: Column of the groups, "task" or "model".
+        by: Column of the groups, such as "task".
 
     Returns:
         [n] predictions and [n] standard deviations as `predict`; NaN for the other rows.

@@ -109,7 +109,7 @@ class Pooled:
     Attributes:
         prediction: Student-t.
         evidence: What it rests on. Its errors are those on the model's own runs, each task left
-            out; without any, on the other models' runs, each model left out.
+            out; without any, on the other models' runs, all of one source left out.
         left_out: Run -> what would have been forecast for it without its task.
     """
 
@@ -241,17 +241,18 @@ def _pool(
     points, scales = left_out(known, effects, whole, "task")
     start = 1.0
     if more is not None:  # a line of other models: as good as it was on them
-        start = float(_by_task(known, points, scales, whole).mean())
+        start = float(_surprises(known, points, scales, whole, "task").mean())
     own = known.groups["model"] == ask.model
-    surprises = _by_task(known, points, scales, own)
+    elsewhere = left_out(known, effects, ~own, "world")
+    surprises = np.append(
+        _surprises(known, points, scales, own, "task"), _surprises(known, *elsewhere, ~own, "world")
+    )
     dof = _DOF + len(surprises)
     factor = math.sqrt((_DOF * start + surprises.sum()) / dof)
     found = {run: float(points[i] + expected[i]) for i, cell in enumerate(cells) for run in cell}
-    if own.any():
-        judged = own
-    else:
-        judged = whole
-        points, scales = left_out(known, effects, whole, "model")
+    judged = own if own.any() else whole
+    if not own.any():
+        points, scales = elsewhere
     misses = np.abs(known.target - points)[judged]
     reach = float(special.stdtrit(dof, (1 + COVERAGE) / 2)) * factor * scales[judged]
     evidence = Evidence(
@@ -267,10 +268,12 @@ def _pool(
     return Pooled(Prediction(asked_expected + point, scale * factor, dof), evidence, found)
 
 
-def _by_task(known: Rows, points: Floats, scales: Floats, rows: NDArray[np.bool_]) -> Floats:
-    """[T] mean squared miss of each task, in units of what was expected."""
-    squares, tasks = ((known.target - points) / scales) ** 2, known.groups["task"]
-    return np.array([squares[rows & (tasks == t)].mean() for t in sorted(set(tasks[rows]))])
+def _surprises(
+    known: Rows, points: Floats, scales: Floats, rows: NDArray[np.bool_], by: str
+) -> Floats:
+    """[G] mean squared miss of each group, in units of what was expected."""
+    squares, groups = ((known.target - points) / scales) ** 2, known.groups[by]
+    return np.array([squares[rows & (groups == g)].mean() for g in sorted(set(groups[rows]))])
 
 
 def _cells(runs: Sequence[Run], ask: Ask) -> list[list[Run]]:
@@ -298,7 +301,7 @@ def _describe(
 ) -> dict[str, float | str]:
     o = cell[0].outcome
     row = _facts(
-        o.model_fingerprint, o.method, o.task,
+        o.source or o.model_fingerprint, o.model_fingerprint, o.method, o.task,
         _mean([run.outcome.zero_shot_accuracy for run in cell]),
         o.linear_probe_accuracy, o.linear_probe_standard_error, _seen(o.recipe, bool(o.source)),
         n_images=_n_images(quantity, o.n_images, len(o.off_target_before)), n_runs=len(cell),
@@ -323,7 +326,7 @@ def _describe_ask(
         known = [number for number in past if number is not None]
         seen = float(np.median(known)) if known else None
     row = _facts(
-        ask.model, ask.method, ask.task or "\n", ask.zero_shot_accuracy,
+        ask.model, ask.model, ask.method, ask.task or "\n", ask.zero_shot_accuracy,
         probe if math.isfinite(probe) else None, ask.linear_probe_standard_error,
         seen, n_images=_n_images(quantity, ask.n_images, len(ask.off_target)), n_runs=1,
     )  # fmt: skip
@@ -333,6 +336,7 @@ def _describe_ask(
 
 
 def _facts(
+    world: str,
     model: str,
     method: str,
     task: str,
@@ -350,6 +354,7 @@ def _facts(
     way = 1 - zero_shot - error
     share = 0.5 if seen is None else _budget(seen)
     return {
+        "world": world,
         "model": model,
         "method": method,
         "task": task,
@@ -379,7 +384,7 @@ def _n_images(quantity: str, n_images: int | None, n_off_target: int) -> int | N
 
 def _rows(facts: Sequence[Mapping[str, float | str]]) -> Rows:
     names = list(facts[0]) if facts else []
-    words = ("model", "method", "task", "kind", "run")
+    words = ("world", "model", "method", "task", "kind", "run")
     numbers = {n: np.array([f[n] for f in facts], dtype=float) for n in names if n not in words}
     groups = {n: np.array([f[n] for f in facts], dtype=str) for n in names if n in words}
     return Rows(numbers, groups, numbers.pop("target"))
