@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -446,9 +447,13 @@ def _evidence(fitted: Blend) -> Evidence:
 
 def _load_borrowed(record: Sequence[Run]) -> list[Run]:
     """Published runs, and those of the shipped sample where the record has none of them."""
+    models = {run.outcome.model_fingerprint for run in record}
+    return [run for run in _shipped() if run.outcome.model_fingerprint not in models]
+
+
+@cache
+def _shipped() -> tuple[Run, ...]:
     from ..sample import load_outcomes
     from .base_rates import load_base_rates
 
-    models = {run.outcome.model_fingerprint for run in record}
-    outcomes = [*load_base_rates(), *load_outcomes()]
-    return [Run(outcome) for outcome in outcomes if outcome.model_fingerprint not in models]
+    return tuple(Run(outcome) for outcome in (*load_base_rates(), *load_outcomes()))
