@@ -187,12 +187,12 @@ def break_things(world, spec, faults):
             pictures.pairs[3] = (b"no picture", pictures.pairs[3][1])
 
     class FaultyProbe(Probe):
-        def look(self, model, step, autocast_dtype=None):
+        def look(self, model, step, autocast_dtype=None, **settings):
             # If the first look fails the run does not begin; the last is then taken once more.
             fails = 0 < step < STEPS and faults.strike(READ)
             looked_at.broken = lambda: fails
             try:
-                return super().look(model, step, autocast_dtype)
+                return super().look(model, step, autocast_dtype, **settings)
             finally:
                 looked_at.broken = lambda: False
 

@@ -491,9 +491,11 @@ class IIMMCallback(TrainerCallback):  # type: ignore[misc]  # transformers is un
         monitor = self.monitor
         assert monitor is not None
         looks, alarm = len(monitor.history), monitor.alarm
-        losses = [row["loss"] for row in state.log_history if "loss" in row]
+        step = self._step(state)
+        # This step's own is logged after the look, but is there already where a run is resumed.
+        losses = [r["loss"] for r in state.log_history if "loss" in r and r["step"] < step]
         loss = losses[-1] if losses else None
-        verdict = monitor.check(model, self._step(state), state.max_steps, loss)
+        verdict = monitor.check(model, step, state.max_steps, loss)
         if len(monitor.history) > looks:
             self._show(state, lambda: report.look_line(monitor.history[-1]))
             self._emit(state, control, monitor.row())
