@@ -391,7 +391,7 @@ def test_base_rates_are_labelled_wherever_they_show(model):
     result = run("forecast", model, *EMOJI)
     lines = result.stdout.splitlines()
     assert len([line for line in lines if "(borrowed)" in line and "│" in line]) == 20
-    assert any(line.startswith("all: base rates: borrowed from 226") for line in lines)
+    assert any(line.startswith("all: base rates: borrowed from 76") for line in lines)
     assert "Base rates: " in run("forecast", model, *EMOJI, "--method", "full").stdout
     assert re.search(
         r"Choose \w+ \(borrowed\): of the methods that likely stay within 5.0", result.stdout
