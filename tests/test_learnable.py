@@ -199,6 +199,12 @@ def test_what_the_guard_found_itself_is_passed_over_where_it_does_not_suit(first
         assert why in found.note
 
 
+def test_rows_in_a_list_serve_too(first_look, halves):
+    train, task = halves
+    rows = first_look(task, list(train), given=False).learnable
+    assert rows.probe == first_look(task, train).learnable.probe
+
+
 def test_captions_and_other_metrics_have_none(first_look, colours):
     captions = Task("captions", [(row["image"], f"picture {i}") for i, row in enumerate(colours)])
     found = first_look(captions).learnable

@@ -43,6 +43,7 @@ def training_task(train: Any, task: Task, *, given: bool = True) -> Task:
         raise NoTrainingSetError("the training set is a stream, which is not read twice")
     if not given:
         _check_cheap(train)
+    train = _as_pairs(train, task)
     names = None if _has_names(train, task) else task.class_names
     read = Task(
         task.name,
@@ -58,6 +59,17 @@ def training_task(train: Any, task: Task, *, given: bool = True) -> Task:
         raise NoTrainingSetError("the training set has texts for labels, the task has classes")
     _check_classes(read, task)
     return read
+
+
+def _as_pairs(train: Any, task: Task) -> Any:
+    """Rows in a list as pairs, where they have the columns "image" and "label" or the task's."""
+    first = train[0] if isinstance(train, list) and train else None
+    image, label = (
+        given or usual for given, usual in zip(task.columns, ("image", "label"), strict=True)
+    )
+    if not isinstance(first, dict) or image not in first or label not in first:
+        return train
+    return [(row[image], row[label]) for row in train]
 
 
 def _check_classes(train: Task, task: Task) -> None:
