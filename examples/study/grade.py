@@ -1,6 +1,6 @@
 """Grade forecast and guard on recorded runs, each forecast without its own task, against the aims.
 
-    python examples/study/grade.py                       # the shipped outcomes, some two minutes
+    python examples/study/grade.py                       # the shipped outcomes, some five minutes
     python examples/study/grade.py --outcomes my.jsonl
 
 Prints what `iimm grade` prints in short, beside the aims that this project has set itself, and
