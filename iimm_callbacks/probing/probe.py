@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -20,15 +20,17 @@ from ..data.tasks import Task
 from ..data.training import NoTrainingSetError
 from ..embeddings import NotFiniteError
 from ..measure import GROUPS, IIMMAccumulator
-from ..models.encoders import EncodePair, Encoder, class_embeddings, find_encoder, move
+from ..models.encoders import EncodePair, Encoder, find_encoder, move
 from ..models.sharded import check_measurable, inside_forward, is_sharded
 from ..models.wrappers import adapt, find_dual_encoder, find_head
+from .embedding import at_once, check_rows, embed_classes, embed_images
 from .frozen import FrozenPart
 from .halving import Halving
 from .learnable import Learnable, TrainingSet, learn, why_none
 from .look import Look
 from .scoring import fingerprint, score, warn_of_mixed_units
 from .share import Batch, ProbeTask, Share, read_share
+from .training_sample import embed_sample
 from .undisturbed import autocast, undisturbed
 
 logger = logging.getLogger(__name__)
@@ -250,7 +252,22 @@ class Probe:
             scale = ranks.from_first(lambda: _logit_scale(model, share.encoder))
         embed = None
         if sample is not None:
-            embed = partial(self._embed_sample, model, share.encoder, sample, autocast_dtype)
+            size = self.batch_size
+            if self._halving.parts > 1:  # no larger than what has fitted into memory
+                size = max(self._largest // self._halving.parts, 1)
+            embed = partial(
+                embed_sample,
+                model,
+                self._core(model),
+                share.encoder,
+                sample,
+                width=self._width,
+                batch_size=size,
+                cache_limit=self.cache_limit,
+                progress=self.progress,
+                autocast_dtype=autocast_dtype,
+                run=self._halving,
+            )
         return learn(
             share.tasks[0],
             images.float(),
@@ -260,51 +277,6 @@ class Probe:
             len(sample) if sample is not None else None,
             why_not,
         )
-
-    def _embed_sample(
-        self,
-        model: nn.Module,
-        encoder: Encoder,
-        sample: Task,
-        autocast_dtype: torch.dtype | None,
-    ) -> tuple[ProbeTask, Tensor]:
-        """A sample of the training set as it is probed, and its embeddings [M, D]; kept nowhere."""
-        size = self.batch_size
-        if self._halving.parts > 1:  # no larger than what has fitted into memory
-            size = max(self._largest // self._halving.parts, 1)
-        with undisturbed(model):
-            share = read_share(
-                [sample], encoder, batch_size=size, cache_limit=0, progress=self.progress
-            )
-        embeds = torch.zeros(len(share.tasks[0].labels), self._width, dtype=torch.float64)
-        failure: Exception | None = None
-        in_step = is_sharded(model)
-        run = _at_once if in_step else self._halving
-
-        def show() -> None:
-            nonlocal failure
-            for batch in share.batches:
-                inputs = None
-                try:
-                    inputs = share.inputs(batch) if batch.positions and not failure else None
-                except Exception as error:
-                    failure = error
-                if inputs is None:
-                    if in_step:
-                        encoder.embed_backbone(model, move(share.image, model))
-                    continue
-                with autocast(model, autocast_dtype):
-                    found = adapt(model, _embed_images(model, encoder, inputs, run))
-                embeds[batch.first : batch.first + len(found)] = found.detach().cpu().double()
-
-        try:
-            with undisturbed(model):
-                inside_forward(model, self._core(model), show)
-        except Exception as error:
-            failure = error
-        clear_device_cache()
-        added = ranks.add_up(embeds.flatten(), failure).reshape(embeds.shape)
-        return share.tasks[0], added.float()
 
     def _show(
         self,
@@ -322,12 +294,12 @@ class Probe:
         """
         encoder = share.encoder
         in_step = is_sharded(model)
-        run = _at_once if in_step else self._halving  # halves would fall out of step
+        run = at_once if in_step else self._halving  # halves would fall out of step
         with autocast(model, autocast_dtype):
             if not in_step:
                 self._find_frozen(model, share, autocast_dtype)
             classes = [
-                self._frozen_texts.get(t.task.name, partial(_embed_classes, model, encoder, t, run))
+                self._frozen_texts.get(t.task.name, partial(embed_classes, model, encoder, t, run))
                 for t in share.tasks
             ]
         failure = None
@@ -345,10 +317,10 @@ class Probe:
                     encoder.embed_backbone(model, move(share.image, model))
                 continue
             with autocast(model, autocast_dtype):
-                embed = partial(_embed_images, model, encoder, inputs, run)
+                embed = partial(embed_images, model, encoder, inputs, run)
                 images = adapt(model, self._frozen_images.get(key, embed))
             try:
-                _check_rows(images, len(batch.positions), "image")
+                check_rows(images, len(batch.positions), "image")
                 # Not in autocast, which would round cosines until classes tie.
                 self._add(sums, model, batch, images, classes, share.tasks[batch.task])
             except Exception as error:
@@ -446,29 +418,3 @@ def _logit_scale(model: nn.Module, encoder: Encoder) -> float | None:
     except (AttributeError, NotImplementedError, RuntimeError, TypeError, ValueError):
         return None  # a model of one's own, or a scale that is sharded over ranks
     return found if math.isfinite(found) and found > 0 else None
-
-
-def _check_rows(embeds: Tensor, n: int, kind: str) -> None:
-    if len(embeds) != n:
-        raise ValueError(
-            f"the model must give one embedding per {kind}, [{n}, D], got {list(embeds.shape)}; "
-            "correct `encode`, or the family's entry"
-        )
-
-
-_Run = Callable[[Callable[[Any], Tensor], Any], Tensor]
-
-
-def _at_once(embed: Callable[[Any], Tensor], inputs: Any) -> Tensor:
-    return embed(inputs)
-
-
-def _embed_images(model: nn.Module, encoder: Encoder, inputs: Any, run: _Run) -> Tensor:
-    return run(partial(encoder.embed_backbone, model), move(inputs, model))
-
-
-def _embed_classes(model: nn.Module, encoder: Encoder, shown: ProbeTask, run: _Run) -> Tensor:
-    embed = partial(encoder.embed_texts, model)
-    prompts = torch.cat([run(embed, move(p, model)) for p in shown.prompts])
-    _check_rows(prompts, shown.n_prompts, "prompt")
-    return class_embeddings(prompts, len(shown.task.templates))
