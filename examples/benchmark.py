@@ -29,7 +29,7 @@ class Settings:
     n_images: int = field(default=20_000, metadata={"help": "N"})
     width: int = field(default=512, metadata={"help": "D"})
     n_classes: int = field(default=100, metadata={"help": "C"})
-    steps: int = field(default=200, metadata={"help": "Of the training run"})
+    steps: int = field(default=600, metadata={"help": "Of the training run"})
     rounds: int = field(default=5, metadata={"help": "Of each timing"})
     smoke: bool = field(default=False, metadata={"help": "Small and short"})
 
@@ -151,7 +151,7 @@ def run_row(settings):
         arguments = TrainingArguments(
             output_dir="output/benchmark",
             max_steps=settings.steps,
-            per_device_train_batch_size=32,
+            per_device_train_batch_size=16,
             save_strategy="no",
             report_to="none",
             remove_unused_columns=False,
@@ -175,9 +175,11 @@ def run_row(settings):
     bare = train([])
     guard = IIMMCallback(sample.load_task(name), sample.canaries(name), store=None, verbose=False)
     guarded = train([guard])
-    looks = sum(row["eval_iimm_runtime"] for row in guard.monitor.history[1:])
+    budget, last = guard.monitor._budget, guard.monitor.history[-1]["eval_iimm_runtime"]
+    looks = budget.before + budget.spent - last
     yield "training run with the guard", f"{guarded / bare:.2f} of the time without", "-"
-    yield "of which looks after step 0", f"{looks / guarded:.1%} of the run", "5 % + the last look"
+    yield "of which looks, the last one apart", f"{looks / (guarded - last):.1%} of the run", "5 %"
+    yield "of which the last look", f"{last / guarded:.1%} of the run", "-"
 
 
 def import_rows(settings):

@@ -83,8 +83,9 @@ class IIMMCallback(TrainerCallback):  # type: ignore[misc]  # transformers is un
             nothing. At the end it takes as long as eleven looks.
         every: When to look: ``None`` for 5, 10, 20, 30, 50, 70 and 100 % of the steps, a number of
             steps, a fraction, ``"epoch"`` or ``"evaluate"``. The last step is always looked at.
-        max_overhead: Looks are dropped so that they take at most this share of the wall time;
-            ``None``: never drop. The looks before training and at the end are always taken.
+        max_overhead: Share of the wall time that looks may take, the last one apart: they show
+            fewer images to keep to it, see `schedule.first_look` and `schedule.Budget`, and six are
+            taken whatever they cost where there is a limit. ``None``: all images, every time.
         outcomes: Finished runs to learn the forecast from: `Outcome` records, a JSON-lines file or
             a `datasets.Dataset`. ``None``: those in `store`. Without any the limit applies to what
             is observed, and to what that makes likely for the end.
@@ -238,6 +239,7 @@ class IIMMCallback(TrainerCallback):  # type: ignore[misc]  # transformers is un
         self.monitor, self._rescuer = monitor, rescuer
         self._amend_card()
         self._show(state, lambda: report.preflight_table(monitor.record()))
+        self._show(state, lambda: monitor.plan)
         self._emit(state, control, monitor.row())
         self._act(state, control, verdict, "continue")
         self._hold_if_stopped(args, state, model)

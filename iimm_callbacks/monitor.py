@@ -30,13 +30,17 @@ from .probing.probe import Probe
 from .rescue.rescuer import Rescuer, is_exceeded
 from .rescue.sweep import Rescue
 from .schedule import (
+    PARTS,
     Budget,
     Every,
     check_every,
+    first_look,
     is_due,
     is_needed,
     looks_to_come,
+    next_needed,
     next_share,
+    plan,
 )
 from .storage.checks import anything, dict_of
 from .storage.journal import Journal, opening
@@ -74,8 +78,8 @@ class IIMMMonitor:
         limits: How much forgetting is too much.
         every: When looks are due, see `schedule.check_every`; the guard also has from it when the
             next one will be.
-        max_overhead: Share of the wall time that looks may take; ``None``: any. Looks that are due
-            by `is_due` are dropped to keep to it.
+        max_overhead: As `IIMMCallback`; what the look before training shows goes by ``steps`` and
+            ``batch_size`` of the recipe.
         outcomes: Finished runs to learn the forecast from: `Outcome` records, a JSON-lines file or
             a `datasets.Dataset`. ``None``: those in `store`.
         store: JSON-lines file that the run is added to when it ends; ``"default"``:
@@ -166,6 +170,7 @@ class IIMMMonitor:
         self._now = (0, 0)  # the latest step and the total that are known
         self._began = 0.0  # on the clock
         self._part = 1.0  # of the images, at the next look
+        self._is_paid = True  # whether the budget has room for the latest look that was due
         self._is_partial = False  # the latest look
         self._first_step: int | None = None  # steps done when it began
         self._warned: set[str] = set()
@@ -207,8 +212,9 @@ class IIMMMonitor:
         if self._prior is not None:
             raise RuntimeError("`begin` was called already; make a new IIMMMonitor for every run")
         began = time.perf_counter()
-        self.probe.prepare(model)
         resumed = self._journal
+        self._size_probe(recipe or {}, resumed)
+        self.probe.prepare(model)
         outcomes = ranks.from_first(self.outcomes)  # files may differ between ranks
         if resumed:
             self.probe.check_fingerprints(resumed.fingerprints)
@@ -244,7 +250,7 @@ class IIMMMonitor:
         self.forecast = self.forecast or prior
         self.looked_at = self.history[-1]["step"]
         self._now = (self.looked_at, total if isinstance(total, int) else 0)
-        self._budget.began(seconds, journal.baseline.runtime)
+        self._budget.began(seconds, self.probe.seconds or journal.baseline.runtime)
         self._began = time.perf_counter()
         self._keep("interrupted")
         return self.verdict
@@ -271,16 +277,18 @@ class IIMMMonitor:
         if last:
             self._part = 1.0
             return True
-        taken = len(journal.history) - 1 + journal.failures
         part = self._budget.part(
             time.perf_counter() - self._began,
             step - self._first_step,
             total_steps,
             looks_to_come(self.every, step, total_steps),
-            needed=self.limits.max_forgetting is not None and is_needed(step, total_steps, taken),
         )
         # All ranks look or none, and at the same images: at what the slowest can pay for.
-        part = ranks.least(part or 0.0)
+        part = ranks.least(part)
+        self._is_paid = part > 0
+        guarded = self.limits.max_forgetting is not None
+        if not part and guarded and is_needed(step, total_steps, self._looks_taken(journal)):
+            part = PARTS[-1]
         if not part:
             journal.dropped += 1
             return False
@@ -344,6 +352,10 @@ class IIMMMonitor:
         self, journal: Journal, model: nn.Module, step: int, total_steps: int, part: float
     ) -> Judged:
         assert self._prior is not None
+        coming = next_share(self.every, step, total_steps, journal.history[-1]["step"])
+        if not self._is_paid:  # a stop is not put off to a look that may be dropped
+            taken = self._looks_taken(journal) + 1
+            coming = max(coming, next_needed(step, total_steps, taken))
         return judge_look(
             self.probe.look(model, step, self.autocast_dtype, part=part),
             journal.baseline,
@@ -351,8 +363,13 @@ class IIMMMonitor:
             self._forecaster,
             self.limits,
             share=min(step / max(total_steps, 1), 1.0),
-            coming=next_share(self.every, step, total_steps, journal.history[-1]["step"]),
+            coming=coming,
         )
+
+    @staticmethod
+    def _looks_taken(journal: Journal) -> int:
+        """In training, whether or not they failed."""
+        return len(journal.history) - 1 + journal.failures
 
     def end(self, model: nn.Module, step: int | None = None, *, ended: str = "") -> Outcome:
         """Look at the model once more, if it has trained since the last look; record the run.
@@ -490,6 +507,17 @@ class IIMMMonitor:
         self.verdict = self._journal.verdict
 
     @property
+    def plan(self) -> str:
+        """The looks to come, in words; after `begin`."""
+        journal = self._require_begun("plan")
+        return plan(
+            self.every,
+            self._budget.max_overhead,
+            sum(map(len, journal.baseline.correct.values())),
+            journal.off_target_size,
+        )
+
+    @property
     def alarm(self) -> str:
         """The worst level of all verdicts so far."""
         return self._journal.alarm if self._journal else "continue"
@@ -524,7 +552,26 @@ class IIMMMonitor:
             recipe=recipe | ({"metrics": metrics} if metrics else {}),
             run=ranks.from_first(lambda: uuid.uuid4().hex),
         )
-        return Journal(start, look, self.probe.fingerprints, n_outcomes)
+        return Journal(
+            start,
+            look,
+            self.probe.fingerprints,
+            n_outcomes,
+            off_target_size=self.probe.off_target_size,
+        )
+
+    def _size_probe(self, recipe: Mapping[str, Any], resumed: Journal | None) -> None:
+        """Let the first look show fewer images where the run is short."""
+        if resumed:
+            self.probe.off_target_size = resumed.off_target_size
+            return
+        sizes = [recipe.get(name) for name in ("steps", "batch_size")]
+        self.probe.off_target_size, self.probe.training_size = first_look(
+            self._budget.max_overhead,
+            math.prod(size if isinstance(size, int) else 0 for size in sizes),
+            len(self.probe.task.subset()),
+            len(self.probe.off_target),
+        )
 
     def _note(self, journal: Journal, judged: Judged) -> None:
         journal.history.append(judged.row | {"time": time.time()})  # seconds since 1970

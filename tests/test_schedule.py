@@ -8,9 +8,12 @@ from iimm_callbacks.schedule import (
     PARTS,
     Budget,
     check_every,
+    first_look,
     is_due,
     is_needed,
     looks_to_come,
+    next_needed,
+    plan,
 )
 
 
@@ -67,9 +70,10 @@ def simulate(budget, *, cost, first=0.0, step_time=1.0, total=200, every=2, guar
                 step,
                 total,
                 looks_to_come(every, step, total),
-                needed=guarded and is_needed(step, total, len(parts)),
             )
-            if part is None:
+            if not part and guarded and is_needed(step, total, len(parts)):
+                part = PARTS[-1]
+            if not part:
                 dropped += 1
                 continue
             clock += part * cost
@@ -90,20 +94,52 @@ def test_looks_keep_within_their_share_of_the_wall_time(share, first, every):
     assert len(parts) + dropped == len([s for s in range(1, 200) if is_due(every, s, 200)])
 
 
+@pytest.mark.parametrize(
+    ("step", "looks", "share"), [(0, 0, 0.05), (5, 1, 0.1), (5, 3, 0.3), (70, 6, 1.0), (99, 6, 1.0)]
+)
+def test_the_next_look_that_will_come_whatever_it_costs(step, looks, share):
+    assert next_needed(step, 100, looks) == share
+
+
+def test_the_first_look_is_as_large_as_the_run_can_pay_for():
+    assert first_look(None, 100, 500, 9) == (256, 1024)
+    assert first_look(0.05, 0, 500, 9) == (256, 1024)  # length not known
+    assert first_look(0.05, 10**6, 512, 10) == (256, 1024)
+    assert first_look(0.05, 1, 512, 10) == (48, 192)
+    # half of 4 · 30,000 · 5 % = 3,000; less the task's 500: a third of 2,500 = 833, and 1,667 / 9
+    assert first_look(0.05, 30_000, 500, 9) == (185, 833)
+    assert first_look(0.05, 30_000, 500, 0) == (256, 833)
+
+
+@pytest.mark.parametrize(
+    ("every", "max_overhead", "size", "said"),
+    [
+        (None, None, 256, "Looks at 5, 10, 20, 30, 50, 70 and 100 % of the steps, at all 800"),
+        (50, 0.05, 256, "Looks every 50 steps: at 100 to 800 images, as 5 % of the run time"),
+        (0.1, 0.02, 48, "every 10 %: at 100 to 800 images, as 2 % of"),
+        ("epoch", 0.05, 48, "48 images of each off-target task, not 256"),
+    ],
+)
+def test_the_plan_of_looks_in_words(every, max_overhead, size, said):
+    text = plan(every, max_overhead, 800, size)
+    assert said in text
+    assert ("short" in text) == (size < 256)
+
+
 def test_images_are_saved_before_looks():
     few, dropped, _ = simulate(Budget(0.05), cost=4.0, every=None)
     assert (len(few), dropped) == (6, 0)
     assert max(few) < 1
     plenty, _, _ = simulate(Budget(0.5), cost=4.0, every=None)
     assert plenty == [1.0] * 6
-    assert simulate(Budget(0.05), cost=60.0, every=None)[:2] == ([], 6)
+    assert simulate(Budget(0.05), cost=100.0, every=None)[:2] == ([], 6)
 
 
-def test_with_a_limit_five_looks_are_taken_whatever_they_cost():
+def test_with_a_limit_six_looks_are_taken_whatever_they_cost():
     parts, dropped, _ = simulate(Budget(0.05), cost=60.0, every=None, guarded=True)
-    assert (parts, dropped) == ([PARTS[-1]] * 5, 1)
+    assert (parts, dropped) == ([PARTS[-1]] * 6, 0)
     often, _, _ = simulate(Budget(0.05), cost=60.0, every=1, guarded=True)
-    assert len(often) == 5
+    assert len(often) == 6
 
 
 @pytest.mark.parametrize("share", [None, 1.0])
@@ -130,7 +166,7 @@ def test_looks_to_come(every, step, total, n):
 
 @pytest.mark.parametrize(
     ("step", "looks", "needed"),
-    [(4, 0, False), (5, 0, True), (5, 1, False), (10, 1, True), (69, 5, False), (70, 5, False),
+    [(4, 0, False), (5, 0, True), (5, 1, False), (10, 1, True), (69, 5, False), (70, 5, True),
      (99, 4, True)],
 )  # fmt: skip
 def test_a_look_is_needed_where_fewer_were_taken_than_moments_went_by(step, looks, needed):

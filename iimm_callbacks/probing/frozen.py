@@ -67,12 +67,12 @@ class FrozenPart:
         """Whether `get` needs not compute."""
         return key in self._kept
 
-    def get(self, key: Any, compute: Callable[[], Tensor]) -> Tensor:
-        """The value kept under a key, else `compute()`, kept if the part is frozen."""
+    def get(self, key: Any, compute: Callable[[], Tensor], *, keep: bool = True) -> Tensor:
+        """The value kept under a key, else `compute()`, kept if the part is frozen and `keep`."""
         if key in self._kept:
             return self._kept[key].to(self._device)
         value = compute()
-        if self.is_frozen:
+        if keep and self.is_frozen:
             self._kept[key] = value if self.keep_on is None else value.to(self.keep_on)
         return value
 

@@ -62,11 +62,14 @@ def _split(batch: Any, parts: int) -> Iterator[Any]:
     size = _size(batch)
     step = -(-size // parts)
     for start in range(0, size, step):
-        rows = slice(start, start + step)
-        if isinstance(batch, Mapping):
-            yield {k: v[rows] if isinstance(v, Tensor) else v for k, v in batch.items()}
-        else:
-            yield batch[rows]
+        yield some_of(batch, slice(start, start + step))
+
+
+def some_of(batch: Any, rows: slice) -> Any:
+    """These rows of a batch of model inputs."""
+    if isinstance(batch, Mapping):
+        return {k: v[rows] if isinstance(v, Tensor) else v for k, v in batch.items()}
+    return batch[rows]
 
 
 def _size(batch: Any) -> int:

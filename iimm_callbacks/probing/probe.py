@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from .. import ranks
 from ..accuracy import zero_shot_correct, zero_shot_scores
-from ..data.tasks import Task
-from ..data.training import NoTrainingSetError
+from ..data.tasks import OFF_TARGET_PROBE_SIZE, TASK_PROBE_SIZE, Task
+from ..data.training import SAMPLE_SIZE, NoTrainingSetError
 from ..embeddings import NotFiniteError
 from ..measure import GROUPS, IIMMAccumulator
 from ..models.encoders import EncodePair, Encoder, find_encoder, move
@@ -25,7 +25,7 @@ from ..models.sharded import check_measurable, inside_forward, is_sharded
 from ..models.wrappers import adapt, find_dual_encoder, find_head
 from .embedding import at_once, check_rows, embed_classes, embed_images
 from .frozen import FrozenPart
-from .halving import Halving
+from .halving import Halving, some_of
 from .learnable import Learnable, TrainingSet, learn, why_none
 from .look import Look
 from .scoring import fingerprint, score, warn_of_mixed_units
@@ -34,6 +34,8 @@ from .training_sample import embed_sample
 from .undisturbed import autocast, undisturbed
 
 logger = logging.getLogger(__name__)
+
+_FEWEST = 8  # images of a task that a look shows
 
 
 class Probe:
@@ -54,6 +56,12 @@ class Probe:
             is preprocessed anew at each look.
         progress: Show a progress bar while preprocessing for the first time.
         train: What the run trains on, for the linear probe; ``None``: it is cross-validated.
+
+    Attributes:
+        off_target_size: Images of each off-target task that was given no `probe_size`. Like
+            `training_size` it may be changed before `prepare`.
+        training_size: Training images that the linear probe learns from.
+        seconds: Wall time of the latest look, the linear probe apart.
     """
 
     def __init__(
@@ -76,6 +84,9 @@ class Probe:
         self.cache_limit = cache_limit
         self.progress = progress
         self.train = train
+        self.off_target_size = OFF_TARGET_PROBE_SIZE
+        self.training_size = SAMPLE_SIZE
+        self.seconds = 0.0
         self._share: Share | None = None
         self._width = 0  # of the embeddings
         self._largest = 0  # batch of the probe
@@ -107,6 +118,7 @@ class Probe:
             share = read_share(
                 [self.task, *self.off_target],
                 encoder,
+                sizes=[TASK_PROBE_SIZE, *[self.off_target_size] * len(self.off_target)],
                 batch_size=self.batch_size,
                 cache_limit=self.cache_limit,
                 progress=self.progress,
@@ -169,8 +181,8 @@ class Probe:
                 training does.
             linear_probe: Fit a linear probe of the task as well, see `learnable`; where it cannot
                 be, the look tells why.
-            part: Share of each task's images that is shown, in (0, 1]: its first ones, to the end
-                of a batch, the same at every look. All of them where a task has its own metric.
+            part: Share of each task's images that is shown, in (0, 1]: its first ones, the same at
+                every look, and no fewer than `_FEWEST`. All where a task has its own metric.
 
         Returns:
             The same on all ranks, and as a single process would have it to 1e-9.
@@ -216,7 +228,7 @@ class Probe:
         n_shown = sums.n_shown.long().tolist()
         seen = [numbers[:n] for numbers, n in zip(sums.seen, n_shown, strict=True)]
         scored = score(share.tasks, seen)
-        runtime = float(sums.seconds.max()) + scored.seconds
+        runtime = self.seconds = float(sums.seconds.max()) + scored.seconds
         learnable = None
         if linear_probe:
             start = time.perf_counter()
@@ -261,6 +273,7 @@ class Probe:
                 self._core(model),
                 share.encoder,
                 sample,
+                size=self.training_size,
                 width=self._width,
                 batch_size=size,
                 cache_limit=self.cache_limit,
@@ -306,21 +319,23 @@ class Probe:
         for batch in share.batches:
             key = (batch.task, batch.first)
             inputs = None
-            is_shown = batch.first < part * len(share.tasks[batch.task].labels)
+            n_shown = _n_shown(batch, len(share.tasks[batch.task].labels), part)
+            is_whole = n_shown == len(batch.positions)
             try:
-                if is_shown and batch.positions and not self._frozen_images.holds(key):
-                    inputs = share.inputs(batch)
+                if n_shown and not self._frozen_images.holds(key):
+                    inputs = some_of(share.inputs(batch), slice(n_shown))
             except Exception as error:
                 failure = failure or error
-            if failure or not is_shown or not batch.positions:
+            if failure or not n_shown:
                 if in_step:
                     encoder.embed_backbone(model, move(share.image, model))
                 continue
             with autocast(model, autocast_dtype):
                 embed = partial(embed_images, model, encoder, inputs, run)
-                images = adapt(model, self._frozen_images.get(key, embed))
+                kept = self._frozen_images.get(key, embed, keep=is_whole)
+                images = adapt(model, kept[:n_shown])
             try:
-                check_rows(images, len(batch.positions), "image")
+                check_rows(images, n_shown, "image")
                 # Not in autocast, which would round cosines until classes tie.
                 self._add(sums, model, batch, images, classes, share.tasks[batch.task])
             except Exception as error:
@@ -408,6 +423,12 @@ class _Sums:
             sums[-2].reshape(self.embeds.shape),
             sums[-1],
         )
+
+
+def _n_shown(batch: Batch, n_images: int, part: float) -> int:
+    """Images of a batch among the first `part` of the `n_images` of its task."""
+    shown = min(max(math.ceil(part * n_images), _FEWEST), n_images)
+    return min(max(shown - batch.first, 0), len(batch.positions))
 
 
 def _logit_scale(model: nn.Module, encoder: Encoder) -> float | None:

@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 
 from .. import ranks
 from ..data.sources import content
-from ..data.tasks import OFF_TARGET_PROBE_SIZE, TASK_PROBE_SIZE, Task
+from ..data.tasks import Task
 from ..models.encoders import TEXT_BATCH, Encoder
 from .undisturbed import seed_all
 
@@ -99,6 +99,7 @@ def read_share(
     tasks: Sequence[Task],
     encoder: Encoder,
     *,
+    sizes: Sequence[int],
     batch_size: int,
     cache_limit: int,
     progress: bool,
@@ -111,6 +112,7 @@ def read_share(
     Args:
         tasks: The task being learnt, then the off-target tasks.
         encoder: Of the model.
+        sizes: Images of each task that was given no `probe_size`.
         batch_size: Images in one forward pass.
         cache_limit: Bytes of preprocessed images kept in memory, on each rank.
         progress: Show a progress bar.
@@ -119,7 +121,7 @@ def read_share(
         ValueError: Fewer than two images of a task can be read, or ranks were given other tasks.
         RuntimeError: Another rank failed.
     """
-    subsets = _agree_on_subsets(tasks, batch_size)
+    subsets = _agree_on_subsets(tasks, sizes, batch_size)
     batches = _deal(subsets, batch_size)
     reader = _Reader(tasks, encoder, cache_limit)
     digests = [torch.zeros(len(subset), 32, dtype=torch.float64) for subset in subsets]
@@ -151,11 +153,12 @@ def read_share(
     return ranks.together(lambda: _finish(tasks, readable, digests, batches, encoder))
 
 
-def _agree_on_subsets(tasks: Sequence[Task], batch_size: int) -> list[list[int]]:
+def _agree_on_subsets(
+    tasks: Sequence[Task], sizes: Sequence[int], batch_size: int
+) -> list[list[int]]:
     """Positions of each task's images; an error where ranks would show the model other things."""
 
     def draw() -> tuple[list[list[int]], Tensor]:
-        sizes = [TASK_PROBE_SIZE] + [OFF_TARGET_PROBE_SIZE] * (len(tasks) - 1)
         subsets = [task.subset(size) for task, size in zip(tasks, sizes, strict=True)]
         shown = [
             (t.name, s, t.labels(s), t.prompts(s), t.metric and t.metric.name)

@@ -22,6 +22,7 @@ def embed_sample(
     encoder: Encoder,
     sample: Task,
     *,
+    size: int,
     width: int,
     batch_size: int,
     cache_limit: int,
@@ -36,6 +37,7 @@ def embed_sample(
         core: The dual encoder in it.
         encoder: Of the model.
         sample: The training set as a task.
+        size: Images of it, where it was given no `probe_size`.
         width: Of the embeddings.
         batch_size: As `Probe`.
         cache_limit: As `Probe`; let go of when this returns.
@@ -52,7 +54,12 @@ def embed_sample(
     """
     with undisturbed(model):
         share = read_share(
-            [sample], encoder, batch_size=batch_size, cache_limit=cache_limit, progress=progress
+            [sample],
+            encoder,
+            sizes=[size],
+            batch_size=batch_size,
+            cache_limit=cache_limit,
+            progress=progress,
         )
     embeds = torch.zeros(len(share.tasks[0].labels), width, dtype=torch.float64)
     failure: Exception | None = None

@@ -35,6 +35,7 @@ __all__ = [
 _FOLDER = Path(__file__).parent
 OUTCOMES = _FOLDER / "outcomes.jsonl"
 _SPLITS = ("train", "test")
+_CANARY_SIZE = 128  # images
 
 
 def model_path() -> Path:
@@ -133,14 +134,26 @@ def load_task(name: str, split: str = "test", probe_size: int | None = None) -> 
     return Task(name, load_dataset(name, split), templates=templates(name), probe_size=probe_size)
 
 
-def canaries(except_for: str, probe_size: int = 128) -> list[Task]:
+def canaries(except_for: str, probe_size: int | None = None) -> list[Task]:
     """All tasks but one, as off-target tasks: does the model still know simple pictures?
 
     Args:
         except_for: Name of the task being learnt, which is left out if it is one of the sample.
-        probe_size: Images of each task.
+        probe_size: Images of each task; ``None``: 128, and fewer where the run is short.
     """
-    return [load_task(name, probe_size=probe_size) for name in task_names() if name != except_for]
+    names = [name for name in task_names() if name != except_for]
+    if probe_size is not None:
+        return [load_task(name, probe_size=probe_size) for name in names]
+    return [_first_images(name) for name in names]
+
+
+def _first_images(name: str) -> Task:
+    """A task of `_CANARY_SIZE` images."""
+    from ..data.tasks import Task
+
+    whole = load_task(name)
+    few = whole.subset(_CANARY_SIZE)
+    return Task(name, load_dataset(name).select(few), templates=templates(name))
 
 
 def load_outcomes() -> list[Outcome]:

@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from .. import keys
+from ..data.tasks import OFF_TARGET_PROBE_SIZE
 from ..guard import LEVELS, Verdict
 from ..models.wrappers import model_fingerprint, model_name
 from ..probing.look import Look
@@ -36,6 +37,7 @@ class Journal:
         start: The run before its first step.
         baseline: The look at the untouched model.
         fingerprints: Of the probe that took it: task name -> hash.
+        off_target_size: Images of each off-target task that was given no `probe_size`.
         n_outcomes: How many finished runs were on record when it began.
         history: One row per look: the logged keys, with ``step``, ``share``, ``level``, ``reason``.
         failures: Looks that failed.
@@ -49,6 +51,7 @@ class Journal:
     history: list[dict[str, Any]] = field(default_factory=list)
     failures: int = 0
     dropped: int = 0
+    off_target_size: int = OFF_TARGET_PROBE_SIZE
 
     @property
     def verdict(self) -> Verdict:
@@ -96,6 +99,7 @@ class Journal:
             "history": [dict(row) for row in self.history],
             "failures": self.failures,
             "dropped": self.dropped,
+            "off_target_size": self.off_target_size,
         }
 
     @classmethod
@@ -105,7 +109,7 @@ class Journal:
         Raises:
             ValueError: It is not that; the message names the field.
         """
-        journal = cls(**fields(data, "", _FIELDS))
+        journal = cls(**fields(data, "", _FIELDS, {"off_target_size": count}))
         off_target = list(journal.start.off_target_before)
         tasks = {journal.start.task, *off_target}
         if not journal.baseline.correct.keys() == journal.fingerprints.keys() == tasks:
