@@ -36,7 +36,8 @@ from transformers import (
     get_linear_schedule_with_warmup,
 )
 
-from iimm_callbacks import IIMMMonitor, ImageCollator, Limits, PromptClassifier, report, sample
+from iimm_callbacks import IIMMMonitor, ImageCollator, Limits, PromptClassifier, sample
+from iimm_callbacks.reports import terminal as report
 
 
 @dataclass

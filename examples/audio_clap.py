@@ -36,7 +36,7 @@ from transformers import (
 
 from iimm_callbacks import IIMMCallback, ImageCollator, PromptClassifier, Task
 from iimm_callbacks.models.tuning import prepare
-from iimm_callbacks.storage.run_file import save_run
+from iimm_callbacks.records.run_file import save_run
 
 TEMPLATE = "the sound of {}"
 

@@ -35,7 +35,7 @@ from transformers import (
 
 from iimm_callbacks import IIMMCallback, Task, sample
 from iimm_callbacks.models.tuning import prepare
-from iimm_callbacks.storage.run_file import save_run
+from iimm_callbacks.records.run_file import save_run
 
 COLOURS = ("red", "pink", "yellow", "green", "blue", "purple", "black", "grey")
 # Corners and rotation; 40 corners are round.

@@ -25,7 +25,7 @@ from transformers import HfArgumentParser, PrinterCallback, Trainer, TrainingArg
 
 from iimm_callbacks import IIMMCallback, ImageCollator, PromptClassifier, sample
 from iimm_callbacks.models.tuning import prepare
-from iimm_callbacks.storage.run_file import save_run
+from iimm_callbacks.records.run_file import save_run
 
 # What open_clip keeps in `model_configs/ViT-B-32.json`, smaller. The vocabulary is that of its own
 # tokenizer, which comes with it.

@@ -59,10 +59,10 @@ from transformers.utils import logging as transformers_logging
 from iimm_callbacks import IIMMCallback, ImageCollator, PromptClassifier, Task, sample
 from iimm_callbacks import monitor as monitor_module
 from iimm_callbacks.probing.probe import Probe
-from iimm_callbacks.storage import ledger as ledger_module
-from iimm_callbacks.storage.outcomes import one_of_each_run
-from iimm_callbacks.storage.run_file import read_run
-from iimm_callbacks.storage.store import read_outcomes
+from iimm_callbacks.records import ledger as ledger_module
+from iimm_callbacks.records.outcomes import one_of_each_run
+from iimm_callbacks.records.run_file import read_run
+from iimm_callbacks.records.store import read_outcomes
 
 STEPS = 16
 PATIENCE = 120  # seconds for a run of two

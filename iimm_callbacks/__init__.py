@@ -1,41 +1,48 @@
 """Measure IIMM before and during a fine-tune, forecast gain and forgetting, guard against both."""
 
+import sys
 from importlib import import_module
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .accuracy import forgetting, gain_over_zero_shot_error, zero_shot_accuracy
-    from .callback import IIMMCallback
     from .data.tasks import Task
-    from .forecasting.forecast import Forecast
     from .forecasting.forecaster import Forecaster
-    from .guard import Limits, Verdict
-    from .measure import IIMMAccumulator, Measurement, drift_bound, iimm
+    from .measures.accuracy import forgetting, gain_over_zero_shot_error, zero_shot_accuracy
+    from .measures.measure import IIMMAccumulator, Measurement, drift_bound, iimm
+    from .measures.probe_accuracy import LinearProbe, linear_probe
     from .models.classifier import ImageCollator, PromptClassifier
     from .models.families import Family, register_encoder
     from .monitor import IIMMMonitor
-    from .probe_accuracy import LinearProbe, linear_probe
-    from .storage.outcomes import Outcome
-    from .storage.store import append_outcome, read_outcomes
+    from .records.forecast import Forecast
+    from .records.outcomes import Outcome
+    from .records.store import append_outcome, read_outcomes
+    from .records.verdict import (
+        Limits,
+        Verdict,
+    )
+    from .trainer.callback import IIMMCallback
 
 __version__ = "0.1.0"
 
 # Where each public name lives. It is imported when first asked for, as transformers does it: what
 # needs no Trainer does not wait for it, and `iimm doctor` runs where transformers is broken.
 _HOMES = {
-    "accuracy": ("forgetting", "gain_over_zero_shot_error", "zero_shot_accuracy"),
-    "callback": ("IIMMCallback",),
+    "measures.accuracy": ("forgetting", "gain_over_zero_shot_error", "zero_shot_accuracy"),
+    "trainer.callback": ("IIMMCallback",),
     "data.tasks": ("Task",),
-    "forecasting.forecast": ("Forecast",),
+    "records.forecast": ("Forecast",),
     "forecasting.forecaster": ("Forecaster",),
-    "guard": ("Limits", "Verdict"),
-    "measure": ("IIMMAccumulator", "Measurement", "drift_bound", "iimm"),
+    "records.verdict": ("Limits", "Verdict"),
+    "measures.measure": ("IIMMAccumulator", "Measurement", "drift_bound", "iimm"),
     "models.classifier": ("ImageCollator", "PromptClassifier"),
     "models.families": ("Family", "register_encoder"),
     "monitor": ("IIMMMonitor",),
-    "probe_accuracy": ("LinearProbe", "linear_probe"),
-    "storage.outcomes": ("Outcome",),
-    "storage.store": ("append_outcome", "read_outcomes"),
+    "measures.probe_accuracy": ("LinearProbe", "linear_probe"),
+    "records.outcomes": ("Outcome",),
+    "records.store": ("append_outcome", "read_outcomes"),
 }
 
 __all__ = [
@@ -63,6 +70,45 @@ __all__ = [
     "register_encoder",
     "zero_shot_accuracy",
 ]
+
+
+# Modules with public names that moved: their old import paths keep working.
+_MOVED = {
+    f"{__name__}.{old}": f"{__name__}.{new}"
+    for old, new in {
+        "accuracy": "measures.accuracy",
+        "callback": "trainer.callback",
+        "card": "reports.card",
+        "forecasting.forecast": "records.forecast",
+        "measure": "measures.measure",
+        "measurement": "measures.measurement",
+        "probe_accuracy": "measures.probe_accuracy",
+        "report": "reports.terminal",
+        "storage": "records",
+        "storage.outcomes": "records.outcomes",
+        "storage.run_file": "records.run_file",
+        "storage.store": "records.store",
+    }.items()
+}
+
+
+class _MovedModules(MetaPathFinder, Loader):
+    """Imports a module of `_MOVED` as the very module that it is now."""
+
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
+        return ModuleSpec(name, self) if name in _MOVED else None
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType:
+        module = import_module(_MOVED[spec.name])
+        spec.loader_state = module.__spec__  # importlib overwrites it
+        return module
+
+    def exec_module(self, module: ModuleType) -> None:
+        assert module.__spec__ is not None
+        module.__spec__ = module.__spec__.loader_state
+
+
+sys.meta_path.insert(0, _MovedModules())
 
 
 def __getattr__(name: str) -> Any:

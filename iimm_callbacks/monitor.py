@@ -15,21 +15,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from . import keys, ranks
-from .data.tasks import Task, check_tasks
-from .embeddings import NotFiniteError
-from .forecasting.forecast import Forecast
+from .data.tasks import OFF_TARGET_PROBE_SIZE, Task, check_tasks
 from .forecasting.forecaster import Forecaster
 from .forecasting.records import about
-from .guard import Limits, Verdict
-from .judging import Judged, judge_first, judge_look
-from .models.encoders import EncodePair
-from .models.tuning import detect, trainable_share
-from .probing.learnable import TrainingSet
-from .probing.probe import Probe
-from .rescue.rescuer import Rescuer, is_exceeded
-from .rescue.sweep import Rescue
-from .schedule import (
+from .guard.judge import (
+    Judged,
+    judge_first,
+    judge_look,
+)
+from .guard.schedule import (
     PARTS,
     Budget,
     Every,
@@ -42,11 +36,26 @@ from .schedule import (
     next_share,
     plan,
 )
-from .storage.checks import anything, dict_of
-from .storage.journal import Journal, opening
-from .storage.ledger import Ledger
-from .storage.outcomes import Outcome
-from .storage.store import as_outcomes
+from .measures.embeddings import NotFiniteError
+from .models.encoders import EncodePair
+from .models.tuning import detect, trainable_share
+from .models.wrappers import model_fingerprint, model_name
+from .probing import ranks
+from .probing.learnable import TrainingSet
+from .probing.probe import Probe
+from .records import keys
+from .records.checks import anything, dict_of
+from .records.forecast import Forecast
+from .records.journal import Journal, opening
+from .records.ledger import Ledger
+from .records.outcomes import Outcome
+from .records.store import as_outcomes
+from .records.verdict import (
+    Limits,
+    Verdict,
+)
+from .rescue.rescuer import Rescuer, is_exceeded
+from .rescue.sweep import Rescue
 
 logger = logging.getLogger(__name__)
 
@@ -360,7 +369,7 @@ class IIMMMonitor:
             self.probe.look(model, step, self.autocast_dtype, part=part),
             journal.baseline,
             self._prior,
-            self._forecaster,
+            self._forecaster.update,
             self.limits,
             share=min(step / max(total_steps, 1), 1.0),
             coming=coming,
@@ -514,7 +523,7 @@ class IIMMMonitor:
             self.every,
             self._budget.max_overhead,
             sum(map(len, journal.baseline.correct.values())),
-            journal.off_target_size,
+            self.probe.off_target_size,
         )
 
     @property
@@ -546,7 +555,8 @@ class IIMMMonitor:
         recipe = {"trainable_share": trainable_share(model)}
         start = opening(
             look,
-            before,
+            model=model_name(before),
+            model_fingerprint=model_fingerprint(before),
             method=self.method or detect(model),
             fingerprint=self.probe.fingerprints[self.probe.task.name],
             recipe=recipe | ({"metrics": metrics} if metrics else {}),
@@ -563,7 +573,7 @@ class IIMMMonitor:
     def _size_probe(self, recipe: Mapping[str, Any], resumed: Journal | None) -> None:
         """Let the first look show fewer images where the run is short."""
         if resumed:
-            self.probe.off_target_size = resumed.off_target_size
+            self.probe.off_target_size = resumed.off_target_size or OFF_TARGET_PROBE_SIZE
             return
         sizes = [recipe.get(name) for name in ("steps", "batch_size")]
         self.probe.off_target_size, self.probe.training_size = first_look(
@@ -581,7 +591,8 @@ class IIMMMonitor:
         """Put the run so far on disk, and what goes on record should it end here."""
         assert self._journal is not None
         outcome = self._journal.outcome(complete, ended)
-        self._ledger.draft(outcome, self.record())
+        if ranks.world()[0] == 0:
+            self._ledger.draft(outcome, self.record())
         return outcome
 
     def _warn(self, step: int, error: Exception) -> None:

@@ -17,8 +17,9 @@ from conftest import make_dataset
 from tiny import FAMILIES
 from torch import distributed
 
-from iimm_callbacks import IIMMMonitor, Task, ranks
+from iimm_callbacks import IIMMMonitor, Task
 from iimm_callbacks.models.wrappers import model_fingerprint
+from iimm_callbacks.probing import ranks
 from iimm_callbacks.probing.learnable import TrainingSet
 from iimm_callbacks.probing.probe import Probe
 
@@ -191,7 +192,7 @@ def one_fails():
 
 def one_diverges():
     def fails(images):
-        from iimm_callbacks.embeddings import NotFiniteError
+        from iimm_callbacks.measures.embeddings import NotFiniteError
 
         return NotFiniteError("norm nan") if ranks.world()[0] == 1 else None
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from iimm_callbacks.forecasting.base_rates import load_base_rates
-from iimm_callbacks.storage.outcomes import parse_outcome
+from iimm_callbacks.records.outcomes import parse_outcome
 
 B32 = "openai/clip-vit-base-patch32"
 B16 = "openai/clip-vit-base-patch16"

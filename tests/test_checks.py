@@ -7,7 +7,7 @@ import math
 
 import pytest
 
-from iimm_callbacks.storage import checks
+from iimm_callbacks.records import checks
 
 
 def test_what_passes_comes_back():

@@ -26,13 +26,20 @@ from test_report import (
 )
 from typer.testing import CliRunner
 
-from iimm_callbacks import Forecaster, Outcome, append_outcome, cli, read_outcomes, sample
-from iimm_callbacks.cli import doctor, tables
+from iimm_callbacks import (
+    Forecaster,
+    Outcome,
+    append_outcome,
+    cli,
+    read_outcomes,
+    sample,
+)
+from iimm_callbacks.cli import doctor
 from iimm_callbacks.cli.loading import load_model
-from iimm_callbacks.forecasting.grading import grade
 from iimm_callbacks.models.wrappers import model_fingerprint
 from iimm_callbacks.probing.probe import Probe
-from iimm_callbacks.storage.run_file import save_run
+from iimm_callbacks.records.run_file import save_run
+from iimm_callbacks.reports import tables
 
 # click before 8.2 mixes stderr into stdout unless told not to.
 MIXES = "mix_stderr" in inspect.signature(CliRunner).parameters
@@ -720,7 +727,7 @@ def test_grade_prints_the_hand_checked_errors_of_the_plain_mean(store):
         append_outcome(store, outcome(f"task {i}", drop, 0.2, x=0.3 + 0.02 * i, before=before))
     found = ask("grade", "--limit", 0.03, "--limit", 0.05)
     assert {row["limit"] for row in found["guard"]} == {0.03, 0.05}
-    expected = grade(read_outcomes(store), limits=(0.03, 0.05)).to_json()
+    expected = Forecaster().grade(read_outcomes(store), limits=(0.03, 0.05)).to_json()
     assert {k: found[k] for k in expected} == json.loads(json.dumps(expected))
     (before,) = [
         row

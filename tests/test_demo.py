@@ -8,9 +8,10 @@ import pytest
 from rich.console import Console
 from test_cli import RUNNER
 
-from iimm_callbacks import cli, report
+from iimm_callbacks import cli
 from iimm_callbacks.cli import demo
-from iimm_callbacks.storage.run_file import read_run
+from iimm_callbacks.records.run_file import read_run
+from iimm_callbacks.reports import terminal as report
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +62,7 @@ def test_without_matplotlib_there_is_a_run_file_and_word_of_the_report(monkeypat
     def refuse(*_):
         raise ImportError("needs matplotlib: pip install matplotlib")
 
-    monkeypatch.setattr("iimm_callbacks.pages.write_report", refuse)
+    monkeypatch.setattr("iimm_callbacks.reports.page.write_report", refuse)
     written, told = demo._report({}, tmp_path, [])
     assert written is None
     assert "no report: needs matplotlib: pip install matplotlib" in told

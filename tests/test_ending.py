@@ -5,7 +5,7 @@ import torch
 
 from iimm_callbacks import IIMMCallback, monitor
 from iimm_callbacks.models.tuning import prepare
-from iimm_callbacks.storage.run_file import read_run
+from iimm_callbacks.records.run_file import read_run
 
 
 @pytest.fixture
@@ -89,7 +89,7 @@ def test_the_report_is_written_at_the_end_if_asked_for(make_trainer, guard, tmp_
 
 
 def test_a_report_that_fails_costs_a_warning(make_trainer, guard, monkeypatch, caplog):
-    monkeypatch.setattr("iimm_callbacks.pages.write_report", lambda *_: 1 / 0)
+    monkeypatch.setattr("iimm_callbacks.reports.page.write_report", lambda *_: 1 / 0)
     callback = guard(report=True)
     make_trainer([callback], max_steps=4).train()
     assert callback.outcome.complete

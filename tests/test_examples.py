@@ -17,7 +17,8 @@ from accelerate.commands.launch import launch_command_parser
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from iimm_callbacks import keys, read_outcomes, sample
+from iimm_callbacks import read_outcomes, sample
+from iimm_callbacks.records import keys
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = ROOT / "examples" / "accelerate_configs"

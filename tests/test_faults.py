@@ -24,12 +24,14 @@ from tqdm.auto import tqdm
 from transformers import CLIPModel, TrainerCallback
 
 from iimm_callbacks import IIMMCallback, Task, append_outcome, read_outcomes
-from iimm_callbacks.accuracy import zero_shot_scores
-from iimm_callbacks.guard import LEVELS
+from iimm_callbacks.measures.accuracy import zero_shot_scores
 from iimm_callbacks.models.encoders import find_encoder
-from iimm_callbacks.probing.undisturbed import undisturbed
-from iimm_callbacks.storage.run_file import read_run
-from iimm_callbacks.storage.store import FileLock
+from iimm_callbacks.models.undisturbed import undisturbed
+from iimm_callbacks.records.run_file import read_run
+from iimm_callbacks.records.store import FileLock
+from iimm_callbacks.records.verdict import (
+    LEVELS,
+)
 
 LOOKS = (0, 2, 4, 6)  # where a run is looked at that nothing goes wrong in
 TASKS = {  # prompt, classes and images, all of which are in the probe

@@ -9,22 +9,22 @@ import pytest
 from test_forecast import EARLY, SHARES, bare, planted, run, scattered
 
 from iimm_callbacks import Forecast, Forecaster, Limits, Measurement
-from iimm_callbacks.accuracy import Drop, Forgetting
-from iimm_callbacks.forecasting.forecast import Prediction
-from iimm_callbacks.forecasting.grading import POLICIES, grade
-from iimm_callbacks.guard import judge, recommend
-from iimm_callbacks.schedule import is_due, next_share
+from iimm_callbacks.forecasting.grading import POLICIES
+from iimm_callbacks.guard.judge import judge, recommend
+from iimm_callbacks.guard.schedule import is_due, next_share
+from iimm_callbacks.measures.accuracy import Drop, Forgetting
+from iimm_callbacks.records.forecast import Prediction
 
 STEADY = tuple(SHARES)  # as much as the share of the steps
 
 
 def forecast_rows(outcomes, **settings):
-    rows = grade(outcomes, **settings).forecasts
+    rows = Forecaster().grade(outcomes, **settings).forecasts
     return {(row.quantity, row.method, row.share): row for row in rows}
 
 
 def guard_rows(outcomes, *limits, **settings):
-    rows = grade(outcomes, limits=limits, **settings).guard
+    rows = Forecaster().grade(outcomes, limits=limits, **settings).guard
     return {(row.policy, row.limit): row for row in rows}
 
 
@@ -185,7 +185,7 @@ def test_limits_are_graded_one_by_one():
 def test_runs_without_off_target_tasks_are_no_matter_of_the_guard():
     outcomes = [*FIVE, *(replace(bare(o), task=f"{o.task}b") for o in FIVE)]
     assert guard_rows(outcomes, 0.03)["always finish", 0.03].n_runs == 5
-    found = grade([bare(o) for o in FIVE])
+    found = Forecaster().grade([bare(o) for o in FIVE])
     assert found.guard == ()
     assert {row.quantity for row in found.forecasts} == {"gain"}
 
@@ -197,7 +197,7 @@ def test_what_cannot_be_replayed_is_counted():
         replace(good[1], trajectory=[]),
         replace(good[2], iimm=None, inter=None, intra=None),
     ]
-    found = grade([*good, *odd])
+    found = Forecaster().grade([*good, *odd])
     assert (found.n_runs, found.n_left_out) == (7, 2)  # without IIMM by what else there is
 
 
@@ -213,12 +213,12 @@ def test_what_cannot_be_replayed_is_counted():
 )
 def test_nothing_to_replay_is_an_error(outcomes, says):
     with pytest.raises(ValueError, match=says):
-        grade(outcomes)
+        Forecaster().grade(outcomes)
 
 
 def test_data_for_a_file_has_no_nan():
     outcomes = [run(f"t{i}", gain=0.1 * i, curve=EARLY) for i in range(5)]
-    data = json.loads(json.dumps(grade(outcomes).to_json(), allow_nan=False))
+    data = json.loads(json.dumps(Forecaster().grade(outcomes).to_json(), allow_nan=False))
     finish = [row for row in data["guard"] if row["policy"] == "always finish"]
     assert {row["kept_to_limit"] for row in finish} == {None}
     assert (data["n_runs"], data["n_left_out"]) == (5, 0)
@@ -246,13 +246,13 @@ def test_odd_looks_are_graded_or_left_out(looks):
     outcomes = [
         replace(o, trajectory=ODD_LOOKS[looks](o.trajectory)) for o in scattered(6, curve=EARLY)
     ]
-    json.dumps(grade(outcomes).to_json(), allow_nan=False)
+    json.dumps(Forecaster().grade(outcomes).to_json(), allow_nan=False)
 
 
 @pytest.mark.parametrize("changes", [{"inter": None, "intra": None}, {"n_images": None}])
 def test_what_a_record_may_lack_is_no_crash(changes):
     outcomes = [run(f"t{i}", 0.2 + 0.02 * i, curve=EARLY, **changes) for i in range(6)]
-    grade(outcomes)
+    Forecaster().grade(outcomes)
 
 
 def test_the_forecaster_passes_its_settings_on():

@@ -6,7 +6,8 @@ from test_resume import steps, stop_from, timeless
 from torch import nn
 from transformers import TrainerCallback
 
-from iimm_callbacks import IIMMCallback, host
+from iimm_callbacks import IIMMCallback
+from iimm_callbacks.trainer import host
 
 
 @pytest.fixture
@@ -93,7 +94,9 @@ def test_resumed_a_stopped_run_ends_at_its_best_model_and_is_rescued_all_the_sam
     monkeypatch.setattr("iimm_callbacks.monitor.judge_look", stop_from(4))
     monkeypatch.setattr("iimm_callbacks.monitor.is_exceeded", lambda *_: True)
     rescued = []
-    monkeypatch.setattr("iimm_callbacks.callback.rescue_at_end", lambda *_, **__: rescued.append(1))
+    monkeypatch.setattr(
+        "iimm_callbacks.trainer.callback.rescue_at_end", lambda *_, **__: rescued.append(1)
+    )
     settings = {
         "max_steps": 20, "save_strategy": "steps", "save_steps": 2, "eval_strategy": "steps",
         "eval_steps": 2, "load_best_model_at_end": True, "metric_for_best_model": "eval_loss",

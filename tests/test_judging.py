@@ -6,9 +6,12 @@ import numpy as np
 import pytest
 
 from iimm_callbacks import Forecaster, Limits, Measurement
-from iimm_callbacks.accuracy import Score, forgetting, paired_drop
-from iimm_callbacks.judging import judge_first, judge_look
-from iimm_callbacks.probing.look import Look
+from iimm_callbacks.guard.judge import (
+    judge_first,
+    judge_look,
+)
+from iimm_callbacks.measures.accuracy import Score, forgetting, paired_drop
+from iimm_callbacks.records.look import Look
 
 MEASURED = Measurement(0.3, 0.2, 0.4, 0.01, 40, 4)
 

@@ -11,8 +11,8 @@ import torch
 from resume_worker import STEPS
 
 from iimm_callbacks import read_outcomes
-from iimm_callbacks.storage.outcomes import one_of_each_run
-from iimm_callbacks.storage.run_file import read_run
+from iimm_callbacks.records.outcomes import one_of_each_run
+from iimm_callbacks.records.run_file import read_run
 
 WORKER = Path(__file__).with_name("resume_worker.py")
 SEED = os.environ.get("IIMM_KILL_SEED", "0")

@@ -14,8 +14,8 @@ from iimm_callbacks import IIMMCallback, IIMMMonitor, Task, linear_probe, sample
 from iimm_callbacks.data.training import NoTrainingSetError, training_task
 from iimm_callbacks.models.encoders import class_embeddings, find_encoder
 from iimm_callbacks.probing.learnable import TrainingSet
-from iimm_callbacks.probing.look import Look
 from iimm_callbacks.probing.probe import Probe
+from iimm_callbacks.records.look import Look
 
 
 @pytest.fixture

@@ -12,8 +12,8 @@ import pytest
 from test_outcomes import RUN
 
 from iimm_callbacks import read_outcomes
-from iimm_callbacks.storage import ledger as module
-from iimm_callbacks.storage.ledger import Ledger
+from iimm_callbacks.records import ledger as module
+from iimm_callbacks.records.ledger import Ledger
 
 INTERRUPTED = replace(RUN, complete=False, ended="interrupted")
 
@@ -182,7 +182,7 @@ def test_damaged_lines_are_skipped(path, caplog):
 
 @pytest.mark.parametrize(("rank", "written"), [(0, True), (1, False)])
 def test_of_several_ranks_the_first_one_writes(path, monkeypatch, rank, written):
-    monkeypatch.setattr("iimm_callbacks.ranks.world", lambda: (rank, 2))
+    monkeypatch.setattr("iimm_callbacks.probing.ranks.world", lambda: (rank, 2))
     ledger = Ledger(path)
     ledger.draft(RUN)
     ledger.close()
@@ -190,9 +190,9 @@ def test_of_several_ranks_the_first_one_writes(path, monkeypatch, rank, written)
 
 
 def test_another_rank_does_not_write_when_the_process_group_is_gone_either(path, monkeypatch):
-    monkeypatch.setattr("iimm_callbacks.ranks.world", lambda: (1, 2))
+    monkeypatch.setattr("iimm_callbacks.probing.ranks.world", lambda: (1, 2))
     ledger = Ledger(path)
     ledger.draft(INTERRUPTED)
-    monkeypatch.setattr("iimm_callbacks.ranks.world", lambda: (0, 1))
+    monkeypatch.setattr("iimm_callbacks.probing.ranks.world", lambda: (0, 1))
     ledger.close()
     assert not path.exists()

@@ -19,11 +19,12 @@ from conftest import SHAPES, make_dataset
 from safetensors.torch import load_file
 from transformers import Trainer, TrainingArguments
 
-from iimm_callbacks import IIMMCallback, ImageCollator, Outcome, PromptClassifier, Task, keys
+from iimm_callbacks import IIMMCallback, ImageCollator, Outcome, PromptClassifier, Task
 from iimm_callbacks.models.encoders import find_encoder, move
 from iimm_callbacks.models.families import family_of
 from iimm_callbacks.models.tuning import detect, prepare, trainable_share
 from iimm_callbacks.models.wrappers import find_dual_encoder, model_fingerprint
+from iimm_callbacks.records import keys
 
 FAMILIES = dict(tiny.FAMILIES)
 with contextlib.suppress(ModuleNotFoundError):  # an environment of its own: see the README

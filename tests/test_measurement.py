@@ -11,14 +11,15 @@ import torch
 from safetensors.numpy import save_file
 
 import iimm_callbacks
-from iimm_callbacks import iimm, linear_probe, measurement
+from iimm_callbacks import iimm, linear_probe
+from iimm_callbacks.measures import measurement
 
 pytest.importorskip("evaluate")
 import evaluate
 
-from iimm_callbacks.measurement import FOLDER, IIMM
-from iimm_callbacks.measurement.iimm import app
-from iimm_callbacks.measurement.iimm.tests import test_cases as cases
+from iimm_callbacks.measures.measurement import FOLDER, IIMM
+from iimm_callbacks.measures.measurement.iimm import app
+from iimm_callbacks.measures.measurement.iimm.tests import test_cases as cases
 
 G = torch.Generator().manual_seed(0)
 IMAGES, TEXTS = torch.randn(90, 16, generator=G), torch.randn(5, 16, generator=G)
@@ -236,7 +237,9 @@ def test_the_space_asks_for_what_it_imports():
 
 
 def test_without_evaluate_it_says_what_to_install(monkeypatch):
-    for name in [n for n in sys.modules if n.startswith("iimm_callbacks.measurement.iimm")]:
+    for name in [
+        n for n in sys.modules if n.startswith("iimm_callbacks.measures.measurement.iimm")
+    ]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "evaluate", None)
     assert importlib.reload(measurement).FOLDER.is_dir()  # it alone does not import evaluate

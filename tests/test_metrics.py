@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from iimm_callbacks import IIMMCallback, IIMMMonitor, Task
-from iimm_callbacks.accuracy import paired_drop
 from iimm_callbacks.data.metrics import Metric, RecallAt, as_metric
+from iimm_callbacks.measures.accuracy import paired_drop
 from iimm_callbacks.models.tuning import prepare
 from iimm_callbacks.probing.probe import Probe
 

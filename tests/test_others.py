@@ -23,8 +23,8 @@ from conftest import COLOURS, make_dataset
 from datasets import Dataset, Features, Image, Value
 from safetensors.torch import load_file
 
-from iimm_callbacks import keys
-from iimm_callbacks.storage.run_file import read_run
+from iimm_callbacks.records import keys
+from iimm_callbacks.records.run_file import read_run
 
 ROOT = Path(__file__).parent.parent
 FOLDER = ROOT / "examples" / "others"

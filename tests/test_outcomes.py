@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from iimm_callbacks import Outcome
-from iimm_callbacks.storage.outcomes import parse_outcome
+from iimm_callbacks.records.outcomes import parse_outcome
 
 RUN = Outcome(
     model="tiny/clip",

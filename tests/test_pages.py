@@ -16,17 +16,45 @@ from test_untrusted import PLACES, change_at, json_values
 
 from iimm_callbacks import Outcome
 from iimm_callbacks.monitor import IIMMMonitor
-from iimm_callbacks.pages import compare_runs, write_report
-from iimm_callbacks.pages.drawing import Picture, as_svg, drawing, label, new_figure
-from iimm_callbacks.pages.page import PICTURES
-from iimm_callbacks.pages.palette import BEHIND, DARK, LIGHT, MARKS, SERIES, TEXT, contrast
-from iimm_callbacks.pages.past import fit_line, past_runs
-from iimm_callbacks.report import printable
-from iimm_callbacks.storage.run_file import check_run
+from iimm_callbacks.records.run_file import check_run
+from iimm_callbacks.reports.compare import (
+    compare_runs,
+)
+from iimm_callbacks.reports.drawing import (
+    BEHIND,
+    DARK,
+    LIGHT,
+    MARKS,
+    SERIES,
+    TEXT,
+    Picture,
+    as_svg,
+    drawing,
+    label,
+    new_figure,
+)
+from iimm_callbacks.reports.page import (
+    PICTURES,
+    write_report,
+)
+from iimm_callbacks.reports.past import fit_line, past_runs
+from iimm_callbacks.reports.terminal import printable
 
 PNG = b"\x89PNG\r\n\x1a\n"
 VOID = {"meta", "br", "path", "use", "rect"}
 FETCHING = {"src", "srcset", "data", "poster", "action", "background", "ping", "formaction"}
+
+
+def contrast(one: str, other: str) -> float:
+    """Contrast ratio of two colours by WCAG 2.2, from 1 (the same) to 21 (black on white)."""
+    low, high = sorted((_luminance(one), _luminance(other)))
+    return (high + 0.05) / (low + 0.05)
+
+
+def _luminance(colour: str) -> float:
+    parts = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+    r, g, b = (c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in parts)
+    return 0.2126 * r + 0.7152 * g + 0.0722 * b
 
 
 class Page(HTMLParser):
@@ -69,8 +97,8 @@ def report(record, tmp_path, outcomes=(), drawn=False):
     """Its page; unless `drawn` its pictures are made but not drawn, which takes a second."""
     with pytest.MonkeyPatch.context() as patch:
         if not drawn:
-            patch.setattr("iimm_callbacks.pages.page.save_picture", lambda picture, path: None)
-            patch.setattr("iimm_callbacks.pages.page.as_svg", undrawn)
+            patch.setattr("iimm_callbacks.reports.page.save_picture", lambda picture, path: None)
+            patch.setattr("iimm_callbacks.reports.page.as_svg", undrawn)
         written = write_report(record, tmp_path / "out", outcomes)
     return Page(written.read_text(encoding="utf-8"))
 

@@ -12,10 +12,10 @@ from PIL import Image
 from torch import nn
 
 from iimm_callbacks import Task, iimm
-from iimm_callbacks.accuracy import zero_shot_correct
+from iimm_callbacks.measures.accuracy import zero_shot_correct
 from iimm_callbacks.models.encoders import class_embeddings, find_encoder
+from iimm_callbacks.models.undisturbed import undisturbed
 from iimm_callbacks.probing.probe import Probe
-from iimm_callbacks.probing.undisturbed import undisturbed
 
 
 @pytest.fixture

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from iimm_callbacks import linear_probe, probe_accuracy, sample, zero_shot_accuracy
+from iimm_callbacks import linear_probe, sample, zero_shot_accuracy
+from iimm_callbacks.measures import probe_accuracy
 from iimm_callbacks.models.encoders import class_embeddings, find_encoder
 
 SCALE = 20.0

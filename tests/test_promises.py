@@ -5,7 +5,8 @@ import inspect
 import re
 from pathlib import Path
 
-from iimm_callbacks import IIMMCallback, keys
+from iimm_callbacks import IIMMCallback
+from iimm_callbacks.records import keys
 
 TESTS = Path(__file__).parent
 README = (TESTS.parent / "README.md").read_text()

@@ -39,7 +39,7 @@ found = {
     "cuda": torch.cuda.is_initialized(),
 }
 try:
-    exec("import matplotlib", {"__name__": "iimm_callbacks.report"})
+    exec("import matplotlib", {"__name__": "iimm_callbacks.reports.terminal"})
 except ImportError:  # it is seen even where it is not installed
     pass
 found["can fail"] = seen

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 
-from iimm_callbacks.report import (
+from iimm_callbacks.reports.terminal import (
     look_line,
     page,
     plot_run,

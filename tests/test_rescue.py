@@ -19,18 +19,25 @@ from transformers import TrainerCallback
 
 from iimm_callbacks import PromptClassifier
 from iimm_callbacks.data.tasks import Task
-from iimm_callbacks.guard import Limits
-from iimm_callbacks.measure import Measurement
+from iimm_callbacks.measures.measure import Measurement
 from iimm_callbacks.models.heads import ClipAdapter
 from iimm_callbacks.models.tuning import prepare
-from iimm_callbacks.probing.look import Look
 from iimm_callbacks.probing.probe import Probe
+from iimm_callbacks.records.look import Look
+from iimm_callbacks.records.rescue import (
+    check_rescue,
+)
+from iimm_callbacks.records.verdict import (
+    Limits,
+)
+from iimm_callbacks.reports.tables import (
+    rescue_table,
+)
 from iimm_callbacks.rescue.counterparts import save_weights
 from iimm_callbacks.rescue.curve import Mix, choose, held_out, measure_mixes
 from iimm_callbacks.rescue.mixing import Mixture, keep_untouched, needs_untouched
 from iimm_callbacks.rescue.rescuer import Rescuer, is_exceeded
 from iimm_callbacks.rescue.sweep import rescue, sweep
-from iimm_callbacks.rescue.table import check_rescue, rescue_table
 
 WORKER = Path(__file__).with_name("rescue_worker.py")
 LORA = {"r": 2, "target_modules": ["q_proj", "v_proj"]}

@@ -11,10 +11,12 @@ from hypothesis import strategies as st
 from transformers import Trainer, TrainerCallback
 
 from iimm_callbacks import IIMMCallback, IIMMMonitor, read_outcomes
-from iimm_callbacks.judging import judge_look
+from iimm_callbacks.guard.judge import (
+    judge_look,
+)
 from iimm_callbacks.models.wrappers import model_fingerprint
 from iimm_callbacks.probing.probe import Probe
-from iimm_callbacks.storage.journal import Journal
+from iimm_callbacks.records.journal import Journal
 
 SAVING = {"max_steps": 6, "save_strategy": "steps", "save_steps": 3}
 KEY = "IIMMCallback/colours"
@@ -212,7 +214,9 @@ def test_a_run_resumed_to_go_on_longer_counts_its_shares_anew(make_trainer, guar
 def test_a_warning_that_was_given_is_not_given_again_after_resuming(
     make_trainer, guard, tmp_path, caplog, monkeypatch
 ):
-    from iimm_callbacks.guard import Verdict
+    from iimm_callbacks.records.verdict import (
+        Verdict,
+    )
 
     levels = {0: "continue", 2: "warn", 3: "continue", 4: "warn", 6: "stop"}
     step = [0]
@@ -224,8 +228,8 @@ def test_a_warning_that_was_given_is_not_given_again_after_resuming(
         def on_step_end(self, args, state, control, **kwargs):
             step[0] = state.global_step
 
-    monkeypatch.setattr("iimm_callbacks.judging.judge", scripted)
-    monkeypatch.setattr("iimm_callbacks.schedule.DEFAULT_SHARES", (1 / 3, 1 / 2, 2 / 3, 1))
+    monkeypatch.setattr("iimm_callbacks.guard.judge.judge", scripted)
+    monkeypatch.setattr("iimm_callbacks.guard.schedule.DEFAULT_SHARES", (1 / 3, 1 / 2, 2 / 3, 1))
     arguments = SAVING | {"output_dir": str(tmp_path / "out")}
     with pytest.raises(KeyboardInterrupt):
         make_trainer([Note(), guard(every=None), Interrupt(4)], **arguments).train()

@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_report import make_record
 
-from iimm_callbacks import report
 from iimm_callbacks.monitor import IIMMMonitor
-from iimm_callbacks.storage.run_file import file_name, read_run, save_run, sweep
+from iimm_callbacks.records.run_file import file_name, read_run, save_run, sweep
+from iimm_callbacks.reports import terminal as report
 
 
 @pytest.fixture

@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from iimm_callbacks.schedule import (
+from iimm_callbacks.guard.schedule import (
     PARTS,
     Budget,
     check_every,

@@ -20,9 +20,9 @@ from pyarrow import parquet
 from test_outcomes import PUBLISHED, RUN, outcomes
 
 from iimm_callbacks import append_outcome, read_outcomes, sample
-from iimm_callbacks.storage import store
-from iimm_callbacks.storage.by_hand import read_csv
-from iimm_callbacks.storage.store import (
+from iimm_callbacks.records import store
+from iimm_callbacks.records.by_hand import read_csv
+from iimm_callbacks.records.store import (
     as_outcomes,
     check_store,
     default_store,

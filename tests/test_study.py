@@ -11,8 +11,8 @@ import torch
 from scipy import stats
 
 from iimm_callbacks import append_outcome, iimm, read_outcomes, sample
-from iimm_callbacks.probe_accuracy import LinearProbe
-from iimm_callbacks.storage.outcomes import Outcome
+from iimm_callbacks.measures.probe_accuracy import LinearProbe
+from iimm_callbacks.records.outcomes import Outcome
 
 STUDY = Path(__file__).parent.parent / "examples" / "study"
 

@@ -21,8 +21,10 @@ from transformers import TrainerCallback, TrainingArguments
 from transformers.integrations import WandbCallback
 
 from iimm_callbacks import IIMMCallback
-from iimm_callbacks.guard import Verdict
 from iimm_callbacks.models.wrappers import model_fingerprint
+from iimm_callbacks.records.verdict import (
+    Verdict,
+)
 
 os.environ["TRACKIO_DIR"] = tempfile.mkdtemp()  # read once, where trackio is imported
 
@@ -258,7 +260,7 @@ def scripted(monkeypatch):
 
     def script(levels):
         verdicts = iter([Verdict(level, 0.5, f"because {i}") for i, level in enumerate(levels)])
-        monkeypatch.setattr("iimm_callbacks.judging.judge", lambda *_: next(verdicts))
+        monkeypatch.setattr("iimm_callbacks.guard.judge.judge", lambda *_: next(verdicts))
 
     return script
 
@@ -367,7 +369,7 @@ def test_trackio_has_the_alerts(tracked, scripted, folder):
 
 
 def test_a_title_is_no_longer_than_weights_and_biases_takes(monkeypatch):
-    from iimm_callbacks import alerts
+    from iimm_callbacks.trainer import alerts
 
     trainer = SimpleNamespace(callback_handler=SimpleNamespace(callbacks=[Wandb()]))
     monkeypatch.setattr(alerts.host, "find_trainer", lambda: trainer)

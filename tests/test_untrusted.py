@@ -20,17 +20,23 @@ from test_outcomes import RUN, json_values
 from test_report import make_record
 
 import iimm_callbacks
-from iimm_callbacks.data.saved import check_names
-from iimm_callbacks.report import look_line, plot_run, preflight_table, printable, summary_table
-from iimm_callbacks.storage.by_hand import read_csv
-from iimm_callbacks.storage.outcomes import parse_outcome
-from iimm_callbacks.storage.run_file import read_run, save_run
-from iimm_callbacks.storage.store import (
+from iimm_callbacks.records.by_hand import read_csv
+from iimm_callbacks.records.outcomes import parse_outcome
+from iimm_callbacks.records.run_file import read_run, save_run
+from iimm_callbacks.records.saved import check_names
+from iimm_callbacks.records.store import (
     append_outcome,
     check_store,
     from_dataset,
     read_outcomes,
     to_dataset,
+)
+from iimm_callbacks.reports.terminal import (
+    look_line,
+    plot_run,
+    preflight_table,
+    printable,
+    summary_table,
 )
 
 ROWS = to_dataset([RUN, RUN]).to_list()
@@ -44,9 +50,9 @@ lines = st.lists(noise | json_bytes | st.just(json.dumps(asdict(RUN)).encode()),
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """Where every reader of this module reads: it holds what the test put there, and no more."""
-    logging.getLogger("iimm_callbacks.storage.store").setLevel(logging.CRITICAL)
+    logging.getLogger("iimm_callbacks.records.store").setLevel(logging.CRITICAL)
     yield tmp_path_factory.mktemp("untrusted")
-    logging.getLogger("iimm_callbacks.storage.store").setLevel(logging.NOTSET)
+    logging.getLogger("iimm_callbacks.records.store").setLevel(logging.NOTSET)
 
 
 def write(folder, name, content):

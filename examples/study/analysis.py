@@ -12,7 +12,7 @@ from itertools import combinations
 import numpy as np
 from scipy import stats
 
-from iimm_callbacks.accuracy import gain_over_zero_shot_error
+from iimm_callbacks.measures.accuracy import gain_over_zero_shot_error
 
 METHODS = ("full", "attention", "bitfit", "lora", "clip_adapter")  # others follow
 LEVELS = ("gentle", "harsh")

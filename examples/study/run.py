@@ -27,13 +27,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from iimm_callbacks import (
-    IIMMCallback,
-    ImageCollator,
-    PromptClassifier,
-    read_outcomes,
-    sample,
-)
+from iimm_callbacks import IIMMCallback, ImageCollator, PromptClassifier, read_outcomes, sample
 from iimm_callbacks.models.tuning import prepare
 
 # Gentle and harsh: what the shipped sample bears without and with heavy losses.

@@ -12,18 +12,30 @@ from typing import Annotated, Any
 import typer
 
 from ..data.training import SAMPLE_SIZE
-from ..forecasting.forecast import Forecast
 from ..forecasting.forecaster import Forecaster
-from ..guard import Limits, judge, recommend
+from ..guard.judge import (
+    judge,
+    recommend,
+)
 from ..models.wrappers import model_fingerprint
 from ..probing.learnable import TrainingSet
 from ..probing.probe import Probe
-from ..storage.outcomes import Outcome
-from . import demo, doctor, outcomes, rescuing, runs, tables
+from ..records.forecast import Forecast
+from ..records.outcomes import Outcome
+from ..records.verdict import (
+    Limits,
+)
+from ..reports import tables
+from . import demo, doctor, outcomes, rescuing, runs
 from .loading import SAMPLE, load_model, load_task, load_training
-from .options import LimitOn, Reading
 from .outcomes import Store, read_record
-from .shell import Answer, Commands, command
+from .shell import (
+    Answer,
+    Commands,
+    LimitOn,
+    Reading,
+    command,
+)
 
 METHODS = ("full", "bitfit", "attention", "lora", "clip_adapter")
 
@@ -175,17 +187,17 @@ def grade(
 
     Each run is replayed as if live, and forecast from the runs on other tasks.
     """
-    from ..forecasting.grading import grade as replay
-
     chosen = limit or [0.02, 0.03, 0.05]
     checked = [_limits(x, limit_on, confidence) for x in chosen]
     path, found = read_record(store)
     if not found:
         raise ValueError(f"`--store` must hold outcomes to grade, got {path} without any")
     typer.echo(f"replaying {len(found)} runs", err=True)
-    graded = replay(
-        found, limits=chosen, limit_on=checked[0].limit_on, confidence=confidence
-    ).to_json()
+    graded = (
+        Forecaster()
+        .grade(found, limits=chosen, limit_on=checked[0].limit_on, confidence=confidence)
+        .to_json()
+    )
     known = sorted({row["method"] for row in graded["forecasts"]})
     for name in method or ():
         if name not in known:

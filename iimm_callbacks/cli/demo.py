@@ -12,16 +12,19 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from .. import keys, report
-from ..storage.run_file import save_run
-from .files import folder_to_write
-from .shell import Answer
+from ..records import keys
+from ..records.run_file import save_run
+from ..reports import terminal as report
+from .shell import (
+    Answer,
+    folder_to_write,
+)
 
 if TYPE_CHECKING:
     from transformers import Trainer
 
-    from ..callback import IIMMCallback
-    from ..storage.outcomes import Outcome
+    from ..records.outcomes import Outcome
+    from ..trainer.callback import IIMMCallback
 
 _TASK = "handwritten_digits"
 _COLUMNS = ("step", "done", "IIMM", "gain", "forgetting", "forecast of the end", "P(exceed)")
@@ -159,8 +162,8 @@ def _cells(row: dict[str, Any]) -> list[Any]:
 def _guard(folder: Path) -> tuple[IIMMCallback, list[Outcome]]:
     """The guard, and the runs that it learns from."""
     from .. import sample
-    from ..callback import IIMMCallback
     from ..data.tasks import Task
+    from ..trainer.callback import IIMMCallback
 
     letters, emoji = sample.load_dataset("printed_letters"), sample.load_dataset("emoji_groups")
     outcomes = sample_outcomes()
@@ -213,7 +216,9 @@ def _report(
     record: dict[str, Any], folder: Path, outcomes: list[Outcome]
 ) -> tuple[Path | None, str]:
     """The page, and where it is; without matplotlib the run file alone."""
-    from ..pages import write_report
+    from ..reports.page import (
+        write_report,
+    )
 
     try:
         written = write_report(record, folder, outcomes)

@@ -15,8 +15,8 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from rich.table import Table
 
-from ..report import page
-from ..storage.store import check_store, default_store, read_outcomes
+from ..records.store import check_store, default_store, read_outcomes
+from ..reports.terminal import page
 from .shell import Answer
 
 _PACKAGE = "iimm_callbacks"

@@ -10,13 +10,13 @@ from ..data import hub
 from ..data.folders import has_class_folders
 from ..data.tasks import Task
 from ..models.processors import is_complete
-from ..storage.store import from_dataset, read_outcomes
+from ..records.store import from_dataset, read_outcomes
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
 
-    from ..storage.outcomes import Outcome
+    from ..records.outcomes import Outcome
 
 SAMPLE = "sample"
 _SHIPPED = f"{SAMPLE}:"

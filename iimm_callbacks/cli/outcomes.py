@@ -12,17 +12,11 @@ from typing import Annotated, Any
 
 import typer
 
+from ..records.by_hand import read_csv
+from ..records.outcomes import Outcome
+from ..records.store import append_outcome, check_store, default_store, read_outcomes, to_dataset
+from ..reports import tables
 from ..sample import OUTCOMES
-from ..storage.by_hand import read_csv
-from ..storage.outcomes import Outcome
-from ..storage.store import (
-    append_outcome,
-    check_store,
-    default_store,
-    read_outcomes,
-    to_dataset,
-)
-from . import tables
 from .loading import first_line, load_recorded
 from .shell import Answer, command
 

@@ -14,15 +14,29 @@ from safetensors.torch import load_file
 from torch import nn
 
 from ..data.tasks import Task
-from ..guard import Limits
+from ..records.run_file import save_run
+from ..records.verdict import (
+    Limits,
+)
+from ..reports.tables import (
+    rescue_table,
+)
 from ..rescue.counterparts import Kept, core_of, counterparts, save_weights, state_of
 from ..rescue.sweep import rescue as rescue_model
-from ..rescue.table import rescue_table
-from ..storage.run_file import save_run
-from .files import folder_to_write
-from .loading import OPEN_CLIP, SAMPLE, first_line, load_model, load_task, task_name_of
-from .options import LimitOn, Reading
-from .shell import Answer
+from .loading import (
+    OPEN_CLIP,
+    SAMPLE,
+    first_line,
+    load_model,
+    load_task,
+    task_name_of,
+)
+from .shell import (
+    Answer,
+    LimitOn,
+    Reading,
+    folder_to_write,
+)
 
 _NAMES = "Hub name, folder, sample, open_clip:NAME:TAG"
 

@@ -10,16 +10,28 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from ..pages import compare_runs, write_report
-from ..pages.compare import check_format, spread
-from ..pages.facts import QUANTITIES
-from ..pages.page import PICTURES
-from ..pages.past import past_runs
-from ..report import page, points, summary_table
-from ..rescue.table import mixed, rescue_table
-from .files import folder_to_write, read_run_file
+from ..reports.compare import (
+    check_format,
+    compare_runs,
+    spread,
+)
+from ..reports.facts import QUANTITIES
+from ..reports.page import (
+    PICTURES,
+    write_report,
+)
+from ..reports.past import past_runs
+from ..reports.tables import (
+    mixed,
+    rescue_table,
+)
+from ..reports.terminal import page, points, summary_table
 from .outcomes import read_record
-from .shell import Answer
+from .shell import (
+    Answer,
+    folder_to_write,
+    read_run_file,
+)
 
 _WIDTH = 96
 _SHORT = ("gain", "mean", "worst")  # of `QUANTITIES`

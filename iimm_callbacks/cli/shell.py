@@ -7,15 +7,19 @@ import inspect
 import json
 import math
 import sys
+import tempfile
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import MISSING, dataclass, fields, is_dataclass
+from pathlib import Path
 from typing import Annotated, Any, get_type_hints
 
 import typer
 from typer.core import TyperGroup
 
-from ..report import page
+from ..records.run_file import read_run
+from ..reports.terminal import page
 
 _AS_JSON = Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else")]
 _DEBUG = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error")]
@@ -137,3 +141,74 @@ def _one_line(error: BaseException) -> str:
         return " ".join(f"{error.format_message()}{hint}".split())
     told = isinstance(error, ValueError | TypeError | OSError | ImportError) and str(error)
     return " ".join((str(error) if told else f"{type(error).__name__}: {error}").split())
+
+
+def read_run_file(path: Path) -> dict[str, Any]:
+    """The record in the run file of this name.
+
+    Args:
+        path: As ``RUN.json``, its ``~`` expanded.
+
+    Raises:
+        ValueError: There is no such file, it cannot be read, or it is no run file.
+    """
+    try:
+        return read_run(path)
+    except OSError as error:
+        raise ValueError(
+            f"`RUN.json` must be a run file, as the guard writes one for each run, got "
+            f"{str(path)!r} ({error.strerror or error}); name one of those"
+        ) from error
+
+
+@contextmanager
+def folder_to_write(folder: Path, argument: str) -> Iterator[None]:
+    """Make a folder and try it before the work; what stays empty of it is removed at the end.
+
+    Args:
+        folder: Which, its ``~`` expanded; it may be there.
+        argument: Which of the command's arguments asks for it, for errors.
+
+    Raises:
+        ValueError: It cannot be made or written to.
+    """
+    made: list[Path] = []
+    try:
+        try:
+            made = [path for path in (folder, *folder.parents) if not path.exists()]
+            folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=folder):
+                pass
+        except OSError as error:
+            raise ValueError(
+                f"`{argument}` needs a folder that can be written to, got {str(folder)!r} "
+                f"({error.strerror or error}); name another"
+            ) from error
+        yield
+    finally:
+        with suppress(OSError):  # of the first that holds something
+            for path in made:
+                path.rmdir()
+
+
+LimitOn = Annotated[str, typer.Option(help="'mean' of the off-target tasks, or the 'worst'")]
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How a data set and a model are read."""
+
+    split: Annotated[str | None, typer.Option(help="Default: test, or the only one")] = None
+    template: Annotated[
+        list[str] | None, typer.Option(help="Prompt; repeatable [default: a photo of a {}.]")
+    ] = None
+    image_column: Annotated[str | None, typer.Option(help="Where there is a choice")] = None
+    label_column: Annotated[str | None, typer.Option(help="Where there is a choice")] = None
+    task_name: Annotated[str | None, typer.Option(help="Name of the task, as in past runs")] = None
+    probe_size: Annotated[int | None, typer.Option(help="Images, at most [default: 512]")] = None
+    batch_size: Annotated[int, typer.Option(help="Images in a forward pass", min=1)] = 64
+    device: Annotated[str | None, typer.Option(help="Default: cuda if there is one")] = None
+    processor: Annotated[
+        str | None, typer.Option(help="Hub name or folder, where MODEL has none")
+    ] = None
+    seed: Annotated[int, typer.Option(help="Of the choice of images", min=0)] = 0

@@ -8,7 +8,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from .saved import check_names
+from ..records.saved import check_names
 
 
 def load(

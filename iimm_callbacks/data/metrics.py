@@ -18,8 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..accuracy import Score
-from ..storage import checks
+from ..measures.accuracy import Score
+from ..records import checks
 
 # Evaluations of a metric per look, for its standard error: `evaluate` takes 5 to 10 ms for each.
 _MOST = 128

@@ -16,16 +16,36 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..accuracy import NEAR_CEILING
 from ..data.tasks import OFF_TARGET_PROBE_SIZE
-from ..measure import Measurement
-from ..storage.outcomes import Outcome, one_of_each_run
+from ..measures.accuracy import NEAR_CEILING
+from ..measures.measure import Measurement
+from ..records.forecast import (
+    COVERAGE,
+    QUANTITIES,
+    Evidence,
+    Forecast,
+    Prediction,
+)
+from ..records.outcomes import Outcome, one_of_each_run
 from . import pooling
 from .candidates import Blend, Candidate, Table, blend
-from .forecast import COVERAGE, Evidence, Forecast, Prediction
 from .pooling import Pooled, bounded
-from .predictors import MEAN, POOLED, RECIPE, ZERO_SHOT, before_training, during_training
-from .records import QUANTITIES, Ask, Run, Runs, choose, name_on_record, of_a_kind
+from .predictors import (
+    MEAN,
+    POOLED,
+    RECIPE,
+    ZERO_SHOT,
+    before_training,
+    during_training,
+)
+from .records import (
+    Ask,
+    Run,
+    Runs,
+    choose,
+    name_on_record,
+    of_a_kind,
+)
 from .tabulate import beyond, tabulate, with_pooled, within
 
 if TYPE_CHECKING:
@@ -231,7 +251,7 @@ class Forecaster:
         """Replay recorded runs as if live, their task left out: see `grading.grade`."""
         from .grading import grade
 
-        return grade(outcomes, **settings)
+        return grade(type(self), outcomes, **settings)
 
     def _next_look(self, runs: Runs, ask: Ask, next_share: float | None) -> dict[str, Prediction]:
         if next_share is None or not runs.rows:

@@ -3,21 +3,34 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from scipy import stats
 
-from ..accuracy import Drop, Forgetting
-from ..guard import Limits, judge
-from ..measure import Measurement
-from ..schedule import DEFAULT_SHARES
-from ..storage.outcomes import Outcome, one_of_each_run
-from .forecast import Forecast, Prediction
-from .forecaster import Forecaster
-from .records import QUANTITIES, about
+from ..guard.judge import (
+    judge,
+)
+from ..guard.schedule import DEFAULT_SHARES
+from ..measures.accuracy import Drop, Forgetting
+from ..measures.measure import Measurement
+from ..records.forecast import (
+    QUANTITIES,
+    Forecast,
+    Prediction,
+)
+from ..records.outcomes import Outcome, one_of_each_run
+from ..records.verdict import (
+    Limits,
+)
+from .records import (
+    about,
+)
+
+if TYPE_CHECKING:
+    from .forecaster import Forecaster
 
 SHARES = (0.0, *DEFAULT_SHARES[:-1])
 POLICIES = ("guard", "stop when observed exceeds", "always finish", "oracle")
@@ -124,6 +137,7 @@ class _Replay:
 
 
 def grade(
+    new: Callable[[], Forecaster],
     outcomes: Iterable[Outcome],
     *,
     limits: Sequence[float] = (0.02, 0.03, 0.05),
@@ -133,6 +147,7 @@ def grade(
     """Replay recorded runs as if live: each is forecast from the runs on *other* tasks only.
 
     Args:
+        new: Makes the forecaster that is graded, unfitted.
         outcomes: Runs on record, with their trajectories; those of several models are forecast each
             from its own model's runs first, as ever.
         limits: Limits on forgetting to grade the guard at.
@@ -154,7 +169,7 @@ def grade(
             continue
         others = [other for other in runs if other.task != o.task]
         if o.task not in forecasters:
-            forecasters[o.task] = Forecaster().fit(others, base_rates=False)
+            forecasters[o.task] = new().fit(others, base_rates=False)
         replay = _replay(o, forecasters[o.task], others)
         if replay is not None:
             replays.append(replay)

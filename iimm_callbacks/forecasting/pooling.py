@@ -25,8 +25,8 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import special
 
+from ..records.forecast import COVERAGE, Evidence, Prediction
 from .cells import Extra, as_rows, describe, describe_ask, group
-from .forecast import COVERAGE, Evidence, Prediction
 from .mixed_model import Effect, Floats, Rows, left_out, predict
 from .records import Ask, Run
 

@@ -9,10 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from ..storage.outcomes import Outcome
+from ..records.outcomes import Outcome
 from .candidates import MIN_TASKS
-
-QUANTITIES = ("gain", "forgetting", "worst")
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from ..data.sources import as_image
 from ..data.tasks import Task
-from ..probing.frozen import FrozenPart
 from .encoders import TEXT_BATCH, Encoder, class_embeddings, find_encoder, move
+from .frozen import FrozenPart
 from .processors import read_images
 from .wrappers import find_dual_encoder, find_head
 

@@ -10,12 +10,19 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..data.tasks import Task
-from ..probing.undisturbed import undisturbed
-from .blocks import block_names, in_attention, inside, is_bias, is_input_projection, towers
+from .blocks import (
+    block_names,
+    in_attention,
+    inside,
+    is_bias,
+    is_input_projection,
+    towers,
+)
 from .encoders import Encoder, class_embeddings, find_encoder, move
 from .families import family_of
 from .heads import ClipAdapter, LinearProbe
 from .sharded import full_parameters
+from .undisturbed import undisturbed
 from .wrappers import find_dual_encoder, find_head, freeze
 
 logger = logging.getLogger(__name__)

@@ -14,24 +14,37 @@ import torch
 from accelerate.utils.memory import clear_device_cache
 from torch import Tensor, nn
 
-from .. import ranks
-from ..accuracy import zero_shot_correct, zero_shot_scores
 from ..data.tasks import OFF_TARGET_PROBE_SIZE, TASK_PROBE_SIZE, Task
 from ..data.training import SAMPLE_SIZE, NoTrainingSetError
-from ..embeddings import NotFiniteError
-from ..measure import GROUPS, IIMMAccumulator
+from ..measures.accuracy import zero_shot_correct, zero_shot_scores
+from ..measures.embeddings import NotFiniteError
+from ..measures.measure import GROUPS, IIMMAccumulator
 from ..models.encoders import EncodePair, Encoder, find_encoder, move
+from ..models.frozen import FrozenPart
 from ..models.sharded import check_measurable, inside_forward, is_sharded
+from ..models.undisturbed import autocast, undisturbed
 from ..models.wrappers import adapt, find_dual_encoder, find_head
-from .embedding import at_once, check_rows, embed_classes, embed_images
-from .frozen import FrozenPart
-from .halving import Halving, some_of
-from .learnable import Learnable, TrainingSet, learn, why_none
-from .look import Look
+from ..records.look import (
+    Learnable,
+    Look,
+)
+from . import ranks
+from .embedding import (
+    Halving,
+    at_once,
+    check_rows,
+    embed_classes,
+    embed_images,
+    some_of,
+)
+from .learnable import (
+    TrainingSet,
+    embed_sample,
+    learn,
+    why_none,
+)
 from .scoring import fingerprint, score, warn_of_mixed_units
 from .share import Batch, ProbeTask, Share, read_share
-from .training_sample import embed_sample
-from .undisturbed import autocast, undisturbed
 
 logger = logging.getLogger(__name__)
 

@@ -11,12 +11,12 @@ from dataclasses import dataclass, field
 import numpy as np
 from torch import Tensor, nn
 
-from .. import ranks
-from ..accuracy import Score
 from ..data.metrics import Metric
 from ..data.tasks import Task
+from ..measures.accuracy import Score
+from ..models.undisturbed import undisturbed
+from . import ranks
 from .share import ProbeTask
-from .undisturbed import undisturbed
 
 logger = logging.getLogger(__name__)
 

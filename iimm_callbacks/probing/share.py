@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from .. import ranks
 from ..data.sources import content
 from ..data.tasks import Task
 from ..models.encoders import TEXT_BATCH, Encoder
-from .undisturbed import seed_all
+from ..models.undisturbed import seed_all
+from . import ranks
 
 logger = logging.getLogger(__name__)
 

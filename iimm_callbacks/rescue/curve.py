@@ -10,9 +10,11 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from ..accuracy import forgetting, paired_drop
-from ..guard import Limits
-from ..probing.look import Look
+from ..measures.accuracy import forgetting, paired_drop
+from ..records.look import Look
+from ..records.verdict import (
+    Limits,
+)
 
 _FOLDS = 10
 _ROUNDING = 1e-9  # of a mean of fractions

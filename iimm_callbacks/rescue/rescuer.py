@@ -5,21 +5,21 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
 
-from .. import keys, ranks
-from ..guard import Limits
-from ..probing.look import Look
+from ..probing import ranks
 from ..probing.probe import Probe
+from ..records import keys
+from ..records.look import Look
+from ..records.verdict import (
+    Limits,
+)
 from .counterparts import Kept, save_weights
 from .mixing import keep_untouched, needs_untouched
 from .sweep import Rescue, Untouched, sweep
-
-if TYPE_CHECKING:
-    from ..monitor import IIMMMonitor
 
 logger = logging.getLogger(__name__)
 
@@ -124,20 +124,17 @@ class Rescuer:
         )
 
 
-def rescue_at_end(
-    monitor: IIMMMonitor, rescuer: Rescuer, model: nn.Module, *, strict: bool
-) -> None:
+def rescue_at_end(rescue: Callable[[], Rescue], rescuer: Rescuer, *, strict: bool) -> None:
     """Rescue a model whose training is over; where that fails it is as trained, with a warning.
 
     Args:
-        monitor: Of the run.
+        rescue: Rescues it, see `IIMMMonitor.rescue`.
         rescuer: What has the untouched weights.
-        model: The model after training.
         strict: Raise instead.
     """
     speaks = ranks.world()[0] == 0
     try:
-        found = monitor.rescue(model, rescuer)
+        found = rescue()
     except Exception as error:  # the model is as it was, on all ranks
         if strict:
             raise

@@ -12,13 +12,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import ranks
 from ..data.tasks import Task, check_tasks
-from ..guard import Limits
 from ..models.encoders import EncodePair
 from ..models.wrappers import load_untouched
-from ..probing.look import Look
+from ..probing import ranks
 from ..probing.probe import Probe
+from ..records.look import Look
+from ..records.verdict import (
+    Limits,
+)
 from .counterparts import Kept, save_weights
 from .curve import Mix, choose, held_out, measure_mixes
 from .mixing import Mixture

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from transformers import CLIPModel, CLIPProcessor
 
     from ..data.tasks import Task
-    from ..storage.outcomes import Outcome
+    from ..records.outcomes import Outcome
 
 __all__ = [
     "canaries",
@@ -158,7 +158,7 @@ def _first_images(name: str) -> Task:
 
 def load_outcomes() -> list[Outcome]:
     """The runs on record of the shipped model: what `examples/study/run.py` wrote."""
-    from ..storage.store import read_outcomes
+    from ..records.store import read_outcomes
 
     return read_outcomes(OUTCOMES)
 

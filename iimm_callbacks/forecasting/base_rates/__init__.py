@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ...storage.outcomes import Outcome
+    from ...records.outcomes import Outcome
 
 __all__ = ["load_base_rates"]
 
@@ -65,7 +65,7 @@ def _outcome(
     before: dict[str, float],
     after: dict[str, float],
 ) -> Outcome:
-    from ...storage.outcomes import Outcome
+    from ...records.outcomes import Outcome
 
     probe = probes[table["model"]].get(task)
     return Outcome(

@@ -1,0 +1,205 @@
+"""A run so far, as checkpoints keep it: what was measured, and what the guard said."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+from . import keys
+from .checks import (
+    DIFFERENCE,
+    ERROR,
+    FRACTION,
+    count,
+    dict_of,
+    fields,
+    finite,
+    list_of,
+    object_of,
+    one_of,
+    or_none,
+    text,
+)
+from .look import Look
+from .outcomes import Outcome, library_versions, parse_outcome
+from .verdict import (
+    LEVELS,
+    Verdict,
+)
+
+
+@dataclass
+class Journal:
+    """What a resumed run must know to go on as if it had never been interrupted.
+
+    Attributes:
+        start: The run before its first step.
+        baseline: The look at the untouched model.
+        fingerprints: Of the probe that took it: task name -> hash.
+        off_target_size: Images of each off-target task that was given no `probe_size`; ``None``:
+            the default.
+        n_outcomes: How many finished runs were on record when it began.
+        history: One row per look: the logged keys, with ``step``, ``share``, ``level``, ``reason``.
+        failures: Looks that failed.
+        dropped: Looks that were dropped to keep within the overhead allowed.
+    """
+
+    start: Outcome
+    baseline: Look
+    fingerprints: dict[str, str]
+    n_outcomes: int
+    history: list[dict[str, Any]] = field(default_factory=list)
+    failures: int = 0
+    dropped: int = 0
+    off_target_size: int | None = None
+
+    @property
+    def verdict(self) -> Verdict:
+        """The latest."""
+        last = self.history[-1]
+        return Verdict(last["level"], last.get(keys.EXCEED), last["reason"])
+
+    @property
+    def linear_probe(self) -> dict[str, Any] | None:
+        """Of the untouched model, as JSON-ready data; None where none was asked for."""
+        found = self.baseline.learnable
+        if found is None:
+            return None
+        accuracy = error = None
+        if found.probe is not None:
+            accuracy, error = found.probe.at(found.n_train)
+        return {"accuracy": accuracy, "standard_error": error, "note": found.note}
+
+    @property
+    def alarm(self) -> str:
+        """The worst level so far."""
+        return max((row["level"] for row in self.history), key=LEVELS.index, default=LEVELS[0])
+
+    def outcome(self, complete: bool, ended: str) -> Outcome:
+        """The outcome of the run, were it to end with its latest look."""
+        return keys.as_outcome(self.start, self.history, complete, ended)
+
+    def plan(self, steps: int) -> None:
+        """Go on to another number of steps than was planned: shares done are shares of these.
+
+        Args:
+            steps: In all.
+        """
+        self.start = replace(self.start, recipe=self.start.recipe | {"steps": steps})
+        for row in self.history:
+            row["share"] = min(row["step"] / steps, 1.0)
+
+    def to_json(self) -> dict[str, Any]:
+        """As JSON-ready data."""
+        return {
+            "start": asdict(self.start),
+            "baseline": self.baseline.to_json(),
+            "fingerprints": dict(self.fingerprints),
+            "n_outcomes": self.n_outcomes,
+            "history": [dict(row) for row in self.history],
+            "failures": self.failures,
+            "dropped": self.dropped,
+            "off_target_size": self.off_target_size,
+        }
+
+    @classmethod
+    def from_json(cls, data: Any) -> Journal:
+        """What `to_json` gave.
+
+        Raises:
+            ValueError: It is not that; the message names the field.
+        """
+        journal = cls(**fields(data, "", _FIELDS, {"off_target_size": or_none(count)}))
+        off_target = list(journal.start.off_target_before)
+        tasks = {journal.start.task, *off_target}
+        if not journal.baseline.correct.keys() == journal.fingerprints.keys() == tasks:
+            raise ValueError("`baseline`, `fingerprints` and `start` are of different tasks")
+        accuracies = dict.fromkeys(map(keys.accuracy_key, off_target), FRACTION)
+        for position, row in enumerate(journal.history):
+            fields(row, f"history[{position}]", accuracies)
+        if not journal.history:
+            raise ValueError("`history` must hold the look before training, got none")
+        return journal
+
+
+def opening(
+    look: Look,
+    *,
+    model: str,
+    model_fingerprint: str,
+    method: str,
+    fingerprint: str,
+    recipe: dict[str, Any],
+    run: str,
+) -> Outcome:
+    """The outcome of a run before its first step: nothing gained, nothing lost.
+
+    Args:
+        look: At the untouched model; the task being learnt comes first in it.
+        model: As `Outcome`.
+        model_fingerprint: As `Outcome`.
+        method: As `Outcome`.
+        fingerprint: Of the task.
+        recipe: As `Outcome`.
+        run: As `Outcome`.
+    """
+    m = look.measurement
+    task, *off_target = look.correct
+    accuracies = {name: look.accuracy(name) for name in off_target}
+    learnable = look.learnable
+    probe = None if learnable is None else learnable.probe
+    n_train = None if learnable is None else learnable.n_train
+    carried, error = (None, None) if probe is None else probe.at(n_train)
+    images = {"zero_shot_accuracy": f"{len(look.correct[task])} probe images of the task"}
+    images["final_accuracy"] = images["zero_shot_accuracy"]
+    if learnable is not None and probe is not None:
+        images["linear_probe_accuracy"] = learnable.note
+    return Outcome(
+        model=model,
+        model_fingerprint=model_fingerprint,
+        method=method,
+        task=task,
+        task_fingerprint=fingerprint,
+        iimm=m.iimm,
+        inter=m.inter,
+        intra=m.intra,
+        standard_error=None if math.isnan(m.standard_error) else m.standard_error,
+        n_images=m.n_images,
+        n_classes=m.n_classes,
+        zero_shot_accuracy=look.accuracy(task),
+        final_accuracy=look.accuracy(task),
+        off_target_before=accuracies,
+        off_target_after=accuracies,
+        recipe=recipe,
+        versions=library_versions(),
+        run=run,
+        n_train=n_train,
+        linear_probe_accuracy=carried,
+        linear_probe_standard_error=error,
+        linear_probe_n_train=None if probe is None else probe.n_train,
+        images=images,
+    )
+
+
+_ROW = {
+    "step": count,
+    "share": FRACTION,
+    "level": one_of(*LEVELS),
+    "reason": text,
+    "standard_errors": dict_of(ERROR),
+    keys.PREFIX: DIFFERENCE,
+    keys.INTER: DIFFERENCE,
+    keys.INTRA: DIFFERENCE,
+    keys.ACCURACY: FRACTION,
+    keys.observed_key("gain"): DIFFERENCE,
+}
+_FIELDS = {
+    "start": lambda value, name: parse_outcome(value),
+    "baseline": lambda value, name: Look.from_json(value),
+    "fingerprints": dict_of(text),
+    "n_outcomes": count,
+    "history": list_of(object_of(_ROW, rest=finite)),
+    "failures": count,
+    "dropped": count,
+}

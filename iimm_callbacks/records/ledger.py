@@ -1,0 +1,82 @@
+"""A run's own places on disk: its file while it runs, its line in the store when it ends."""
+
+from __future__ import annotations
+
+import logging
+import os
+import weakref
+from pathlib import Path
+from typing import Any
+
+from .outcomes import Outcome
+from .run_file import save_run, sweep
+from .store import append_outcome, default_store, read_outcomes
+
+logger = logging.getLogger(__name__)
+
+
+class Ledger:
+    """Reads the store at the start of a run, keeps the run's file, adds its outcome at its end.
+
+    Failing to read or write costs a warning, never the run. The latest `draft` is written to the
+    store by `close`, or, as the interrupted run it then is, when the ledger goes away or the
+    process ends otherwise than by being killed.
+
+    Args:
+        store: JSON-lines file; ``"default"``: `default_store`; ``None``: nothing is read or kept.
+        run_file: JSON file; ``None``: none.
+    """
+
+    def __init__(self, store: str | Path | None, run_file: str | Path | None = None) -> None:
+        self.path = default_store() if store == "default" else Path(store) if store else None
+        self.run_file = None if run_file is None else Path(run_file)
+        self._begun = self._warned = False
+        self._drafts: list[Outcome] = []
+        self._finalizer = weakref.finalize(self, _write, self.path, self._drafts, os.getpid())
+
+    def read(self) -> list[Outcome]:
+        """The outcomes in the store; none where it does not exist or cannot be read."""
+        if self.path is None:
+            return []
+        try:
+            return read_outcomes(self.path) if self.path.exists() else []
+        except (OSError, ValueError, KeyError) as error:
+            logger.warning("The outcomes in %s cannot be learnt from: %s", self.path, error)
+            return []
+
+    def draft(self, outcome: Outcome, record: dict[str, Any] | None = None) -> None:
+        """The run as it stands: its outcome, kept for the store, and its record for the run file.
+
+        Of several ranks only the first calls this; at the end their process group may be gone.
+        """
+        self._drafts[:] = [outcome]
+        if record is None or self.run_file is None:
+            return
+        try:
+            if not self._begun:
+                self.run_file.parent.mkdir(parents=True, exist_ok=True)
+                sweep(self.run_file)
+            self._begun = True
+            save_run(record, self.run_file)
+        except (OSError, ValueError) as error:
+            if not self._warned:
+                logger.warning("The IIMM run file %s is not up to date: %s", self.run_file, error)
+            self._warned = True
+
+    def close(self) -> None:
+        """Write the draft."""
+        self._finalizer()
+
+    def drop(self) -> None:
+        """Forget the draft: another ledger goes on with the run."""
+        self._drafts.clear()
+
+
+def _write(path: Path | None, drafts: list[Outcome], pid: int) -> None:
+    forked = os.getpid() != pid  # a data loader's worker has a copy of this ledger
+    if path is None or not drafts or forked:
+        return
+    try:
+        append_outcome(path, drafts[0])
+    except (OSError, ValueError) as error:
+        logger.warning("This run's outcome is not on record: %s", error)

@@ -1,0 +1,221 @@
+"""A run's record in a file: written whole or not at all, and checked when it is read back."""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import json
+import os
+import re
+import secrets
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from . import keys
+from .checks import (
+    DIFFERENCE,
+    ERROR,
+    FRACTION,
+    anything,
+    count,
+    dict_of,
+    fields,
+    finite,
+    flag,
+    list_of,
+    object_of,
+    one_of,
+    or_none,
+    text,
+    within,
+)
+from .rescue import (
+    check_rescue,
+)
+from .verdict import (
+    LEVELS,
+    LIMIT_ON,
+)
+
+_LONGEST = 53  # of a task's name in that of a file
+_HASHED = re.compile(r"-[0-9a-f]{16}\Z")
+
+
+def file_name(task: str) -> str:
+    """Name of the run file of a task: ``iimm_<task>.json``, whatever the task's name.
+
+    No path, and at most 80 of the characters ``A-Z a-z 0-9 . _ -``. Where that changes the name, a
+    hash of all of it follows, so that two tasks do not share a file.
+
+    Args:
+        task: Name of the task.
+
+    Example:
+        >>> file_name("digits")
+        'iimm_digits.json'
+        >>> file_name("../digits")
+        'iimm_.._digits-c9e8680d916886e7.json'
+    """
+    kept = re.sub(r"[^A-Za-z0-9._-]", "_", task)[:_LONGEST]
+    # A name that looks like one with a hash has one too: it might be another task's.
+    if kept != task or _HASHED.search(task):
+        kept += f"-{hashlib.sha256(task.encode('utf-8', 'surrogatepass')).hexdigest()[:16]}"
+    return f"iimm_{kept}.json"
+
+
+def save_run(record: dict[str, Any], path: str | Path) -> None:
+    """Write a run's record as JSON; a crash leaves the old file or the new one.
+
+    Args:
+        record: `IIMMCallback.record`.
+        path: Of the JSON file; its folder must exist. It is written beside it first, then renamed.
+
+    Raises:
+        OSError: The file cannot be written; what was there still is.
+        TypeError: The record holds what JSON cannot.
+        ValueError: It holds NaN or infinity.
+    """
+    path = Path(path)
+    content = json.dumps(record, indent=1, allow_nan=False)
+    unfinished = path.parent / f"{path.name}.{secrets.token_hex(4)}.unfinished"
+    file = unfinished.open("x", encoding="utf-8")  # no one else's file, and through no link
+    try:
+        with file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(unfinished, path)
+    except BaseException:
+        with suppress(OSError):
+            unfinished.unlink()
+        raise
+
+
+def sweep(path: str | Path) -> None:
+    """Remove what `save_run` had begun beside a run file when its process was killed.
+
+    Args:
+        path: As `save_run`; of a file that no other process is writing.
+
+    Raises:
+        OSError: It cannot be removed.
+    """
+    path = Path(path)
+    for unfinished in path.parent.glob(f"{glob.escape(path.name)}.*.unfinished"):
+        unfinished.unlink(missing_ok=True)
+
+
+def read_run(path: str | Path) -> dict[str, Any]:
+    """The record in a file of `save_run`: all that `report` shows is there and of its kind.
+
+    Args:
+        path: Of the JSON file.
+
+    Returns:
+        The record, equal to the one that was saved.
+
+    Raises:
+        OSError: The file cannot be read.
+        ValueError: It holds no such record; the message names the field, what was expected and what
+            came.
+    """
+    try:
+        return check_run(json.loads(Path(path).read_text(encoding="utf-8")))
+    except RecursionError:
+        raise ValueError(f"{path} is no run file: it is nested too deep") from None
+    except ValueError as error:
+        raise ValueError(
+            f"{path} is no run file: {error}; `save_run` writes one of `IIMMCallback.record`"
+        ) from error
+
+
+def check_run(data: Any) -> dict[str, Any]:
+    """A copy of a run's record: all that `report` and `pages` show is there and of its kind.
+
+    Args:
+        data: `IIMMCallback.record`, from wherever.
+
+    Raises:
+        ValueError: It is none; the message names the field, what was expected and what came.
+    """
+    record = fields(data, "", _RECORD, _OPTIONAL, anything)
+    for position, look in enumerate(record["looks"]):
+        for key in _lacking(look, record["off_target"]):
+            raise ValueError(f"`looks[{position}]` lacks {key!r}")
+        for key in map(keys.accuracy_key, record["off_target"]):
+            look[key] = FRACTION(look[key], within(f"looks[{position}]", key))
+    return record
+
+
+def _lacking(look: dict[str, Any], off_target: list[str]) -> list[str]:
+    """What must be there because something else is."""
+    needed = [keys.accuracy_key(name) for name in off_target]
+    if off_target or _FORGETTING in look:
+        needed += [_FORGETTING, keys.WORST]
+    for forecast in _FORECASTS:
+        if any(key in look for key in forecast):
+            needed += forecast
+    return [key for key in needed if key not in look]
+
+
+def _looks(value: Any, name: str) -> list[dict[str, Any]]:
+    looks: list[dict[str, Any]] = list_of(_LOOK)(value, name)
+    if not looks:
+        raise ValueError(f"`{name}` must hold a look, got none")
+    return looks
+
+
+_FORGETTING = keys.observed_key("forgetting")
+_FORECASTS = [
+    [f"{keys.forecast_key(name)}{end}" for end in ("", "_low", "_high")]
+    for name in ("gain", "forgetting")
+]
+_LOOK = object_of(
+    {
+        "step": count, "share": FRACTION, "level": one_of(*LEVELS), "reason": text,
+        keys.PREFIX: DIFFERENCE, keys.INTER: DIFFERENCE, keys.INTRA: DIFFERENCE,
+        keys.ACCURACY: FRACTION, keys.observed_key("gain"): DIFFERENCE,
+    },
+    {
+        keys.STANDARD_ERROR: ERROR, keys.EXCEED: FRACTION,
+        _FORGETTING: DIFFERENCE, keys.WORST: DIFFERENCE,
+        **{key: finite for forecast in _FORECASTS for key in forecast},
+    },
+    anything,
+)  # fmt: skip
+_FORECAST = object_of(
+    {
+        "basis": text, "notes": list_of(text), "base_rate": flag,
+        "evidence": dict_of(object_of(
+            {
+                "predictors": dict_of(finite), "n_tasks": count, "coverage": FRACTION,
+                "error": ERROR, "error_of_mean": or_none(ERROR),
+                "error_of_zero_shot": or_none(ERROR),
+            },
+            rest=anything,
+        )),
+    },
+    dict.fromkeys(
+        ("gain", "forgetting", "worst"),
+        object_of({"point": finite, "low": finite, "high": finite}, rest=anything),
+    ),
+    anything,
+)  # fmt: skip
+_LIMITS = object_of(
+    {"max_forgetting": or_none(FRACTION), "limit_on": one_of(*LIMIT_ON), "confidence": FRACTION},
+    rest=anything,
+)
+_RECORD = {
+    "task": text, "method": text, "off_target": list_of(text), "ended": text,
+    "n_images": count, "n_classes": count, "failures": count, "looks_dropped": count,
+    "recipe": object_of({"trainable_share": FRACTION}, rest=anything),
+    "limits": _LIMITS, "forecast": _FORECAST, "looks": _looks,
+}  # fmt: skip
+_OPTIONAL = {  # of a rescued run, and what an old version did not write
+    "rescue": check_rescue, "templates": dict_of(list_of(text)), "metrics": dict_of(text),
+    "fingerprints": dict_of(text),
+    "linear_probe": or_none(object_of(
+        {"note": text}, dict.fromkeys(("accuracy", "standard_error"), or_none(FRACTION)), anything
+    )),
+}  # fmt: skip

@@ -1,0 +1,70 @@
+"""What the guard is told, and what it says: limits and verdicts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from numbers import Real
+from typing import Literal
+
+LIMIT_ON = ("mean", "worst")
+LEVELS = ("continue", "warn", "stop")
+
+
+@dataclass(frozen=True)
+class Limits:
+    """How much forgetting is too much, and how sure to be before acting.
+
+    Attributes:
+        max_forgetting: Largest acceptable drop of off-target accuracy, a fraction in (0, 1];
+            ``None`` for no limit.
+        limit_on: ``"mean"`` over the off-target tasks, or the ``"worst"`` of them.
+        confidence: Probability of exceeding the limit from which to stop, in [0.5, 1).
+
+    Raises:
+        TypeError: A value is no number.
+        ValueError: A value is out of its range.
+    """
+
+    max_forgetting: float | None = 0.05
+    limit_on: Literal["mean", "worst"] = "mean"
+    confidence: float = 0.8
+
+    def __post_init__(self) -> None:
+        limit = self.max_forgetting
+        if limit is not None and not isinstance(limit, Real):
+            raise TypeError(f"`max_forgetting` must be a number or None, got {limit!r}")
+        if limit is not None and not 0 < limit <= 1:
+            hint = f"; write {limit / 100} for {limit} points" if 1 < limit <= 100 else ""
+            raise ValueError(
+                f"`max_forgetting` must be a fraction in (0, 1], or None for no limit, got "
+                f"{limit}{hint}"
+            )
+        if self.limit_on not in LIMIT_ON:
+            raise ValueError(f"`limit_on` must be 'mean' or 'worst', got {self.limit_on!r}")
+        if not isinstance(self.confidence, Real):
+            raise TypeError(f"`confidence` must be a number, got {self.confidence!r}")
+        if not 0.5 <= self.confidence < 1:
+            raise ValueError(f"`confidence` must lie in [0.5, 1), got {self.confidence}")
+        # What numpy made of them, JSON would not hold.
+        object.__setattr__(self, "max_forgetting", None if limit is None else float(limit))
+        object.__setattr__(self, "confidence", float(self.confidence))
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What the guard says at one look.
+
+    Attributes:
+        level: ``"continue"``, ``"warn"`` (exceeding is more likely than not) or ``"stop"``.
+        exceed_probability: Of exceeding the limit, the larger of forecast and observed, in [0, 1];
+            ``None`` where there is nothing to judge by.
+        reason: In words.
+    """
+
+    level: Literal["continue", "warn", "stop"]
+    exceed_probability: float | None
+    reason: str
+
+    def worse_than(self, other: Verdict | None) -> bool:
+        """Whether this verdict is a step up from `other` (``None`` counts as continue)."""
+        return LEVELS.index(self.level) > (0 if other is None else LEVELS.index(other.level))

@@ -1,0 +1,294 @@
+"""A run, its rescue, forecasts and grades -> tables for the terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.table import Table
+
+from .terminal import forecast_lines, interval, page, percent, points
+
+_WIDTH = 96
+_QUANTITIES = {"gain": "gain", "forgetting": "mean forgetting", "worst": "worst forgetting"}
+_LEAST_SHARE = 0.1  # of a predictor that is named
+_LEFT = ("measured", "meaning", "method", "forecast of", "model", "task", "ended", "policy")
+
+
+def measured(data: dict[str, Any]) -> str:
+    """The measure with both terms, and zero-shot accuracy.
+
+    Args:
+        data: What `iimm measure --json` prints.
+
+    Returns:
+        Plain text, at most 96 columns; as of all functions here.
+    """
+    table = _table(f"IIMM: {data['task']} ({data['model']})", "measured", "value", "meaning")
+    error = data["standard_error"]
+    spread = "" if error is None or error != error else f" ± {error:.3f}"
+    size = f"{data['n_images']} images, {data['n_classes']} class prompts"
+    table.add_row("IIMM", f"{data['iimm']:.3f}{spread}", size)
+    table.add_row("  inter-modal", f"{data['inter']:.3f}", "image to wrong-class text")
+    table.add_row("  intra-modal", f"{data['intra']:.3f}", "image to image")
+    split = f", split {data['split']}" if data["split"] else ""
+    accuracy = percent(data["zero_shot_accuracy"])
+    table.add_row("zero-shot accuracy", accuracy, f"{data['dataset']}{split}")
+    probe = data["linear_probe_accuracy"]
+    value = "none" if probe is None else f"{percent(probe)} ± {_error(data)}"
+    table.add_row("linear probe", value, data["linear_probe_note"])
+    return page(table)
+
+
+def _error(data: dict[str, Any]) -> str:
+    return f"{100 * data['linear_probe_standard_error']:.1f}"
+
+
+def forecasts(data: dict[str, Any]) -> str:
+    """The methods side by side, what each forecast rests on, and which to choose.
+
+    Args:
+        data: What `iimm forecast --json` prints, or `iimm preflight --json`.
+    """
+    rows, limits = data["forecasts"], data["limits"]
+    names = {method: _named(method, row) for method, row in rows.items()}
+    limit = f"{points(limits['max_forgetting']).removeprefix('+')} points"
+    table = _table(
+        "Forecast in points, 90 % interval", "method", *_QUANTITIES.values(), "P(exceed)"
+    )
+    for method, row in rows.items():
+        above = row["exceed_probability"]
+        cells = [interval(row.get(q)) for q in _QUANTITIES]
+        table.add_row(names[method], *cells, "" if above is None else f"{above:.2f}")
+    parts: list[Table | str] = [table]
+    parts.append(f"P(exceed): of {limits['limit_on']} forgetting above {limit}.")
+    if len(rows) == 1:
+        return page(*parts, *(line for row in rows.values() for line in forecast_lines(row)))
+    if any(row["evidence"] for row in rows.values()):
+        parts.append(_evidence(rows, names))
+        parts.append("Of gain, mean and worst forgetting; beside it simpler forecasts.")
+    return page(*parts, *_words(rows, names), _choice(data, names, limit))
+
+
+def verdict(data: dict[str, Any]) -> str:
+    """The verdict of `iimm preflight` in a line.
+
+    Args:
+        data: What `iimm preflight --json` prints.
+    """
+    found = data["verdict"]
+    go = "go" if data["go"] else "no go"
+    if found["exceed_probability"] is None:
+        (row,) = data["forecasts"].values()
+        return page(f"Verdict: {go}, as there is nothing to judge by ({row['basis']}).")
+    return page(f"Verdict: {go} ({found['level']}): {found['reason']}.")
+
+
+def outcomes(data: dict[str, Any]) -> str:
+    """The runs on record.
+
+    Args:
+        data: What `iimm outcomes list --json` prints.
+    """
+    columns = ("model", "method", "task", "zero-shot", "gain", "mean", "worst", "ended")
+    rows = data["outcomes"]
+    table = _table(f"{len(rows)} of {data['n_outcomes']} runs in {data['store']}", *columns)
+    for row in rows:
+        numbers = [_or_nothing(row[q]) for q in _QUANTITIES]
+        ended = row["ended"] if row["complete"] else f"incomplete: {row['ended']}"
+        about = [row[name] for name in ("model", "method", "task")]
+        table.add_row(*about, percent(row["zero_shot_accuracy"]), *numbers, ended)
+    return page(table, "Gain, mean and worst forgetting in points.")
+
+
+def grades(data: dict[str, Any], methods: Sequence[str]) -> str:
+    """How good forecast and guard were on the runs on record.
+
+    Args:
+        data: What `iimm grade --json` prints.
+        methods: Whose forecasts are shown.
+    """
+    table = _table(
+        f"Forecasts of {data['n_runs']} replayed runs, their task left out: mean error in points",
+        "forecast of", "method", "steps", "runs", "error", "plain mean", "zero-shot", "in 90 %",
+    )  # fmt: skip
+    for quantity, words in _QUANTITIES.items():
+        for row in data["forecasts"]:
+            if row["quantity"] == quantity and row["method"] in methods:
+                errors = [_size(row[k]) for k in ("error", "error_of_mean", "error_of_zero_shot")]
+                about = [words, row["method"], f"{row['share']:.0%}", str(row["n_runs"])]
+                table.add_row(*about, *errors, f"{row['coverage']:.0%}")
+        table.add_section()
+    guard = _table(
+        f"Guard on {data['limit_on']} forgetting: what became of the runs, in points",
+        "limit", "policy", "stopped, over", "stopped, under", "kept to limit", "over by", "gain",
+        "oracle's", whole="policy",
+    )  # fmt: skip
+    last = None
+    for row in data["guard"]:
+        if last not in (None, row["limit"]):
+            guard.add_section()
+        last = row["limit"]
+        under = row["n_runs"] - row["n_over"]
+        kept = "" if row["kept_to_limit"] is None else f"{row['kept_to_limit']:.0%}"
+        guard.add_row(
+            _size(row["limit"]),
+            row["policy"],
+            f"{row['stopped_of_over']}/{row['n_over']}",
+            f"{row['stopped_of_under']}/{under}",
+            kept,
+            _size(row["over_by"]),
+            points(row["gain"]),
+            points(row["gain_of_oracle"]),
+        )
+    left = f"{data['n_left_out']} runs could not be replayed."
+    return page(table, guard, *[left] * (data["n_left_out"] > 0))
+
+
+def _evidence(rows: dict[str, Any], names: dict[str, str]) -> Table:
+    narrow = ("error", "plain mean", "zero- shot", "in 90 %", "runs/ tasks")
+    table = Table(
+        title="What they rest on: mean error in points, task left out (borrowed: model)",
+        width=_WIDTH,
+    )
+    table.add_column("method")
+    table.add_column("of")
+    for column in narrow:
+        table.add_column(column, justify="right", min_width=5, max_width=5)
+    table.add_column("predictors", ratio=1)
+    for method, row in rows.items():
+        for quantity, found in row["evidence"].items():
+            errors = [_size(found[k]) for k in ("error", "error_of_mean", "error_of_zero_shot")]
+            what = quantity if quantity != "forgetting" else "mean"
+            size = f"{found['n_runs']}/{found['n_tasks']}"
+            shares = [
+                f"{name} {share:.0%}"
+                for name, share in found["predictors"].items()
+                if share >= _LEAST_SHARE
+            ]
+            covered = f"{found['coverage']:.0%}"
+            table.add_row(names[method], what, *errors, covered, size, ", ".join(shares))
+        table.add_section()
+    return table
+
+
+def _words(rows: dict[str, Any], names: dict[str, str]) -> list[str]:
+    """Basis and notes, once where several methods have the same."""
+    said: dict[str, list[str]] = {}
+    for method, row in rows.items():
+        for words in (row["basis"], *row["notes"]):
+            said.setdefault(words, []).append(names[method])
+    return [
+        f"{'all' if len(whose) == len(rows) > 1 else ', '.join(whose)}: {words}."
+        for words, whose in said.items()
+    ]
+
+
+def _choice(data: dict[str, Any], names: dict[str, str], limit: str) -> str:
+    best = data["recommended"]
+    if best is not None:
+        return (
+            f"Choose {names[best]}: of the methods that likely stay within {limit} of "
+            f"{data['limits']['limit_on']} forgetting it has the most gain."
+        )
+    if not any(row.get("gain") for row in data["forecasts"].values()):
+        return "No choice: there is no forecast of gain."
+    return f"No choice: no method likely stays within {limit}."
+
+
+def _named(method: str, row: dict[str, Any]) -> str:
+    return f"{method} (borrowed)" if row["base_rate"] else method
+
+
+def _or_nothing(fraction: float | None) -> str:
+    return "" if fraction is None else points(fraction)
+
+
+def _size(fraction: float | None) -> str:
+    return "" if fraction is None else points(fraction).removeprefix("+")
+
+
+def _table(title: str, *columns: str, whole: str = "") -> Table:
+    """Words to the left, numbers to the right and never broken; if given, `whole` alone is not."""
+    table = Table(title=title, width=_WIDTH)
+    for column in columns:
+        words = column in _LEFT
+        fixed = column == whole if whole else not words
+        table.add_column(column, justify="left" if words else "right", no_wrap=fixed)
+    return table
+
+
+_WIDTH = 96
+
+
+def rescue_table(rescue: dict[str, Any], task: str, score: str = "accuracy") -> str:
+    """The curve from untouched to fine-tuned, what was chosen, and what that is worth.
+
+    Args:
+        rescue: `Rescue.to_json`; of ``applied`` None nothing is said.
+        task: Name of the task that was learnt.
+        score: What stands in for accuracy there.
+
+    Returns:
+        Plain text, at most 96 columns; points, with standard errors.
+    """
+    table = Table(title=f"Rescue: {task}, untouched (α 0) to fine-tuned (α 1)", width=_WIDTH)
+    for column in ("α", score, "gain", "forgot, mean", "forgot, worst", "worst task", ""):
+        words = column in ("worst task", "")
+        table.add_column(column, justify="left" if words else "right", no_wrap=True)
+    *mixes, held_out = curve(rescue)
+    for cells in mixes:
+        table.add_row(*cells)
+    table.add_section()
+    table.add_row(*held_out)
+    became = {True: " The model is this mix now.", False: " The model was left as it was."}
+    chosen, meaning, *notes = explained(rescue)
+    chosen += became.get(rescue["applied"], "")
+    return page(table, chosen, f"In points, ± standard error. {meaning}", *notes)
+
+
+def curve(rescue: dict[str, Any]) -> list[list[str]]:
+    """The cells of each mix and, last, of the held-out choice: α, score, gain and so on, a note.
+
+    Args:
+        rescue: `Rescue.to_json`.
+    """
+    mixes = [_cells(m, "chosen" if m["alpha"] == rescue["alpha"] else "") for m in rescue["mixes"]]
+    return [*mixes, _cells(rescue["held_out"], "held out")]
+
+
+def explained(rescue: dict[str, Any]) -> list[str]:
+    """What was chosen and why, what "held out" means, and the notes, in sentences.
+
+    Args:
+        rescue: `Rescue.to_json`.
+    """
+    return [
+        f"Chosen: α = {rescue['alpha']:.3g}, as {rescue['reason']}.",
+        "Held out: what choosing like this gave on images that had no part in the choice.",
+        *(f"Note: {note}." for note in rescue["notes"]),
+    ]
+
+
+def mixed(record: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The rescue that a run's model was left with; None where it is the fine-tuned one.
+
+    Args:
+        record: `IIMMCallback.record`.
+    """
+    rescue: dict[str, Any] | None = record.get("rescue")
+    return rescue if rescue and rescue["applied"] and rescue["alpha"] < 1 else None
+
+
+def _cells(mix: dict[str, Any], mark: str) -> list[str]:
+    said = [*([] if mix["inside"] else ["over"]), *([mark] if mark else [])]
+    return [
+        f"{mix['alpha']:.2f}",
+        percent(mix["accuracy"]),
+        *(
+            f"{points(mix[key])} ± {points(mix[f'{key}_se']).removeprefix('+')}"
+            for key in ("gain", "forgetting", "worst")
+        ),
+        mix["worst_task"],
+        ", ".join(said),
+    ]

@@ -1,0 +1,1 @@
+"""The Trainer callback, and what is peculiar to the Trainer."""
