@@ -394,7 +394,7 @@ FAULTS = {
     "clock stands still": Fault(clock(None)),
     "clock stands still, on a budget": Fault(clock(0.05)),
     "an hour in a look": Fault(clock(None, in_look=3600)),
-    "an hour in a look, on a budget": Fault(clock(0.05, in_look=3600)),
+    "an hour in a look, on a budget": Fault(clock(0.05, in_look=3600), **OTHER),
     "an hour in each step": Fault(clock(None, in_step=3600)),
     "an hour in each step, on a budget": Fault(clock(0.05, in_step=3600)),
 }

@@ -334,8 +334,9 @@ class Probe:
             inputs = None
             n_shown = _n_shown(batch, len(share.tasks[batch.task].labels), part)
             is_whole = n_shown == len(batch.positions)
+            is_kept = self._frozen_images.holds(key)
             try:
-                if n_shown and not self._frozen_images.holds(key):
+                if n_shown and not is_kept:
                     inputs = some_of(share.inputs(batch), slice(n_shown))
             except Exception as error:
                 failure = failure or error
@@ -346,7 +347,7 @@ class Probe:
             with autocast(model, autocast_dtype):
                 embed = partial(embed_images, model, encoder, inputs, run)
                 kept = self._frozen_images.get(key, embed, keep=is_whole)
-                images = adapt(model, kept[:n_shown])
+                images = adapt(model, kept[:n_shown] if is_kept else kept)
             try:
                 check_rows(images, n_shown, "image")
                 # Not in autocast, which would round cosines until classes tie.
