@@ -17,7 +17,9 @@ from torch import nn
 
 from .data.tasks import OFF_TARGET_PROBE_SIZE, Task, check_tasks
 from .forecasting.forecaster import Forecaster
-from .forecasting.records import about
+from .forecasting.runs import (
+    about,
+)
 from .guard.judge import (
     Judged,
     judge_first,

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from test_forecast import EARLY, bare, planted, run, scattered
 
-from iimm_callbacks.forecasting.records import (
+from iimm_callbacks.forecasting.runs import (
     Ask,
     Run,
     Runs,

@@ -25,7 +25,7 @@ from ..records.outcomes import Outcome, one_of_each_run
 from ..records.verdict import (
     Limits,
 )
-from .records import (
+from .runs import (
     about,
 )
 

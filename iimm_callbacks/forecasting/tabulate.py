@@ -14,7 +14,7 @@ import numpy as np
 from ..records.outcomes import Outcome
 from .candidates import MIN_TASKS, Floats, Question, Table
 from .pooling import Pooled
-from .records import (
+from .runs import (
     Ask,
     Run,
     Runs,
