@@ -29,12 +29,7 @@ import torch
 from accelerate import Accelerator, DataLoaderConfiguration
 from accelerate.utils import set_seed
 from torch.utils.data import DataLoader
-from transformers import (
-    AutoModel,
-    AutoProcessor,
-    HfArgumentParser,
-    get_linear_schedule_with_warmup,
-)
+from transformers import AutoModel, AutoProcessor, HfArgumentParser, get_linear_schedule_with_warmup
 
 from iimm_callbacks import IIMMMonitor, ImageCollator, Limits, PromptClassifier, sample
 from iimm_callbacks.reports import terminal as report

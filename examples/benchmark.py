@@ -19,14 +19,7 @@ from rich.console import Console
 from rich.table import Table
 from transformers import HfArgumentParser, PrinterCallback, Trainer, TrainingArguments
 
-from iimm_callbacks import (
-    IIMMCallback,
-    ImageCollator,
-    PromptClassifier,
-    iimm,
-    linear_probe,
-    sample,
-)
+from iimm_callbacks import IIMMCallback, ImageCollator, PromptClassifier, iimm, linear_probe, sample
 from iimm_callbacks.models.tuning import prepare
 from iimm_callbacks.probing.probe import Probe
 

@@ -19,10 +19,7 @@ if TYPE_CHECKING:
     from .records.forecast import Forecast
     from .records.outcomes import Outcome
     from .records.store import append_outcome, read_outcomes
-    from .records.verdict import (
-        Limits,
-        Verdict,
-    )
+    from .records.verdict import Limits, Verdict
     from .trainer.callback import IIMMCallback
 
 __version__ = "0.1.0"

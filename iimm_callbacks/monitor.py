@@ -17,14 +17,8 @@ from torch import nn
 
 from .data.tasks import OFF_TARGET_PROBE_SIZE, Task, check_tasks
 from .forecasting.forecaster import Forecaster
-from .forecasting.runs import (
-    about,
-)
-from .guard.judge import (
-    Judged,
-    judge_first,
-    judge_look,
-)
+from .forecasting.runs import about
+from .guard.judge import Judged, judge_first, judge_look
 from .guard.schedule import (
     PARTS,
     Budget,
@@ -52,10 +46,7 @@ from .records.journal import Journal, opening
 from .records.ledger import Ledger
 from .records.outcomes import Outcome
 from .records.store import as_outcomes
-from .records.verdict import (
-    Limits,
-    Verdict,
-)
+from .records.verdict import Limits, Verdict
 from .rescue.rescuer import Rescuer, is_exceeded
 from .rescue.sweep import Rescue
 

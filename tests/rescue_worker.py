@@ -18,9 +18,7 @@ from torch import distributed
 from iimm_callbacks import Task
 from iimm_callbacks.probing import ranks
 from iimm_callbacks.probing.probe import Probe
-from iimm_callbacks.records.verdict import (
-    Limits,
-)
+from iimm_callbacks.records.verdict import Limits
 from iimm_callbacks.rescue import sweep as module
 from iimm_callbacks.rescue.mixing import Mixture
 from iimm_callbacks.rescue.sweep import sweep

@@ -26,14 +26,7 @@ from test_report import (
 )
 from typer.testing import CliRunner
 
-from iimm_callbacks import (
-    Forecaster,
-    Outcome,
-    append_outcome,
-    cli,
-    read_outcomes,
-    sample,
-)
+from iimm_callbacks import Forecaster, Outcome, append_outcome, cli, read_outcomes, sample
 from iimm_callbacks.cli import doctor
 from iimm_callbacks.cli.loading import load_model
 from iimm_callbacks.models.wrappers import model_fingerprint

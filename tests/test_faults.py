@@ -29,9 +29,7 @@ from iimm_callbacks.models.encoders import find_encoder
 from iimm_callbacks.models.undisturbed import undisturbed
 from iimm_callbacks.records.run_file import read_run
 from iimm_callbacks.records.store import FileLock
-from iimm_callbacks.records.verdict import (
-    LEVELS,
-)
+from iimm_callbacks.records.verdict import LEVELS
 
 LOOKS = (0, 2, 4, 6)  # where a run is looked at that nothing goes wrong in
 TASKS = {  # prompt, classes and images, all of which are in the probe

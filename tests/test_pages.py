@@ -17,9 +17,7 @@ from test_untrusted import PLACES, change_at, json_values
 from iimm_callbacks import Outcome
 from iimm_callbacks.monitor import IIMMMonitor
 from iimm_callbacks.records.run_file import check_run
-from iimm_callbacks.reports.compare import (
-    compare_runs,
-)
+from iimm_callbacks.reports.compare import compare_runs
 from iimm_callbacks.reports.drawing import (
     BEHIND,
     DARK,
@@ -33,10 +31,7 @@ from iimm_callbacks.reports.drawing import (
     label,
     new_figure,
 )
-from iimm_callbacks.reports.page import (
-    PICTURES,
-    write_report,
-)
+from iimm_callbacks.reports.page import PICTURES, write_report
 from iimm_callbacks.reports.past import fit_line, past_runs
 from iimm_callbacks.reports.terminal import printable
 

@@ -122,7 +122,7 @@ def test_the_embeddings_carry_no_graph(tiny_clip, make_probe, monkeypatch):
         seen.extend([images, texts])
         return zero_shot_correct(images, texts, labels)
 
-    monkeypatch.setattr("iimm_callbacks.probing.probe.zero_shot_correct", watching)
+    monkeypatch.setattr("iimm_callbacks.probing.scoring.zero_shot_correct", watching)
     make_probe().look(tiny_clip(), 0)
     assert [t.requires_grad for t in seen] == [False] * 4
 

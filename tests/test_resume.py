@@ -11,9 +11,7 @@ from hypothesis import strategies as st
 from transformers import Trainer, TrainerCallback
 
 from iimm_callbacks import IIMMCallback, IIMMMonitor, read_outcomes
-from iimm_callbacks.guard.judge import (
-    judge_look,
-)
+from iimm_callbacks.guard.judge import judge_look
 from iimm_callbacks.models.wrappers import model_fingerprint
 from iimm_callbacks.probing.probe import Probe
 from iimm_callbacks.records.journal import Journal
@@ -214,9 +212,7 @@ def test_a_run_resumed_to_go_on_longer_counts_its_shares_anew(make_trainer, guar
 def test_a_warning_that_was_given_is_not_given_again_after_resuming(
     make_trainer, guard, tmp_path, caplog, monkeypatch
 ):
-    from iimm_callbacks.records.verdict import (
-        Verdict,
-    )
+    from iimm_callbacks.records.verdict import Verdict
 
     levels = {0: "continue", 2: "warn", 3: "continue", 4: "warn", 6: "stop"}
     step = [0]

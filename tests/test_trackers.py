@@ -22,9 +22,7 @@ from transformers.integrations import WandbCallback
 
 from iimm_callbacks import IIMMCallback
 from iimm_callbacks.models.wrappers import model_fingerprint
-from iimm_callbacks.records.verdict import (
-    Verdict,
-)
+from iimm_callbacks.records.verdict import Verdict
 
 os.environ["TRACKIO_DIR"] = tempfile.mkdtemp()  # read once, where trackio is imported
 

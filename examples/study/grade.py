@@ -23,9 +23,7 @@ from transformers import HfArgumentParser
 from iimm_callbacks import Forecaster, Measurement, Outcome, read_outcomes, sample
 from iimm_callbacks.forecasting.base_rates import load_base_rates
 from iimm_callbacks.forecasting.grading import SHARES
-from iimm_callbacks.forecasting.runs import (
-    about,
-)
+from iimm_callbacks.forecasting.runs import about
 
 TASKS = (0, 1, 2, 3, 5, 9)  # on record
 DRAWS = 2  # of which tasks these are

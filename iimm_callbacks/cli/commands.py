@@ -13,29 +13,18 @@ import typer
 
 from ..data.training import SAMPLE_SIZE
 from ..forecasting.forecaster import Forecaster
-from ..guard.judge import (
-    judge,
-    recommend,
-)
+from ..guard.judge import judge, recommend
 from ..models.wrappers import model_fingerprint
 from ..probing.learnable import TrainingSet
 from ..probing.probe import Probe
 from ..records.forecast import Forecast
 from ..records.outcomes import Outcome
-from ..records.verdict import (
-    Limits,
-)
+from ..records.verdict import Limits
 from ..reports import tables
 from . import demo, doctor, outcomes, rescuing, runs
 from .loading import SAMPLE, load_model, load_task, load_training
 from .outcomes import Store, read_record
-from .shell import (
-    Answer,
-    Commands,
-    LimitOn,
-    Reading,
-    command,
-)
+from .shell import Answer, Commands, LimitOn, Reading, command
 
 METHODS = ("full", "bitfit", "attention", "lora", "clip_adapter")
 

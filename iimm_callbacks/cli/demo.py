@@ -15,10 +15,7 @@ from rich.text import Text
 from ..records import keys
 from ..records.run_file import save_run
 from ..reports import terminal as report
-from .shell import (
-    Answer,
-    folder_to_write,
-)
+from .shell import Answer, folder_to_write
 
 if TYPE_CHECKING:
     from transformers import Trainer
@@ -216,9 +213,7 @@ def _report(
     record: dict[str, Any], folder: Path, outcomes: list[Outcome]
 ) -> tuple[Path | None, str]:
     """The page, and where it is; without matplotlib the run file alone."""
-    from ..reports.page import (
-        write_report,
-    )
+    from ..reports.page import write_report
 
     try:
         written = write_report(record, folder, outcomes)

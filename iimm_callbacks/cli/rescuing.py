@@ -15,28 +15,12 @@ from torch import nn
 
 from ..data.tasks import Task
 from ..records.run_file import save_run
-from ..records.verdict import (
-    Limits,
-)
-from ..reports.tables import (
-    rescue_table,
-)
+from ..records.verdict import Limits
+from ..reports.tables import rescue_table
 from ..rescue.counterparts import Kept, core_of, counterparts, save_weights, state_of
 from ..rescue.sweep import rescue as rescue_model
-from .loading import (
-    OPEN_CLIP,
-    SAMPLE,
-    first_line,
-    load_model,
-    load_task,
-    task_name_of,
-)
-from .shell import (
-    Answer,
-    LimitOn,
-    Reading,
-    folder_to_write,
-)
+from .loading import OPEN_CLIP, SAMPLE, first_line, load_model, load_task, task_name_of
+from .shell import Answer, LimitOn, Reading, folder_to_write
 
 _NAMES = "Hub name, folder, sample, open_clip:NAME:TAG"
 

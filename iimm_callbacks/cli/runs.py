@@ -10,28 +10,14 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from ..reports.compare import (
-    check_format,
-    compare_runs,
-    spread,
-)
+from ..reports.compare import check_format, compare_runs, spread
 from ..reports.facts import QUANTITIES
-from ..reports.page import (
-    PICTURES,
-    write_report,
-)
+from ..reports.page import PICTURES, write_report
 from ..reports.past import past_runs
-from ..reports.tables import (
-    mixed,
-    rescue_table,
-)
+from ..reports.tables import mixed, rescue_table
 from ..reports.terminal import page, points, summary_table
 from .outcomes import read_record
-from .shell import (
-    Answer,
-    folder_to_write,
-    read_run_file,
-)
+from .shell import Answer, folder_to_write, read_run_file
 
 _WIDTH = 96
 _SHORT = ("gain", "mean", "worst")  # of `QUANTITIES`

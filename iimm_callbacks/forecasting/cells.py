@@ -9,10 +9,7 @@ import numpy as np
 
 from ..data.tasks import OFF_TARGET_PROBE_SIZE
 from .mixed_model import Rows
-from .runs import (
-    Ask,
-    Run,
-)
+from .runs import Ask, Run
 
 Extra = Callable[[Run | None], dict[str, float]]
 

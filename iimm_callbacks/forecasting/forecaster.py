@@ -15,11 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..measures.accuracy import NEAR_CEILING
 from ..measures.measure import Measurement
-from ..records.forecast import (
-    QUANTITIES,
-    Forecast,
-    Prediction,
-)
+from ..records.forecast import QUANTITIES, Forecast, Prediction
 from ..records.outcomes import Outcome, one_of_each_run
 from .estimates import Estimates, Sight
 from .runs import Ask, Run, Runs, choose, name_on_record

@@ -10,24 +10,14 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from scipy import stats
 
-from ..guard.judge import (
-    judge,
-)
+from ..guard.judge import judge
 from ..guard.schedule import DEFAULT_SHARES
 from ..measures.accuracy import Drop, Forgetting
 from ..measures.measure import Measurement
-from ..records.forecast import (
-    QUANTITIES,
-    Forecast,
-    Prediction,
-)
+from ..records.forecast import QUANTITIES, Forecast, Prediction
 from ..records.outcomes import Outcome, one_of_each_run
-from ..records.verdict import (
-    Limits,
-)
-from .runs import (
-    about,
-)
+from ..records.verdict import Limits
+from .runs import about
 
 if TYPE_CHECKING:
     from .forecaster import Forecaster

@@ -28,10 +28,7 @@ from scipy import special
 from ..records.forecast import COVERAGE, Evidence, Prediction
 from .cells import Extra, as_rows, describe, describe_ask, group
 from .mixed_model import Effect, Floats, Rows, left_out, predict
-from .runs import (
-    Ask,
-    Run,
-)
+from .runs import Ask, Run
 
 _DOF = 3  # of the intervals before any run of the model is on record
 

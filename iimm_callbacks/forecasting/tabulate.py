@@ -14,14 +14,7 @@ import numpy as np
 from ..records.outcomes import Outcome
 from .candidates import MIN_TASKS, Floats, Question, Table
 from .pooling import Pooled
-from .runs import (
-    Ask,
-    Run,
-    Runs,
-    alike,
-    n_tasks,
-    task_key,
-)
+from .runs import Ask, Run, Runs, alike, n_tasks, task_key
 
 # Beyond the recorded range by this many half-ranges (at the least: the unit), nothing is said.
 _TOO_FAR = 5.0

@@ -13,10 +13,7 @@ from ..measures.accuracy import Forgetting, Score, forgetting, paired_drop
 from ..records import keys
 from ..records.forecast import Forecast, Prediction
 from ..records.look import Look
-from ..records.verdict import (
-    Limits,
-    Verdict,
-)
+from ..records.verdict import Limits, Verdict
 
 # A drop below this many standard errors is not told from no drop at all (one-sided 95 %).
 _NOISE = 1.645

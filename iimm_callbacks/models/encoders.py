@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -44,6 +45,15 @@ class Encoder:
     def embed_images(self, model: nn.Module, inputs: Any) -> Tensor:
         """(model, preprocessed images) -> [n, D], not normalised, as the model is tuned now."""
         return adapt(model, self.embed_backbone(model, inputs))
+
+    def scale(self, model: nn.Module) -> float | None:
+        """The model's factor on cosines, above 0; None where it tells none."""
+        try:
+            scale, _ = self.logit_scale(model)
+            found = float(torch.as_tensor(scale).detach())
+        except (AttributeError, NotImplementedError, RuntimeError, TypeError, ValueError):
+            return None  # a model of one's own, or a scale that is sharded over ranks
+        return found if math.isfinite(found) and found > 0 else None
 
 
 def find_encoder(

@@ -10,14 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..data.tasks import Task
-from .blocks import (
-    block_names,
-    in_attention,
-    inside,
-    is_bias,
-    is_input_projection,
-    towers,
-)
+from .blocks import block_names, in_attention, inside, is_bias, is_input_projection, towers
 from .encoders import Encoder, class_embeddings, find_encoder, move
 from .families import family_of
 from .heads import ClipAdapter, LinearProbe

@@ -9,6 +9,7 @@ import logging
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from scipy import optimize
 from torch import Tensor, nn
 
 from ..data.tasks import Task
-from ..data.training import training_task
+from ..data.training import NoTrainingSetError, training_task
 from ..measures.embeddings import unit_rows
 from ..measures.probe_accuracy import LinearProbe, linear_probe
 from ..models.encoders import Encoder, move
@@ -49,6 +50,27 @@ class TrainingSet:
     def task(self, task: Task) -> Task:
         """As a task like the one being learnt; see `data.training.training_task`."""
         return training_task(self.data, task, given=self.given)
+
+
+def read_sample(train: TrainingSet | None, task: Task) -> tuple[Task | None, str]:
+    """The training set as a task, on all ranks; and why there is none, in words.
+
+    Raises:
+        NoTrainingSetError: The user named it, and it has other classes than the task, or none.
+    """
+    if train is None:
+        return None, "no training set was given"
+    try:
+        return ranks.together(partial(train.task, task)), ""
+    except NoTrainingSetError as error:
+        if train.given:
+            raise
+        return None, str(error)
+    except Exception as error:
+        why_not = f"the training set did not serve ({type(error).__name__}: {error})"
+        if train.given:
+            logger.warning("The linear probe: %s; it is cross-validated instead", why_not)
+        return None, why_not
 
 
 def why_none(task: Task) -> str:

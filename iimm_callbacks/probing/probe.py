@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import logging
-import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -15,40 +13,22 @@ from accelerate.utils.memory import clear_device_cache
 from torch import Tensor, nn
 
 from ..data.tasks import OFF_TARGET_PROBE_SIZE, TASK_PROBE_SIZE, Task
-from ..data.training import SAMPLE_SIZE, NoTrainingSetError
-from ..measures.accuracy import zero_shot_correct, zero_shot_scores
+from ..data.training import SAMPLE_SIZE
 from ..measures.embeddings import NotFiniteError
-from ..measures.measure import GROUPS, IIMMAccumulator
-from ..models.encoders import EncodePair, Encoder, find_encoder, move
+from ..measures.measure import IIMMAccumulator
+from ..models.encoders import EncodePair, find_encoder, move
 from ..models.frozen import FrozenPart
 from ..models.sharded import check_measurable, inside_forward, is_sharded
 from ..models.undisturbed import autocast, undisturbed
 from ..models.wrappers import adapt, find_dual_encoder, find_head
-from ..records.look import (
-    Learnable,
-    Look,
-)
+from ..records.look import Learnable, Look
 from . import ranks
-from .embedding import (
-    Halving,
-    at_once,
-    check_rows,
-    embed_classes,
-    embed_images,
-    some_of,
-)
-from .learnable import (
-    TrainingSet,
-    embed_sample,
-    learn,
-    why_none,
-)
-from .scoring import fingerprint, score, warn_of_mixed_units
-from .share import Batch, ProbeTask, Share, read_share
+from .embedding import Halving, at_once, check_rows, embed_classes, embed_images, some_of
+from .learnable import TrainingSet, embed_sample, learn, read_sample, why_none
+from .scoring import Sums, fingerprint, score, warn_of_mixed_units
+from .share import Share, read_share
 
 logger = logging.getLogger(__name__)
-
-_FEWEST = 8  # images of a task that a look shows
 
 
 class Probe:
@@ -195,7 +175,7 @@ class Probe:
             linear_probe: Fit a linear probe of the task as well, see `learnable`; where it cannot
                 be, the look tells why.
             part: Share of each task's images that is shown, in (0, 1]: its first ones, the same at
-                every look, and no fewer than `_FEWEST`. All where a task has its own metric.
+                every look, and no fewer than `share.FEWEST`. All where a task has its own metric.
 
         Returns:
             The same on all ranks, and as a single process would have it to 1e-9.
@@ -210,14 +190,7 @@ class Probe:
         start = time.perf_counter()
         share = self._share
         assert share is not None
-        rank, n_ranks = ranks.world()
-        sums = _Sums(
-            torch.zeros(GROUPS, self._width + 2, dtype=torch.float64),
-            [torch.zeros(len(t.labels), dtype=torch.float64) for t in share.tasks],
-            torch.zeros(n_ranks, dtype=torch.float64),
-            torch.zeros(len(share.tasks[0].labels) if linear_probe else 0, self._width).double(),
-            torch.zeros(len(share.tasks), dtype=torch.float64),
-        )
+        sums = Sums.zeros(share.tasks, self._width, keep=linear_probe)
         if any(shown.task.metric is not None for shown in share.tasks):
             part = 1.0
         failure: Exception | None = None
@@ -234,7 +207,7 @@ class Probe:
         if isinstance(failure, NotFiniteError) and step:
             failure = NotFiniteError(f"training has diverged, which is not forgetting: {failure}")
         clear_device_cache()  # of what the look took
-        sums.seconds[rank] = time.perf_counter() - start
+        sums.seconds[ranks.world()[0]] = time.perf_counter() - start
         sums = sums.of_all_ranks(failure)
         accumulator = IIMMAccumulator(classes.cpu())
         accumulator.state = sums.state
@@ -260,21 +233,10 @@ class Probe:
         """The linear probe on [N, D] embeddings of the task's images."""
         if reason := why_none(self.task):
             return Learnable(None, reason)
-        sample, why_not = None, "no training set was given"
-        if self.train is not None:
-            try:
-                sample = ranks.together(partial(self.train.task, self.task))
-            except NoTrainingSetError as error:
-                if self.train.given:
-                    raise
-                why_not = str(error)
-            except Exception as error:
-                why_not = f"the training set did not serve ({type(error).__name__}: {error})"
-                if self.train.given:
-                    logger.warning("The linear probe: %s; it is cross-validated instead", why_not)
+        sample, why_not = read_sample(self.train, self.task)
         scale = None  # the functions of `encode` tell none
         if self.encode is None:
-            scale = ranks.from_first(lambda: _logit_scale(model, share.encoder))
+            scale = ranks.from_first(lambda: share.encoder.scale(model))
         embed = None
         if sample is not None:
             size = self.batch_size
@@ -309,7 +271,7 @@ class Probe:
         model: nn.Module,
         share: Share,
         autocast_dtype: torch.dtype | None,
-        sums: _Sums,
+        sums: Sums,
         part: float,
     ) -> tuple[Tensor, Exception | None]:
         """Add what this rank sees to `sums`.
@@ -332,7 +294,7 @@ class Probe:
         for batch in share.batches:
             key = (batch.task, batch.first)
             inputs = None
-            n_shown = _n_shown(batch, len(share.tasks[batch.task].labels), part)
+            n_shown = batch.n_shown(len(share.tasks[batch.task].labels), part)
             is_whole = n_shown == len(batch.positions)
             is_kept = self._frozen_images.holds(key)
             try:
@@ -351,41 +313,12 @@ class Probe:
             try:
                 check_rows(images, n_shown, "image")
                 # Not in autocast, which would round cosines until classes tie.
-                self._add(sums, model, batch, images, classes, share.tasks[batch.task])
+                texts, shown = classes[batch.task], share.tasks[batch.task]
+                logits = None if batch.task else self._classify(model, images, len(texts))
+                sums.add(batch, images, texts, shown, logits)
             except Exception as error:
                 failure = error
         return classes[0], failure
-
-    def _add(
-        self,
-        sums: _Sums,
-        model: nn.Module,
-        batch: Batch,
-        images: Tensor,
-        classes: list[Tensor],
-        shown: ProbeTask,
-    ) -> None:
-        """Add one batch's embeddings to the sums."""
-        rows = slice(batch.first, batch.first + len(images))
-        labels, metric = shown.labels[rows], shown.task.metric
-        texts = classes[batch.task]
-        scores = None
-        if batch.task == 0:
-            accumulator = IIMMAccumulator(texts, offset=batch.first)
-            accumulator.update(images, labels)
-            sums.state += accumulator.state.cpu()
-            if len(sums.embeds):
-                sums.embeds[rows] = images.detach().cpu().double()
-            scores = self._classify(model, images, len(texts))
-        if metric is not None:
-            scores = zero_shot_scores(images, texts) if scores is None else scores
-            seen = metric.see(scores, labels).cpu()
-        elif scores is not None:
-            seen = scores.argmax(1).cpu() == labels
-        else:
-            seen = torch.from_numpy(zero_shot_correct(images, texts, labels))
-        sums.seen[batch.task][rows] = seen.double()
-        sums.n_shown[batch.task] += len(seen)
 
     def _find_frozen(
         self, model: nn.Module, share: Share, autocast_dtype: torch.dtype | None
@@ -410,46 +343,3 @@ class Probe:
                 f"linear probe, got {n_classes}"
             )
         return logits
-
-
-@dataclass
-class _Sums:
-    """What the ranks add up: of the task `IIMMAccumulator.state`; of each task [N] numbers.
-
-    These are 1 where an image is right, or what the task's metric sees of it.
-    """
-
-    state: Tensor
-    seen: list[Tensor]
-    seconds: Tensor  # [ranks]
-    embeds: Tensor  # [N, D] of the task, where they are asked for; else [0, D]
-    n_shown: Tensor  # [T] images of each task
-
-    def of_all_ranks(self, failure: Exception | None) -> _Sums:
-        parts = [self.state.flatten(), *self.seen, self.seconds, self.embeds.flatten()]
-        parts.append(self.n_shown)
-        added = ranks.add_up(torch.cat(parts), failure)
-        sums = torch.split(added, [len(part) for part in parts])
-        return _Sums(
-            sums[0].reshape(self.state.shape),
-            list(sums[1:-3]),
-            sums[-3],
-            sums[-2].reshape(self.embeds.shape),
-            sums[-1],
-        )
-
-
-def _n_shown(batch: Batch, n_images: int, part: float) -> int:
-    """Images of a batch among the first `part` of the `n_images` of its task."""
-    shown = min(max(math.ceil(part * n_images), _FEWEST), n_images)
-    return min(max(shown - batch.first, 0), len(batch.positions))
-
-
-def _logit_scale(model: nn.Module, encoder: Encoder) -> float | None:
-    """The model's factor on cosines; None where it tells none."""
-    try:
-        scale, _ = encoder.logit_scale(model)
-        found = float(torch.as_tensor(scale).detach())
-    except (AttributeError, NotImplementedError, RuntimeError, TypeError, ValueError):
-        return None  # a model of one's own, or a scale that is sharded over ranks
-    return found if math.isfinite(found) and found > 0 else None

@@ -9,14 +9,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 
 from ..data.metrics import Metric
 from ..data.tasks import Task
-from ..measures.accuracy import Score
+from ..measures.accuracy import Score, zero_shot_correct, zero_shot_scores
+from ..measures.measure import GROUPS, IIMMAccumulator
 from ..models.undisturbed import undisturbed
 from . import ranks
-from .share import ProbeTask
+from .share import Batch, ProbeTask
 
 logger = logging.getLogger(__name__)
 
@@ -88,3 +90,78 @@ def warn_of_mixed_units(off_target: Sequence[Task]) -> None:
             "metrics (%s): read each task's own, or set the limit on the worst task",
             ", ".join(f"{name}: {unit}" for name, unit in units.items()),
         )
+
+
+@dataclass
+class Sums:
+    """What the ranks add up: of the task `IIMMAccumulator.state`; of each task [N] numbers.
+
+    These are 1 where an image is right, or what the task's metric sees of it.
+    """
+
+    state: Tensor
+    seen: list[Tensor]
+    seconds: Tensor  # [ranks]
+    embeds: Tensor  # [N, D] of the task, where they are asked for; else [0, D]
+    n_shown: Tensor  # [T] images of each task
+
+    @classmethod
+    def zeros(cls, tasks: Sequence[ProbeTask], width: int, *, keep: bool) -> Sums:
+        """Of nothing yet.
+
+        Args:
+            tasks: As they are probed.
+            width: Of the embeddings.
+            keep: Whether the embeddings of the task being learnt are kept.
+        """
+        return cls(
+            torch.zeros(GROUPS, width + 2, dtype=torch.float64),
+            [torch.zeros(len(t.labels), dtype=torch.float64) for t in tasks],
+            torch.zeros(ranks.world()[1], dtype=torch.float64),
+            torch.zeros(len(tasks[0].labels) if keep else 0, width, dtype=torch.float64),
+            torch.zeros(len(tasks), dtype=torch.float64),
+        )
+
+    def of_all_ranks(self, failure: Exception | None) -> Sums:
+        """The sums over all ranks; raises what failed on one of them, on all."""
+        parts = [self.state.flatten(), *self.seen, self.seconds, self.embeds.flatten()]
+        parts.append(self.n_shown)
+        added = ranks.add_up(torch.cat(parts), failure)
+        sums = torch.split(added, [len(part) for part in parts])
+        return Sums(
+            sums[0].reshape(self.state.shape),
+            list(sums[1:-3]),
+            sums[-3],
+            sums[-2].reshape(self.embeds.shape),
+            sums[-1],
+        )
+
+    def add(
+        self, batch: Batch, images: Tensor, texts: Tensor, shown: ProbeTask, logits: Tensor | None
+    ) -> None:
+        """Add what a batch shows.
+
+        Args:
+            batch: The batch.
+            images: [n, D] embeddings of its first images.
+            texts: [C, D] class embeddings of its task.
+            shown: Its task.
+            logits: [n, C] of the model's own linear probe; ``None`` where it has none.
+        """
+        rows = slice(batch.first, batch.first + len(images))
+        labels, metric = shown.labels[rows], shown.task.metric
+        if batch.task == 0:
+            accumulator = IIMMAccumulator(texts, offset=batch.first)
+            accumulator.update(images, labels)
+            self.state += accumulator.state.cpu()
+            if len(self.embeds):
+                self.embeds[rows] = images.detach().cpu().double()
+        if metric is not None:
+            scores = zero_shot_scores(images, texts) if logits is None else logits
+            seen = metric.see(scores, labels).cpu()
+        elif logits is not None:
+            seen = logits.argmax(1).cpu() == labels
+        else:
+            seen = torch.from_numpy(zero_shot_correct(images, texts, labels))
+        self.seen[batch.task][rows] = seen.double()
+        self.n_shown[batch.task] += len(seen)

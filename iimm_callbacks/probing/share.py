@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import compress
@@ -20,6 +21,8 @@ from ..models.undisturbed import seed_all
 from . import ranks
 
 logger = logging.getLogger(__name__)
+
+FEWEST = 8  # images of a task that a look shows
 
 
 @dataclass
@@ -59,6 +62,11 @@ class Batch:
     first: int
     positions: list[int]
     inputs: Any | None = None
+
+    def n_shown(self, n_images: int, part: float) -> int:
+        """Images of it among the first `part` of the `n_images` of its task."""
+        shown = min(max(math.ceil(part * n_images), FEWEST), n_images)
+        return min(max(shown - self.first, 0), len(self.positions))
 
 
 @dataclass

@@ -23,10 +23,7 @@ from .checks import (
 )
 from .look import Look
 from .outcomes import Outcome, library_versions, parse_outcome
-from .verdict import (
-    LEVELS,
-    Verdict,
-)
+from .verdict import LEVELS, Verdict
 
 
 @dataclass

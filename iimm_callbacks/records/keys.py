@@ -11,9 +11,7 @@ from ..measures.accuracy import Forgetting
 from .forecast import Forecast, Prediction
 from .look import Look
 from .outcomes import Outcome
-from .verdict import (
-    Verdict,
-)
+from .verdict import Verdict
 
 PREFIX = "eval_iimm"
 INTER = f"{PREFIX}_inter"

@@ -30,13 +30,8 @@ from .checks import (
     text,
     within,
 )
-from .rescue import (
-    check_rescue,
-)
-from .verdict import (
-    LEVELS,
-    LIMIT_ON,
-)
+from .rescue import check_rescue
+from .verdict import LEVELS, LIMIT_ON
 
 _LONGEST = 53  # of a task's name in that of a file
 _HASHED = re.compile(r"-[0-9a-f]{16}\Z")

@@ -6,14 +6,7 @@ import json
 from pathlib import Path, PureWindowsPath
 from typing import TYPE_CHECKING, Any
 
-from .checks import (
-    Check,
-    fields,
-    list_of,
-    object_of,
-    refuse,
-    text,
-)
+from .checks import Check, fields, list_of, object_of, refuse, text
 
 if TYPE_CHECKING:
     import pyarrow as pa

@@ -16,17 +16,8 @@ from huggingface_hub import EvalResult, ModelCard
 
 from ..records import keys
 from ..records.run_file import file_name
-from .tables import (
-    mixed,
-)
-from .terminal import (
-    interval,
-    percent,
-    points,
-    printable,
-    score_name,
-    standard_error,
-)
+from .tables import mixed
+from .terminal import interval, percent, points, printable, score_name, standard_error
 
 HEADING = "Gain and forgetting (iimm_callbacks)"
 TASK_TYPE = "zero-shot-image-classification"

@@ -22,9 +22,7 @@ from .drawing import (
     save_picture,
 )
 from .page import render, shown
-from .tables import (
-    mixed,
-)
+from .tables import mixed
 from .terminal import points, standard_error
 
 FORMATS = (".png", ".svg", ".pdf", ".html", ".htm")

@@ -8,14 +8,7 @@ from typing import Any
 import numpy as np
 
 from ..records import keys
-from .drawing import (
-    LIGHT,
-    Picture,
-    in_points,
-    label,
-    legend_above,
-    new_figure,
-)
+from .drawing import LIGHT, Picture, in_points, label, legend_above, new_figure
 from .terminal import (
     forecast_in,
     interval,

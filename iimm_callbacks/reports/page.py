@@ -28,9 +28,7 @@ from .drawing import (
 )
 from .figures import run_pictures
 from .past import ceiling_note, past_pictures, past_runs
-from .tables import (
-    mixed,
-)
+from .tables import mixed
 from .terminal import points, printable, score_name
 
 PAGE = "report.html"

@@ -12,9 +12,7 @@ import numpy as np
 
 from ..measures.accuracy import forgetting, paired_drop
 from ..records.look import Look
-from ..records.verdict import (
-    Limits,
-)
+from ..records.verdict import Limits
 
 _FOLDS = 10
 _ROUNDING = 1e-9  # of a mean of fractions

@@ -14,9 +14,7 @@ from ..probing import ranks
 from ..probing.probe import Probe
 from ..records import keys
 from ..records.look import Look
-from ..records.verdict import (
-    Limits,
-)
+from ..records.verdict import Limits
 from .counterparts import Kept, save_weights
 from .mixing import keep_untouched, needs_untouched
 from .sweep import Rescue, Untouched, sweep

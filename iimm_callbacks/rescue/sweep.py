@@ -18,9 +18,7 @@ from ..models.wrappers import load_untouched
 from ..probing import ranks
 from ..probing.probe import Probe
 from ..records.look import Look
-from ..records.verdict import (
-    Limits,
-)
+from ..records.verdict import Limits
 from .counterparts import Kept, save_weights
 from .curve import Mix, choose, held_out, measure_mixes
 from .mixing import Mixture

@@ -10,9 +10,7 @@ from typing import Any
 
 from transformers.integrations import TrackioCallback, WandbCallback
 
-from ..records.verdict import (
-    Verdict,
-)
+from ..records.verdict import Verdict
 from . import host
 
 _SEVERITY = {"continue": "INFO", "warn": "WARN", "stop": "ERROR"}

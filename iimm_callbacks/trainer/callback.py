@@ -25,21 +25,13 @@ from ..records import keys
 from ..records.outcomes import Outcome
 from ..records.run_file import file_name
 from ..records.store import as_outcomes
-from ..records.verdict import (
-    LEVELS,
-    Limits,
-    Verdict,
-)
+from ..records.verdict import LEVELS, Limits, Verdict
 from ..reports import terminal as report
 from ..reports.card import update_card
-from ..reports.tables import (
-    rescue_table,
-)
+from ..reports.tables import rescue_table
 from ..rescue.rescuer import Rescuer, rescue_at_end
 from . import alerts, host
-from .alerts import (
-    Forgiving,
-)
+from .alerts import Forgiving
 from .amended import amend_cards
 
 logger = logging.getLogger(__name__)
@@ -195,9 +187,7 @@ class IIMMCallback(TrainerCallback):  # type: ignore[misc]  # transformers is un
         self.run_file = run_file
         self.base_model = base_model
         if report:  # better told now than at the end of a run
-            from ..reports.drawing import (
-                require_matplotlib,
-            )
+            from ..reports.drawing import require_matplotlib
 
             require_matplotlib()
         self.report = report
@@ -572,8 +562,6 @@ class IIMMCallback(TrainerCallback):  # type: ignore[misc]  # transformers is un
 
 
 def _write_report(record: dict[str, Any], folder: Path, monitor: IIMMMonitor) -> None:
-    from ..reports.page import (
-        write_report,
-    )
+    from ..reports.page import write_report
 
     write_report(record, folder, monitor.outcomes())
