@@ -18,7 +18,11 @@ from torch import nn
 from .data.tasks import OFF_TARGET_PROBE_SIZE, Task, check_tasks
 from .forecasting.forecaster import Forecaster
 from .forecasting.runs import about
-from .guard.judge import Judged, judge_first, judge_look
+from .guard.judging import (
+    Judged,
+    judge_first,
+    judge_look,
+)
 from .guard.schedule import (
     PARTS,
     Budget,

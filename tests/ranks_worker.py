@@ -106,7 +106,8 @@ def train(folder, scenario, output):
     processor = CLIPProcessor.from_pretrained(folder / "model")
     callbacks = []
     if settings is not None:
-        settings = {"max_overhead": None, "verbose": False} | settings
+        store = output / "store.jsonl"
+        settings = {"max_overhead": None, "verbose": False, "store": store} | settings
         callbacks = [IIMMCallback(task, [shapes], **settings)]
         monitor.Probe = probe
     arguments = {
@@ -142,7 +143,7 @@ def train(folder, scenario, output):
         "history": [row["step"] for row in guard.monitor.history] if guard else [],
         "optimizer": trainer.optimizer.state_dict(),
         "dropped": guard.record()["looks_dropped"] if guard else 0,
-        "run_files": sorted(path.name for path in output.glob("*.json*")),
+        "files": sorted(p.name for p in output.glob("*.json*") if p.suffix != ".lock"),
     }
 
 

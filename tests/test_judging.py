@@ -6,7 +6,10 @@ import numpy as np
 import pytest
 
 from iimm_callbacks import Forecaster, Limits, Measurement
-from iimm_callbacks.guard.judge import judge_first, judge_look
+from iimm_callbacks.guard.judging import (
+    judge_first,
+    judge_look,
+)
 from iimm_callbacks.measures.accuracy import Score, forgetting, paired_drop
 from iimm_callbacks.records.look import Look
 
@@ -32,7 +35,13 @@ def judged(by_metric, after):
     limits = Limits(0.1)
     first = judge_first(baseline, prior, limits)
     return first, judge_look(
-        look(5, *after, by_metric), baseline, prior, forecaster, limits, share=0.5, coming=1.0
+        look(5, *after, by_metric),
+        baseline,
+        prior,
+        forecaster.update,
+        limits,
+        share=0.5,
+        coming=1.0,
     )
 
 
@@ -51,7 +60,7 @@ def test_verdict_and_row_are_in_the_metrics_units():
     now.scores["other"] = Score(0.4, np.full(40, 0.4))  # the same images right, and yet
     forecaster = Forecaster().fit([], base_rates=False)
     prior = forecaster.predict(MEASURED, method="full", zero_shot_accuracy=0.5, model="m")
-    found = judge_look(now, baseline, prior, forecaster, Limits(0.1), share=0.5, coming=1.0)
+    found = judge_look(now, baseline, prior, forecaster.update, Limits(0.1), share=0.5, coming=1.0)
     assert found.verdict.level == "stop"
     assert "observed mean forgetting 50.0 points" in found.verdict.reason
     assert found.row["eval_iimm_other_accuracy"] == 0.4

@@ -178,21 +178,3 @@ def test_damaged_lines_are_skipped(path, caplog):
     path.write_text(path.read_text() + '{"cut sho')
     assert Ledger(path).read() == [RUN]
     assert "line 2" in caplog.text
-
-
-@pytest.mark.parametrize(("rank", "written"), [(0, True), (1, False)])
-def test_of_several_ranks_the_first_one_writes(path, monkeypatch, rank, written):
-    monkeypatch.setattr("iimm_callbacks.probing.ranks.world", lambda: (rank, 2))
-    ledger = Ledger(path)
-    ledger.draft(RUN)
-    ledger.close()
-    assert path.exists() == written
-
-
-def test_another_rank_does_not_write_when_the_process_group_is_gone_either(path, monkeypatch):
-    monkeypatch.setattr("iimm_callbacks.probing.ranks.world", lambda: (1, 2))
-    ledger = Ledger(path)
-    ledger.draft(INTERRUPTED)
-    monkeypatch.setattr("iimm_callbacks.probing.ranks.world", lambda: (0, 1))
-    ledger.close()
-    assert not path.exists()

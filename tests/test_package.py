@@ -28,7 +28,8 @@ print(json.dumps([sorted(added), "scipy.stats" in set(sys.modules) - before]))
 NOT_AT_IMPORT = (
     "scipy.stats", "scipy.optimize", "evaluate", "matplotlib", "open_clip", "pandas", "peft",
     "sklearn", "tensorboard", "torchvision", "typer", "iimm_callbacks.cli",
-    "iimm_callbacks.forecasting.grading", "iimm_callbacks.reports", "iimm_callbacks.sample",
+    "iimm_callbacks.forecasting.grading", "iimm_callbacks.reports.page", "iimm_callbacks.reports.compare",
+    "iimm_callbacks.sample",
 )  # fmt: skip
 FEW = {"iimm_callbacks", "rich", "markdown_it", "mdurl", "pygments", "platformdirs"}
 
@@ -79,8 +80,10 @@ def test_the_wheel_holds_its_types_data_and_pages(files):
     wanted = {"py.typed", "sample/model/model.safetensors", "sample/outcomes.jsonl"}
     wanted |= {"sample/tasks.json", "forecasting/base_rates/clip.json", "sample/DATA_CARD.md"}
     wanted |= {"data/clip_prompts/templates.json", "data/clip_prompts/SOURCE.md"}
-    wanted |= {"pages/style.css", "pages/base.html", "pages/report.html", "pages/compare.html"}
-    wanted |= {"measurement/iimm/README.md", "measurement/iimm/requirements.txt"}
+    wanted |= {
+        f"reports/{name}" for name in ("style.css", "base.html", "report.html", "compare.html")
+    }
+    wanted |= {f"measures/measurement/iimm/{name}" for name in ("README.md", "requirements.txt")}
     assert wanted <= names
 
 

@@ -122,8 +122,8 @@ def test_a_base_model_that_one_rank_cannot_load_turns_the_guard_off_on_both(rank
 
 def test_the_first_rank_alone_writes_files(ranks):
     first, second = ranks["guarded"]
-    assert first["run_files"] == ["iimm_colours.json"]
-    assert second["run_files"] == []
+    assert first["files"] == ["iimm_colours.json", "store.jsonl"]
+    assert second["files"] == []
 
 
 def test_two_ranks_with_batches_of_4_train_as_one_process_with_batches_of_8(ranks):

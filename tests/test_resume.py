@@ -11,7 +11,9 @@ from hypothesis import strategies as st
 from transformers import Trainer, TrainerCallback
 
 from iimm_callbacks import IIMMCallback, IIMMMonitor, read_outcomes
-from iimm_callbacks.guard.judge import judge_look
+from iimm_callbacks.guard.judging import (
+    judge_look,
+)
 from iimm_callbacks.models.wrappers import model_fingerprint
 from iimm_callbacks.probing.probe import Probe
 from iimm_callbacks.records.journal import Journal
@@ -224,7 +226,7 @@ def test_a_warning_that_was_given_is_not_given_again_after_resuming(
         def on_step_end(self, args, state, control, **kwargs):
             step[0] = state.global_step
 
-    monkeypatch.setattr("iimm_callbacks.guard.judge.judge", scripted)
+    monkeypatch.setattr("iimm_callbacks.guard.judging.judge", scripted)
     monkeypatch.setattr("iimm_callbacks.guard.schedule.DEFAULT_SHARES", (1 / 3, 1 / 2, 2 / 3, 1))
     arguments = SAVING | {"output_dir": str(tmp_path / "out")}
     with pytest.raises(KeyboardInterrupt):

@@ -258,7 +258,7 @@ def scripted(monkeypatch):
 
     def script(levels):
         verdicts = iter([Verdict(level, 0.5, f"because {i}") for i, level in enumerate(levels)])
-        monkeypatch.setattr("iimm_callbacks.guard.judge.judge", lambda *_: next(verdicts))
+        monkeypatch.setattr("iimm_callbacks.guard.judging.judge", lambda *_: next(verdicts))
 
     return script
 

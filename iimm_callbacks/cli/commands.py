@@ -13,7 +13,10 @@ import typer
 
 from ..data.training import SAMPLE_SIZE
 from ..forecasting.forecaster import Forecaster
-from ..guard.judge import judge, recommend
+from ..guard.judging import (
+    judge,
+    recommend,
+)
 from ..models.wrappers import model_fingerprint
 from ..probing.learnable import TrainingSet
 from ..probing.probe import Probe

@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from scipy import stats
 
-from ..guard.judge import judge
+from ..guard.judging import (
+    judge,
+)
 from ..guard.schedule import DEFAULT_SHARES
 from ..measures.accuracy import Drop, Forgetting
 from ..measures.measure import Measurement

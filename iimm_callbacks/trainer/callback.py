@@ -75,7 +75,7 @@ class IIMMCallback(TrainerCallback):  # type: ignore[misc]  # transformers is un
         limit_on: ``"mean"`` or ``"worst"`` off-target task.
         confidence: Probability of exceeding the limit from which to stop, in [0.5, 1). For the
             forecast's sake it stops only once the next look is likely over the limit, see
-            `guard.judge`; that may be so before training.
+            `guard.judging.judge`; that may be so before training.
         action: ``"warn"``; ``"stop"`` to also stop training; or a callable that receives the
             `Verdict` of every look and returns True to stop.
         on_exceed: ``"rescue"``: where the observed forgetting is over the limit when training ends,
