@@ -175,7 +175,7 @@ def run_row(settings):
     bare = train([])
     guard = IIMMCallback(sample.load_task(name), sample.canaries(name), store=None, verbose=False)
     guarded = train([guard])
-    budget, last = guard.monitor._budget, guard.monitor.history[-1]["eval_iimm_runtime"]
+    budget, last = guard.monitor._pace.budget, guard.monitor.history[-1]["eval_iimm_runtime"]
     looks = budget.before + budget.spent - last
     yield "training run with the guard", f"{guarded / bare:.2f} of the time without", "-"
     yield "of which looks, the last one apart", f"{looks / (guarded - last):.1%} of the run", "5 %"

@@ -18,24 +18,9 @@ from torch import nn
 from .data.tasks import OFF_TARGET_PROBE_SIZE, Task, check_tasks
 from .forecasting.forecaster import Forecaster
 from .forecasting.runs import about
-from .guard.judging import (
-    Judged,
-    judge_first,
-    judge_look,
-)
-from .guard.schedule import (
-    PARTS,
-    Budget,
-    Every,
-    check_every,
-    first_look,
-    is_due,
-    is_needed,
-    looks_to_come,
-    next_needed,
-    next_share,
-    plan,
-)
+from .guard.judging import Judged, judge_first, judge_look
+from .guard.pace import Pace
+from .guard.schedule import Every, next_share
 from .measures.embeddings import NotFiniteError
 from .models.encoders import EncodePair
 from .models.tuning import detect, trainable_share
@@ -146,7 +131,6 @@ class IIMMMonitor:
                 )
             off_target = canaries(except_for=task.name)
         check_tasks(task, off_target)
-        check_every(every)
         self.probe = Probe(
             task,
             off_target,
@@ -158,7 +142,7 @@ class IIMMMonitor:
             train=None if train is None else TrainingSet(train),
         )
         self.limits = limits or Limits()
-        self.every = every
+        self._pace = Pace(every, max_overhead, guarded=self.limits.max_forgetting is not None)
         self.method = method
         self.autocast_dtype = autocast_dtype
         self.strict = strict
@@ -167,7 +151,6 @@ class IIMMMonitor:
         self.ended = "running"
         self.looked_at = -1
         self._failure: Exception | None = None  # of the latest look
-        self._budget = Budget(max_overhead)
         self._ledger = Ledger(store, run_file)
         self._outcomes = outcomes
         self._forecaster = Forecaster()
@@ -175,10 +158,7 @@ class IIMMMonitor:
         self._prior: Forecast | None = None  # set by `begin`
         self._now = (0, 0)  # the latest step and the total that are known
         self._began = 0.0  # on the clock
-        self._part = 1.0  # of the images, at the next look
-        self._is_paid = True  # whether the budget has room for the latest look that was due
         self._is_partial = False  # the latest look
-        self._first_step: int | None = None  # steps done when it began
         self._warned: set[str] = set()
         self._rescue: Rescue | None = None
 
@@ -245,7 +225,9 @@ class IIMMMonitor:
         prior = self._forecaster.predict(
             journal.baseline.measurement,
             **about(start),
-            next_share=next_share(self.every, 0, total, 0) if isinstance(total, int) else None,
+            next_share=next_share(self._pace.every, 0, total, 0)
+            if isinstance(total, int)
+            else None,
         )
         if not self.probe.off_target:
             prior = replace(prior, forgetting=None, worst=None)
@@ -256,7 +238,7 @@ class IIMMMonitor:
         self.forecast = self.forecast or prior
         self.looked_at = self.history[-1]["step"]
         self._now = (self.looked_at, total if isinstance(total, int) else 0)
-        self._budget.began(seconds, self.probe.seconds or journal.baseline.runtime)
+        self._pace.budget.began(seconds, self.probe.seconds or journal.baseline.runtime)
         self._began = time.perf_counter()
         self._keep("interrupted")
         return self.verdict
@@ -274,32 +256,13 @@ class IIMMMonitor:
         """
         journal = self._require_begun("is_due")
         self._now = step, total_steps
-        if self._first_step is None:
-            self._first_step = step - 1
-        last = step >= total_steps
-        scheduled = self.every == event if event else is_due(self.every, step, total_steps)
-        if self.looked_at == step or not (scheduled or last):
+        scheduled = self._pace.is_scheduled(step, total_steps, event)
+        if self.looked_at == step or not scheduled:
             return False
-        if last:
-            self._part = 1.0
-            return True
-        part = self._budget.part(
-            time.perf_counter() - self._began,
-            step - self._first_step,
-            total_steps,
-            looks_to_come(self.every, step, total_steps),
-        )
-        # All ranks look or none, and at the same images: at what the slowest can pay for.
-        part = ranks.least(part)
-        self._is_paid = part > 0
-        guarded = self.limits.max_forgetting is not None
-        if not part and guarded and is_needed(step, total_steps, self._looks_taken(journal)):
-            part = PARTS[-1]
-        if not part:
-            journal.dropped += 1
-            return False
-        self._part = part
-        return True
+        elapsed, taken = time.perf_counter() - self._began, journal.looks_taken
+        due = self._pace.pays(elapsed, step, total_steps, taken, ranks.least)
+        journal.dropped += not due
+        return due
 
     def check(
         self,
@@ -331,7 +294,7 @@ class IIMMMonitor:
         self._now = step, total_steps
         self.looked_at, self._failure = step, None
         started = time.perf_counter()
-        part, self._part = self._part, 1.0
+        part, self._pace.part = self._pace.part, 1.0
         try:
             judged = self._judge(journal, model, step, total_steps, part)
             if part < 1 and judged.verdict.worse_than(self.verdict):
@@ -350,7 +313,7 @@ class IIMMMonitor:
             if training_loss is not None and math.isfinite(training_loss):
                 judged.row["training_loss"] = float(training_loss)
             self._note(journal, judged)
-        self._budget.took(time.perf_counter() - started, part)
+        self._pace.budget.took(time.perf_counter() - started, part)
         self._keep("interrupted")
         return self.verdict
 
@@ -358,10 +321,8 @@ class IIMMMonitor:
         self, journal: Journal, model: nn.Module, step: int, total_steps: int, part: float
     ) -> Judged:
         assert self._prior is not None
-        coming = next_share(self.every, step, total_steps, journal.history[-1]["step"])
-        if not self._is_paid:  # a stop is not put off to a look that may be dropped
-            taken = self._looks_taken(journal) + 1
-            coming = max(coming, next_needed(step, total_steps, taken))
+        last_step = journal.history[-1]["step"]
+        coming = self._pace.coming(step, total_steps, last_step, journal.looks_taken + 1)
         return judge_look(
             self.probe.look(model, step, self.autocast_dtype, part=part),
             journal.baseline,
@@ -371,11 +332,6 @@ class IIMMMonitor:
             share=min(step / max(total_steps, 1), 1.0),
             coming=coming,
         )
-
-    @staticmethod
-    def _looks_taken(journal: Journal) -> int:
-        """In training, whether or not they failed."""
-        return len(journal.history) - 1 + journal.failures
 
     def end(self, model: nn.Module, step: int | None = None, *, ended: str = "") -> Outcome:
         """Look at the model once more, if it has trained since the last look; record the run.
@@ -516,12 +472,8 @@ class IIMMMonitor:
     def plan(self) -> str:
         """The looks to come, in words; after `begin`."""
         journal = self._require_begun("plan")
-        return plan(
-            self.every,
-            self._budget.max_overhead,
-            sum(map(len, journal.baseline.correct.values())),
-            self.probe.off_target_size,
-        )
+        n_images = sum(map(len, journal.baseline.correct.values()))
+        return self._pace.plan(n_images, self.probe.off_target_size)
 
     @property
     def alarm(self) -> str:
@@ -572,13 +524,9 @@ class IIMMMonitor:
         if resumed:
             self.probe.off_target_size = resumed.off_target_size or OFF_TARGET_PROBE_SIZE
             return
-        sizes = [recipe.get(name) for name in ("steps", "batch_size")]
-        self.probe.off_target_size, self.probe.training_size = first_look(
-            self._budget.max_overhead,
-            math.prod(size if isinstance(size, int) else 0 for size in sizes),
-            len(self.probe.task.subset()),
-            len(self.probe.off_target),
-        )
+        n_task, n_off_target = len(self.probe.task.subset()), len(self.probe.off_target)
+        sizes = self._pace.first_look(recipe, n_task, n_off_target)
+        self.probe.off_target_size, self.probe.training_size = sizes
 
     def _note(self, journal: Journal, judged: Judged) -> None:
         journal.history.append(judged.row | {"time": time.time()})  # seconds since 1970

@@ -8,9 +8,7 @@ import numpy as np
 import pytest
 
 from iimm_callbacks import Forecast, Limits, Verdict
-from iimm_callbacks.guard.judging import (
-    judge,
-)
+from iimm_callbacks.guard.judging import judge
 from iimm_callbacks.measures.accuracy import Drop, Forgetting
 from iimm_callbacks.records.forecast import Prediction
 

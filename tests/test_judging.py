@@ -6,10 +6,7 @@ import numpy as np
 import pytest
 
 from iimm_callbacks import Forecaster, Limits, Measurement
-from iimm_callbacks.guard.judging import (
-    judge_first,
-    judge_look,
-)
+from iimm_callbacks.guard.judging import judge_first, judge_look
 from iimm_callbacks.measures.accuracy import Score, forgetting, paired_drop
 from iimm_callbacks.records.look import Look
 

@@ -28,8 +28,8 @@ print(json.dumps([sorted(added), "scipy.stats" in set(sys.modules) - before]))
 NOT_AT_IMPORT = (
     "scipy.stats", "scipy.optimize", "evaluate", "matplotlib", "open_clip", "pandas", "peft",
     "sklearn", "tensorboard", "torchvision", "typer", "iimm_callbacks.cli",
-    "iimm_callbacks.forecasting.grading", "iimm_callbacks.reports.page", "iimm_callbacks.reports.compare",
-    "iimm_callbacks.sample",
+    "iimm_callbacks.forecasting.grading", "iimm_callbacks.reports.page",
+    "iimm_callbacks.reports.compare", "iimm_callbacks.sample",
 )  # fmt: skip
 FEW = {"iimm_callbacks", "rich", "markdown_it", "mdurl", "pygments", "platformdirs"}
 

@@ -11,9 +11,7 @@ from hypothesis import strategies as st
 from transformers import Trainer, TrainerCallback
 
 from iimm_callbacks import IIMMCallback, IIMMMonitor, read_outcomes
-from iimm_callbacks.guard.judging import (
-    judge_look,
-)
+from iimm_callbacks.guard.judging import judge_look
 from iimm_callbacks.models.wrappers import model_fingerprint
 from iimm_callbacks.probing.probe import Probe
 from iimm_callbacks.records.journal import Journal

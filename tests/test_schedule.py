@@ -4,17 +4,8 @@ import re
 
 import pytest
 
-from iimm_callbacks.guard.schedule import (
-    PARTS,
-    Budget,
-    check_every,
-    first_look,
-    is_due,
-    is_needed,
-    looks_to_come,
-    next_needed,
-    plan,
-)
+from iimm_callbacks.guard.pace import PARTS, Budget, Pace, first_look
+from iimm_callbacks.guard.schedule import check_every, is_due, is_needed, looks_to_come, next_needed
 
 
 def due(every, total):
@@ -121,7 +112,7 @@ def test_the_first_look_is_as_large_as_the_run_can_pay_for():
     ],
 )
 def test_the_plan_of_looks_in_words(every, max_overhead, size, said):
-    text = plan(every, max_overhead, 800, size)
+    text = Pace(every, max_overhead, guarded=True).plan(800, size)
     assert said in text
     assert ("short" in text) == (size < 256)
 

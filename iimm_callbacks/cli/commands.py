@@ -13,10 +13,7 @@ import typer
 
 from ..data.training import SAMPLE_SIZE
 from ..forecasting.forecaster import Forecaster
-from ..guard.judging import (
-    judge,
-    recommend,
-)
+from ..guard.judging import judge, recommend
 from ..models.wrappers import model_fingerprint
 from ..probing.learnable import TrainingSet
 from ..probing.probe import Probe

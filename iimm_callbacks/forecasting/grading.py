@@ -10,9 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from scipy import stats
 
-from ..guard.judging import (
-    judge,
-)
+from ..guard.judging import judge
 from ..guard.schedule import DEFAULT_SHARES
 from ..measures.accuracy import Drop, Forgetting
 from ..measures.measure import Measurement

@@ -1,22 +1,12 @@
-"""When to look, and when a look would cost more than the user allows."""
+"""When to look. Pure functions of steps."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-
-from ..data.tasks import OFF_TARGET_PROBE_SIZE
-from ..data.training import SAMPLE_SIZE
 
 # Forgetting comes early: look often at first, seldom later.
 DEFAULT_SHARES = (0.05, 0.10, 0.20, 0.30, 0.50, 0.70, 1.00)
-PARTS = (1.0, 0.5, 0.25, 0.125)  # of the images that a look shows
 _LEAST_LOOKS = 6  # in training, where there is a limit to guard
-# What training on an image costs at the least, in forward passes: that, two for its gradients, and
-# one for reading it and the optimizer's step. (Of the shipped model on a CPU it is six.)
-_TRAINING_PASSES = 4
-_LEAST_OFF_TARGET = 48  # images of each off-target task in the look before training
-_LEAST_TRAINING = 192  # training images that the linear probe learns from
 EVENTS = ("epoch", "evaluate")
 
 Every = int | float | str | None
@@ -141,123 +131,3 @@ def next_needed(step: int, total_steps: int, looks: int) -> float:
     moments = (math.ceil(share * total_steps - 1e-9) for share in DEFAULT_SHARES)
     later = (due for due in moments if due > step and is_needed(due, total_steps, looks))
     return next(later, total_steps) / max(total_steps, 1)
-
-
-def first_look(
-    max_overhead: float | None, images: int, n_task: int, n_off_target: int
-) -> tuple[int, int]:
-    """What the look before training may show, in a run too short to pay for the defaults.
-
-    Counted in forward passes, not by the clock, so that the same run shows the same images every
-    time. Half of what looks may take goes to this one. It shows the task first, then gives a third
-    of what is left to the training sample, and the rest to the off-target tasks.
-
-    Args:
-        max_overhead: As `Budget`.
-        images: That the run trains on, repeats counted: steps times batch size; 0: not known.
-        n_task: Images of the task being learnt in the probe.
-        n_off_target: Off-target tasks.
-
-    Returns:
-        Images of each off-target task, and training images for the linear probe.
-
-    Example:
-        >>> first_look(0.05, 9_600, 500, 9), first_look(0.05, 30_000, 500, 9)
-        ((48, 192), (185, 833))
-    """
-    if max_overhead is None or not images:
-        return OFF_TARGET_PROBE_SIZE, SAMPLE_SIZE
-    left = max_overhead * _TRAINING_PASSES * images / 2 - n_task
-    training = min(max(int(left / 3), _LEAST_TRAINING), SAMPLE_SIZE)
-    each = int((left - training) / max(n_off_target, 1))
-    return min(max(each, _LEAST_OFF_TARGET), OFF_TARGET_PROBE_SIZE), training
-
-
-def plan(every: Every, max_overhead: float | None, n_images: int, off_target_size: int) -> str:
-    """The looks to come, in words.
-
-    Args:
-        every: As `check_every`.
-        max_overhead: As `Budget`.
-        n_images: In the look before training.
-        off_target_size: Of each off-target task, as `first_look` gave it.
-    """
-    if isinstance(every, str):
-        when = {"epoch": "after each epoch", "evaluate": "at each evaluation"}[every]
-    elif every is None:
-        *early, last = (f"{100 * share:.0f}" for share in DEFAULT_SHARES)
-        when = f"at {', '.join(early)} and {last} % of the steps"
-    else:
-        when = f"every {every} steps" if isinstance(every, int) else f"every {100 * every:g} %"
-    if max_overhead is None:
-        return f"Looks {when}, at all {n_images} images."
-    few = math.ceil(PARTS[-1] * n_images)
-    text = (
-        f"Looks {when}: at {few} to {n_images} images, as {100 * max_overhead:g} % of the run time "
-        "allows; the last look at all of them."
-    )
-    if off_target_size < OFF_TARGET_PROBE_SIZE:
-        text += (
-            f" The run is short, so the probe holds {off_target_size} images of each off-target "
-            f"task, not {OFF_TARGET_PROBE_SIZE}; `max_overhead=None` or `probe_size` holds more."
-        )
-    return text
-
-
-@dataclass
-class Budget:
-    """Keeps the looks within a share of the wall time of the whole training.
-
-    A look that cannot be paid for shows fewer images: a half, a quarter or an eighth of them. The
-    one before training counts; the last one is always taken, and apart.
-
-    Attributes:
-        max_overhead: Share of the wall time that looks may take, in (0, 1]; ``None``: no limit.
-        before: Seconds that the look before training took.
-        spent: Seconds spent in looks since training began.
-    """
-
-    max_overhead: float | None
-    before: float = 0.0
-    spent: float = 0.0
-    _full: float = 0.0  # seconds of a look at all images, as far as known
-
-    def __post_init__(self) -> None:
-        if self.max_overhead is not None and not 0 < self.max_overhead <= 1:
-            raise ValueError(
-                "`max_overhead` must be a fraction in (0, 1], or None for no limit, got "
-                f"{self.max_overhead}"
-            )
-
-    def part(self, elapsed: float, step: int, total_steps: int, looks: int) -> float:
-        """Share of the images that can be paid for now, if each look to come costs the same.
-
-        It is one of `PARTS`; 0 where not even the smallest can.
-
-        Args:
-            elapsed: Seconds since training began, looks included.
-            step: Optimizer steps done, ≥ 1.
-            total_steps: Of the whole training.
-            looks: To come, this one included and the last one apart.
-        """
-        if self.max_overhead is None:
-            return 1.0
-        training = max(elapsed - self.spent, 0.0) * total_steps / step
-        # Looks are a share of the total, themselves included.
-        allowed = self.max_overhead * training / (1 - min(self.max_overhead, 0.99))
-        each = (allowed - self.before - self.spent) / max(looks, 1)
-        return next((part for part in PARTS if part * self._full <= each), 0.0)
-
-    def took(self, seconds: float, part: float = 1.0) -> None:
-        """Note what a look in training cost that showed this share of the images."""
-        self._full = seconds / part
-        self.spent += seconds
-
-    def began(self, wall: float, look: float) -> None:
-        """Note the look before training.
-
-        Args:
-            wall: Seconds that it took in all, reading and preprocessing the images included.
-            look: Seconds of that which a later look will take again.
-        """
-        self.before, self._full = wall, look

@@ -58,6 +58,11 @@ class Journal:
         return Verdict(last["level"], last.get(keys.EXCEED), last["reason"])
 
     @property
+    def looks_taken(self) -> int:
+        """In training, whether or not they failed."""
+        return len(self.history) - 1 + self.failures
+
+    @property
     def linear_probe(self) -> dict[str, Any] | None:
         """Of the untouched model, as JSON-ready data; None where none was asked for."""
         found = self.baseline.learnable

@@ -15,7 +15,8 @@ from tqdm.auto import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..data.tasks import Task, check_tasks
-from ..guard.schedule import Budget, Every, check_every
+from ..guard.pace import Budget
+from ..guard.schedule import Every, check_every
 from ..models.encoders import EncodePair
 from ..models.undisturbed import undisturbed
 from ..models.wrappers import find_untouched
