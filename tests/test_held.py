@@ -95,7 +95,7 @@ def test_resumed_a_stopped_run_ends_at_its_best_model_and_is_rescued_all_the_sam
     monkeypatch.setattr("iimm_callbacks.monitor.is_exceeded", lambda *_: True)
     rescued = []
     monkeypatch.setattr(
-        "iimm_callbacks.trainer.callback.rescue_at_end", lambda *_, **__: rescued.append(1)
+        "iimm_callbacks.trainer.run.rescue_at_end", lambda *_, **__: rescued.append(1)
     )
     settings = {
         "max_steps": 20, "save_strategy": "steps", "save_steps": 2, "eval_strategy": "steps",

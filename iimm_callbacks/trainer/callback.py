@@ -6,41 +6,28 @@ import logging
 import math
 import weakref
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
 from torch import nn
-from tqdm.auto import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..data.tasks import Task, check_tasks
 from ..guard.pace import Budget
 from ..guard.schedule import Every, check_every
 from ..models.encoders import EncodePair
-from ..models.undisturbed import undisturbed
-from ..models.wrappers import find_untouched
-from ..monitor import IIMMMonitor
-from ..probing import ranks
 from ..records import keys
 from ..records.outcomes import Outcome
-from ..records.run_file import file_name
 from ..records.store import as_outcomes
-from ..records.verdict import LEVELS, Limits, Verdict
-from ..reports import terminal as report
-from ..reports.card import update_card
-from ..reports.tables import rescue_table
-from ..rescue.rescuer import Rescuer, rescue_at_end
-from . import alerts, host
+from ..records.verdict import Limits
+from . import host
 from .alerts import Forgiving
-from .amended import amend_cards
+from .run import Action, GuardedRun
 
 logger = logging.getLogger(__name__)
 
-Action = Literal["warn", "stop"] | Callable[[Verdict], Any]
 
-
-class IIMMCallback(TrainerCallback):  # type: ignore[misc]  # transformers is untyped here
+class IIMMCallback(GuardedRun, TrainerCallback):  # type: ignore[misc]  # transformers is untyped here
     """Measures IIMM before and during training, forecasts, and guards against forgetting.
 
     `Trainer(..., callbacks=[IIMMCallback(task=..., off_target=...)])` is all; weights, losses and
@@ -158,23 +145,7 @@ class IIMMCallback(TrainerCallback):  # type: ignore[misc]  # transformers is un
         check_tasks(task, off_target or ())
         check_every(every)
         Budget(max_overhead)
-        if action not in ("warn", "stop") and not callable(action):
-            raise TypeError(
-                f"`action` must be 'warn', 'stop' or a callable of the verdict, got {action!r}"
-            )
-        if on_exceed not in (None, "rescue"):
-            raise ValueError(f"`on_exceed` must be 'rescue' or None, got {on_exceed!r}")
-        unguarded = off_target is not None and len(off_target) == 0
-        if max_forgetting is None or unguarded:
-            missing = "no `max_forgetting`" if max_forgetting is None else "no `off_target` task"
-            if action == "stop":
-                raise ValueError(
-                    f"`action='stop'` has nothing to judge by: {missing}; give one, or use 'warn'"
-                )
-            if on_exceed == "rescue":
-                raise ValueError(
-                    f"`on_exceed='rescue'` has no limit to keep to: {missing}; give one, or None"
-                )
+        _check(action, on_exceed, max_forgetting, off_target)
         self.task = task
         self.off_target = off_target
         self.limits = Limits(max_forgetting, limit_on, confidence)
@@ -199,17 +170,9 @@ class IIMMCallback(TrainerCallback):  # type: ignore[misc]  # transformers is un
         self.batch_size = batch_size
         self.cache_limit = cache_limit
         self.train = train
-        self._finds_training_set = isinstance(train, str) and train == "auto"
         self.strict = strict
         self.verbose = verbose
-        self.monitor: IIMMMonitor | None = None
-        self.outcome: Outcome | None = None
-        self._model: weakref.ref[nn.Module] | None = None  # that the latest run trains
-        self._stop_reason = ""
-        self._held: host.HeldStep | None = None
-        self._rescuer: Rescuer | None = None
-        self._forgiving = Forgiving(strict)
-        self._back_in_line: Callable[[], None] | None = None
+        super().__init__()
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -226,27 +189,7 @@ class IIMMCallback(TrainerCallback):  # type: ignore[misc]  # transformers is un
             self._amend_card()
             self._hold_if_stopped(args, state, model)
             return
-        # `auto_find_batch_size` tries anew with the model as it was when memory ran out, and so
-        # does a user after an exception: its baseline stays that of the first try.
-        first_try = self.monitor if broken_off else None
-        if first_try is not None and first_try.probe.task is not self.task:
-            first_try = None
-        kept = self._rescuer if first_try is not None else None
-        self.monitor = self._rescuer = None  # should the model not be measurable
-        monitor = self._new_monitor(args, state, **kwargs)
-        if first_try is not None:
-            monitor.try_again(first_try)
-        rescuer = self._new_rescuer(args)
-        if rescuer is not None:
-            rescuer.begin(model, will_save=args.save_strategy != "no", kept=kept)
-        verdict = monitor.begin(model, recipe=host.recipe(args, state))
-        self.monitor, self._rescuer = monitor, rescuer
-        self._amend_card()
-        self._show(state, lambda: report.preflight_table(monitor.record()))
-        self._show(state, lambda: monitor.plan)
-        self._emit(state, control, monitor.row())
-        self._act(state, control, verdict, "continue")
-        self._hold_if_stopped(args, state, model)
+        self._begin(args, state, control, self.monitor if broken_off else None, **kwargs)
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -332,23 +275,7 @@ class IIMMCallback(TrainerCallback):  # type: ignore[misc]  # transformers is un
         monitor, model = self.monitor, kwargs["model"]
         if monitor is None:
             return
-        step = self._step(state)
-        swapped = args.load_best_model_at_end and state.best_model_checkpoint is not None
-        if swapped or not monitor.has_seen(step):
-            self._look(state, control, model, may_stop=False)
-        rescuer = self._rescuer
-        if rescuer is not None and monitor.is_exceeded():
-            rescue_at_end(lambda: monitor.rescue(model, rescuer), rescuer, strict=self.strict)
-        self.outcome = monitor.end(model, step, ended=self._stop_reason)
-        self._card_of_checkpoints(state)
-        record = monitor.record()
-        self._show(state, lambda: report.summary_table(record))
-        if "rescue" in record:
-            score = record["metrics"].get(self.task.name, "accuracy")
-            self._show(state, lambda: rescue_table(record["rescue"], self.task.name, score))
-        if self.report and state.is_world_process_zero:
-            folder = Path(args.output_dir) / f"{self._file_stem}_report"
-            self._forgiving("the report", lambda: _write_report(record, folder, monitor))
+        self._end(args, state, control, monitor, model)
 
     def record(self) -> dict[str, Any]:
         """The run as JSON-ready data, for `run_file.save_run` and `report.plot_run`.
@@ -360,209 +287,28 @@ class IIMMCallback(TrainerCallback):  # type: ignore[misc]  # transformers is un
             raise RuntimeError("no guarded run has begun; call `trainer.train()` first")
         return self.monitor.record()
 
-    def _amend_card(self) -> None:
-        trainer, monitor = host.find_trainer(), self.monitor
-        if self.card and trainer is not None:
-            amend_cards(trainer, self.task.name, lambda path: self._update_card(path, monitor))
 
-    def _update_card(self, path: Path, monitor: IIMMMonitor | None) -> None:
-        if monitor is not None:  # else the guard is off
-            self._forgiving("the model card", lambda: update_card(path, monitor.record()))
-
-    @property
-    def _file_stem(self) -> str:
-        return file_name(self.task.name).removesuffix(".json")
-
-    @property
-    def _state_key(self) -> str:
-        return f"IIMMCallback/{self.task.name}"
-
-    def _new_rescuer(self, args: TrainingArguments) -> Rescuer | None:
-        if self.on_exceed is None:
-            return None
-        return Rescuer(Path(args.output_dir), self._file_stem, self.base_model)
-
-    def _new_monitor(
-        self, args: TrainingArguments, state: TrainerState, **kwargs: Any
-    ) -> IIMMMonitor:
-        run_file = self.run_file
-        if run_file == "default":
-            run_file = Path(args.output_dir) / file_name(self.task.name)
-        monitor = IIMMMonitor(
-            self.task,
-            self.off_target,
-            limits=self.limits,
-            every=self.every,
-            max_overhead=self.max_overhead,
-            outcomes=self.outcomes,
-            store=self.store,
-            run_file=run_file,
-            method=self.method,
-            processor=self.processor or kwargs.get("processing_class"),
-            encode=self.encode,
-            batch_size=self.batch_size,
-            cache_limit=self.cache_limit,
-            progress=self.verbose and state.is_world_process_zero,
-            autocast_dtype=host.autocast_dtype(args),
-            strict=self.strict,
-            train=None if self._finds_training_set else self.train,
+def _check(
+    action: Action,
+    on_exceed: str | None,
+    max_forgetting: float | None,
+    off_target: Sequence[Task] | None,
+) -> None:
+    """Raise where the settings leave nothing to act on."""
+    if action not in ("warn", "stop") and not callable(action):
+        raise TypeError(
+            f"`action` must be 'warn', 'stop' or a callable of the verdict, got {action!r}"
         )
-        if self._finds_training_set:
-            monitor.probe.train = host.training_set(kwargs.get("train_dataloader"))
-        return monitor
-
-    def _hold_if_stopped(self, args: TrainingArguments, state: TrainerState, model: Any) -> None:
-        """Stopped in `on_train_begin`: the Trainer still does a step, which must change nothing."""
-        if not self._stop_reason:
-            return
-        self._held = host.HeldStep(state, model)
-        if not host.can_hold_step(args):
-            raise RuntimeError(
-                f"{self._stop_reason}. It ends in this error because DeepSpeed, optimizers that "
-                "step in backward, and fp16 without gradient clipping cannot be stopped otherwise "
-                "before the first step"
+    if on_exceed not in (None, "rescue"):
+        raise ValueError(f"`on_exceed` must be 'rescue' or None, got {on_exceed!r}")
+    unguarded = off_target is not None and len(off_target) == 0
+    if max_forgetting is None or unguarded:
+        missing = "no `max_forgetting`" if max_forgetting is None else "no `off_target` task"
+        if action == "stop":
+            raise ValueError(
+                f"`action='stop'` has nothing to judge by: {missing}; give one, or use 'warn'"
             )
-
-    def _step(self, state: TrainerState) -> int:
-        """Steps done; the Trainer also counts a held one, and one after the last checkpoint."""
-        if self._held is not None:
-            return self._held.step
-        return min(int(state.global_step), int(state.max_steps))
-
-    def _resume(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        **kwargs: Any,
-    ) -> None:
-        """Go on as if the run had never been interrupted, or switch the guard off and say so."""
-        self.monitor, model = None, kwargs["model"]
-        saved = state.stateful_callbacks.get(self._state_key)
-        try:
-            monitor = self._new_monitor(args, state, **kwargs)
-            untouched = None
-            if saved is not None:
-                monitor.load_state_dict(saved["attributes"])
-            else:
-                with undisturbed(model):  # a user's function may draw, or fail on some ranks
-                    untouched = ranks.together(lambda: find_untouched(model, self.base_model))
-            monitor.begin(model, recipe=host.recipe(args, state), untouched=untouched)
-        except Exception as error:
-            if self.strict:
-                raise
-            if state.is_world_process_zero:
-                logger.warning(
-                    "The IIMM guard is off: this run resumes at step %d and cannot be compared "
-                    "with the untouched model (%s)",
-                    state.global_step,
-                    error,
-                )
-            return
-        self.monitor = monitor
-        self._rescuer = self._new_rescuer(args)
-        try:
-            if self._rescuer is not None:
-                self._rescuer.resume(model)
-        except Exception as error:
-            self._rescuer = None
-            if self.strict:
-                raise
-            if state.is_world_process_zero:
-                logger.warning("This run cannot be rescued at its end: %s", error)
-        if saved is None:
-            self._show(state, lambda: report.preflight_table(monitor.record()))
-            self._look(state, control, model)  # the untouched model's numbers are not of this step
-        elif (
-            saved.get("stopped")
-            and self.action != "warn"
-            and saved.get("limits") == asdict(self.limits)
-        ):
-            # Of a run that was killed after it had been stopped.
-            self._stop_reason = str(saved["stopped"])
-            control.should_training_stop = True
-        elif state.epoch == int(state.epoch or 0):
-            # A checkpoint of an epoch's last step may have been written before the look there.
-            event = "evaluate" if args.eval_strategy == "epoch" else None
-            self._look_if_due(state, control, model, "epoch" if self.every == "epoch" else event)
-
-    def _look_if_due(
-        self, state: TrainerState, control: TrainerControl, model: Any, event: str | None = None
-    ) -> None:
-        if self.monitor and self.monitor.is_due(self._step(state), state.max_steps, event):
-            self._look(state, control, model)
-
-    def _look(
-        self, state: TrainerState, control: TrainerControl, model: Any, *, may_stop: bool = True
-    ) -> None:
-        monitor = self.monitor
-        assert monitor is not None
-        looks, alarm = len(monitor.history), monitor.alarm
-        step = self._step(state)
-        # This step's own is logged after the look, but is there already where a run is resumed.
-        losses = [r["loss"] for r in state.log_history if "loss" in r and r["step"] < step]
-        loss = losses[-1] if losses else None
-        verdict = monitor.check(model, step, state.max_steps, loss)
-        if len(monitor.history) > looks:
-            self._show(state, lambda: report.look_line(monitor.history[-1]))
-            self._emit(state, control, monitor.row())
-            self._act(state, control, verdict, alarm, may_stop=may_stop)
-        else:
-            self._remember(state)
-
-    def _act(
-        self,
-        state: TrainerState,
-        control: TrainerControl,
-        verdict: Verdict,
-        alarm: str,
-        *,
-        may_stop: bool = True,
-    ) -> None:
-        """Warn where it got worse than the `alarm` so far, and stop where that is asked for."""
-        step = self._step(state)
-        stop = self.action == "stop" and verdict.level == "stop"
-        if callable(self.action):
-            action = self.action
-            stop = self._forgiving("`action`", lambda: action(verdict)) is True
-        elif LEVELS.index(verdict.level) > LEVELS.index(alarm) and state.is_world_process_zero:
-            logger.warning("IIMM guard, step %d: %s", step, verdict.reason)
-        if state.is_world_process_zero and self.monitor is not None:
-            before = [row["level"] for row in self.monitor.history[-2:-1]] or ["continue"]
-            for tracker, alert in alerts.due(self.task.name, verdict, before[0]):
-                self._forgiving(f"an alert to {tracker}", alert)
-        if ranks.any_rank(stop) and may_stop and step < state.max_steps:
-            self._stop_reason = f"stopped by the guard at step {step}: {verdict.reason}"
-            control.should_training_stop = True
-            self._show(state, lambda: self._stop_reason)
-        self._remember(state)
-
-    def _remember(self, state: TrainerState) -> None:
-        """What the next checkpoint keeps; it survives whatever the Trainer restores or does not."""
-        assert self.monitor is not None
-        state.stateful_callbacks[self._state_key] = {
-            "args": {},
-            "attributes": self.monitor.state_dict(),
-            "stopped": self._stop_reason,
-            "limits": asdict(self.limits),
-        }
-        self._card_of_checkpoints(state)
-
-    def _card_of_checkpoints(self, state: TrainerState) -> None:
-        """Checkpoints are pushed with the card in the output folder; nobody writes one for them."""
-        trainer = host.find_trainer() if self.card and state.is_world_process_zero else None
-        if trainer is not None and trainer.args.push_to_hub:
-            self._update_card(Path(trainer.args.output_dir) / "README.md", self.monitor)
-
-    def _emit(self, state: TrainerState, control: TrainerControl, row: dict[str, float]) -> None:
-        self._forgiving("a tracker", lambda: host.log(state, control, row))
-
-    def _show(self, state: TrainerState, text: Callable[[], str]) -> None:
-        if self.verbose and state.is_world_process_zero:
-            self._forgiving("printing", lambda: tqdm.write(text()))
-
-
-def _write_report(record: dict[str, Any], folder: Path, monitor: IIMMMonitor) -> None:
-    from ..reports.page import write_report
-
-    write_report(record, folder, monitor.outcomes())
+        if on_exceed == "rescue":
+            raise ValueError(
+                f"`on_exceed='rescue'` has no limit to keep to: {missing}; give one, or None"
+            )
