@@ -57,7 +57,7 @@ from transformers import HfArgumentParser, Trainer, TrainerCallback, TrainingArg
 from transformers.utils import logging as transformers_logging
 
 from iimm_callbacks import IIMMCallback, ImageCollator, PromptClassifier, Task, sample
-from iimm_callbacks import monitor as monitor_module
+from iimm_callbacks.monitor import monitor as monitor_module
 from iimm_callbacks.probing.probe import Probe
 from iimm_callbacks.records import ledger as ledger_module
 from iimm_callbacks.records.outcomes import one_of_each_run

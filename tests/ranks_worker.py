@@ -18,7 +18,8 @@ from torch import distributed
 from transformers import CLIPModel, CLIPProcessor, Trainer, TrainingArguments
 from transformers.utils import logging as transformers_logging
 
-from iimm_callbacks import IIMMCallback, ImageCollator, PromptClassifier, Task, monitor
+from iimm_callbacks import IIMMCallback, ImageCollator, PromptClassifier, Task
+from iimm_callbacks.monitor import monitor
 from iimm_callbacks.probing.probe import Probe
 
 FOLDER = Path(sys.argv[1]) if __name__ == "__main__" else Path()

@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from iimm_callbacks import IIMMCallback, monitor
+from iimm_callbacks import IIMMCallback
 from iimm_callbacks.models.tuning import prepare
+from iimm_callbacks.monitor import measured as monitor
 from iimm_callbacks.records.run_file import read_run
 
 

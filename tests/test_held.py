@@ -72,7 +72,7 @@ def test_optimizers_that_step_in_backward_cannot_be_held(make_trainer, optimizer
 def test_a_stopped_run_that_is_started_again_and_again_stays_as_it_is(
     make_trainer, guard, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr("iimm_callbacks.monitor.judge_look", stop_from(12))
+    monkeypatch.setattr("iimm_callbacks.monitor.measured.judge_look", stop_from(12))
     settings = {
         "max_steps": 36, "save_strategy": "epoch", "eval_strategy": "epoch",
         "output_dir": str(tmp_path / "out"),
@@ -91,8 +91,8 @@ def test_a_stopped_run_that_is_started_again_and_again_stays_as_it_is(
 def test_resumed_a_stopped_run_ends_at_its_best_model_and_is_rescued_all_the_same(
     make_trainer, guard, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr("iimm_callbacks.monitor.judge_look", stop_from(4))
-    monkeypatch.setattr("iimm_callbacks.monitor.is_exceeded", lambda *_: True)
+    monkeypatch.setattr("iimm_callbacks.monitor.measured.judge_look", stop_from(4))
+    monkeypatch.setattr("iimm_callbacks.monitor.measured.is_exceeded", lambda *_: True)
     rescued = []
     monkeypatch.setattr(
         "iimm_callbacks.trainer.run.rescue_at_end", lambda *_, **__: rescued.append(1)
@@ -119,7 +119,7 @@ def test_a_run_that_another_callback_stopped_is_not_said_to_be_stopped_by_the_gu
         def on_step_end(self, args, state, control, **kwargs):
             control.should_training_stop = state.global_step == 5
 
-    monkeypatch.setattr("iimm_callbacks.monitor.judge_look", stop_from(5))
+    monkeypatch.setattr("iimm_callbacks.monitor.measured.judge_look", stop_from(5))
     callback = guard(action="stop", every=100)
     make_trainer([callback, Early()], max_steps=10).train()
     assert steps(callback) == [0, 5]

@@ -475,7 +475,7 @@ def test_a_run_that_was_stopped_and_then_killed_stays_stopped(
     make_trainer, guard, tmp_path, monkeypatch, every, stopped_at
 ):
     """The checkpoint of the step it stopped at may be from before or after the look there."""
-    monkeypatch.setattr("iimm_callbacks.monitor.judge_look", stop_from(stopped_at))
+    monkeypatch.setattr("iimm_callbacks.monitor.measured.judge_look", stop_from(stopped_at))
     arguments = {"max_steps": 20, "save_strategy": "steps", "save_steps": 2}
     arguments["output_dir"] = str(tmp_path / "out")
     whole = guard(every=every, action="stop")

@@ -125,6 +125,49 @@ class Journal:
         return journal
 
 
+class Journaled:
+    """What a run can tell of itself at any time, and go on from.
+
+    Attributes:
+        verdict: The latest `Verdict`.
+    """
+
+    def __init__(self) -> None:
+        self.verdict = Verdict("continue", None, "nothing measured yet")
+        self._journal: Journal | None = None
+
+    @property
+    def history(self) -> list[dict[str, Any]]:
+        """One row per look: logged keys, ``step``, ``share``, ``level``, ``reason`` and so on."""
+        return self._journal.history if self._journal else []
+
+    @property
+    def failures(self) -> int:
+        """Number of looks that failed."""
+        return self._journal.failures if self._journal else 0
+
+    @property
+    def alarm(self) -> str:
+        """The worst level of all verdicts so far."""
+        return self._journal.alarm if self._journal else "continue"
+
+    def state_dict(self) -> dict[str, Any]:
+        """The run so far as JSON-ready data, for a checkpoint; empty before `begin`."""
+        return self._journal.to_json() if self._journal else {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a checkpoint's `state_dict`: call it before `begin`.
+
+        The baseline is the recorded one; a half-trained model is never taken for it. Runs that
+        ended since are not learnt from, so the verdicts are those of a run in one piece.
+
+        Raises:
+            ValueError: It is not what `state_dict` gave; the message names the field.
+        """
+        self._journal = Journal.from_json(state)
+        self.verdict = self._journal.verdict
+
+
 def opening(
     look: Look,
     *,

@@ -127,9 +127,9 @@ def rescue(
         RuntimeError: Another rank failed.
     """
     if off_target is None:
-        from ..sample import canaries
+        from ..sample import default_off_target
 
-        off_target = canaries(except_for=task.name)
+        off_target = default_off_target(task)
     check_tasks(task, off_target)
     probe = Probe(
         task,

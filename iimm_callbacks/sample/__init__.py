@@ -147,6 +147,20 @@ def canaries(except_for: str, probe_size: int | None = None) -> list[Task]:
     return [_first_images(name) for name in names]
 
 
+def default_off_target(task: Task) -> list[Task]:
+    """The canaries for a task that was given no off-target tasks.
+
+    Raises:
+        ValueError: Its images are sounds or videos: the shipped tasks are pictures.
+    """
+    if (found := task.kind()) != "image":
+        raise ValueError(
+            f"`off_target` must be given for a task of {found}s, got None: the shipped tasks are "
+            "pictures; pass tasks of your own, or [] to measure the gain only"
+        )
+    return canaries(except_for=task.name)
+
+
 def _first_images(name: str) -> Task:
     """A task of `_CANARY_SIZE` images."""
     from ..data.tasks import Task

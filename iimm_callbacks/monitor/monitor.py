@@ -5,44 +5,35 @@ from __future__ import annotations
 import logging
 import math
 import time
-import uuid
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, replace
+from contextlib import AbstractContextManager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from .data.tasks import OFF_TARGET_PROBE_SIZE, Task, check_tasks
-from .forecasting.forecaster import Forecaster
-from .forecasting.runs import about
-from .guard.judging import Judged, judge_first, judge_look
-from .guard.pace import Pace
-from .guard.schedule import Every, next_share
-from .measures.embeddings import NotFiniteError
-from .models.encoders import EncodePair
-from .models.tuning import detect, trainable_share
-from .models.wrappers import model_fingerprint, model_name
-from .probing import ranks
-from .probing.learnable import TrainingSet
-from .probing.probe import Probe
-from .records import keys
-from .records.checks import anything, dict_of
-from .records.forecast import Forecast
-from .records.journal import Journal, opening
-from .records.ledger import Ledger
-from .records.outcomes import Outcome
-from .records.store import as_outcomes
-from .records.verdict import Limits, Verdict
-from .rescue.rescuer import Rescuer, is_exceeded
-from .rescue.sweep import Rescue
+from ..data.tasks import Task, check_tasks
+from ..forecasting.runs import about
+from ..guard.judging import judge_first
+from ..guard.pace import Pace
+from ..guard.schedule import Every, next_share
+from ..measures.embeddings import NotFiniteError
+from ..models.encoders import EncodePair
+from ..probing import ranks
+from ..probing.learnable import TrainingSet
+from ..probing.probe import Probe
+from ..records.checks import anything, dict_of
+from ..records.ledger import Ledger
+from ..records.outcomes import Outcome
+from ..records.verdict import Limits, Verdict
+from .measured import Measured
 
 logger = logging.getLogger(__name__)
 
 
-class IIMMMonitor:
+class IIMMMonitor(Measured):
     """Measures a run before, during and after training, and judges it against the limits.
 
     For a training loop of one's own; `IIMMCallback` is the Trainer's shell around it. One monitor
@@ -122,16 +113,11 @@ class IIMMMonitor:
         train: Any = None,
     ) -> None:
         if off_target is None:
-            from .sample import canaries
+            from ..sample import default_off_target
 
-            if (found := task.kind()) != "image":
-                raise ValueError(
-                    f"`off_target` must be given for a task of {found}s, got None: the shipped "
-                    "tasks are pictures; pass tasks of your own, or [] to measure the gain only"
-                )
-            off_target = canaries(except_for=task.name)
+            off_target = default_off_target(task)
         check_tasks(task, off_target)
-        self.probe = Probe(
+        probe = Probe(
             task,
             off_target,
             processor=processor,
@@ -141,36 +127,12 @@ class IIMMMonitor:
             progress=progress,
             train=None if train is None else TrainingSet(train),
         )
-        self.limits = limits or Limits()
-        self._pace = Pace(every, max_overhead, guarded=self.limits.max_forgetting is not None)
+        limits = limits or Limits()
+        pace = Pace(every, max_overhead, guarded=limits.max_forgetting is not None)
+        super().__init__(probe, limits, pace, Ledger(store, run_file), outcomes)
         self.method = method
         self.autocast_dtype = autocast_dtype
         self.strict = strict
-        self.verdict = Verdict("continue", None, "nothing measured yet")
-        self.forecast: Forecast | None = None
-        self.ended = "running"
-        self.looked_at = -1
-        self._failure: Exception | None = None  # of the latest look
-        self._ledger = Ledger(store, run_file)
-        self._outcomes = outcomes
-        self._forecaster = Forecaster()
-        self._journal: Journal | None = None
-        self._prior: Forecast | None = None  # set by `begin`
-        self._now = (0, 0)  # the latest step and the total that are known
-        self._began = 0.0  # on the clock
-        self._is_partial = False  # the latest look
-        self._warned: set[str] = set()
-        self._rescue: Rescue | None = None
-
-    @property
-    def history(self) -> list[dict[str, Any]]:
-        """One row per look: logged keys, ``step``, ``share``, ``level``, ``reason`` and so on."""
-        return self._journal.history if self._journal else []
-
-    @property
-    def failures(self) -> int:
-        """Number of looks that failed."""
-        return self._journal.failures if self._journal else 0
 
     def begin(
         self,
@@ -317,22 +279,6 @@ class IIMMMonitor:
         self._keep("interrupted")
         return self.verdict
 
-    def _judge(
-        self, journal: Journal, model: nn.Module, step: int, total_steps: int, part: float
-    ) -> Judged:
-        assert self._prior is not None
-        last_step = journal.history[-1]["step"]
-        coming = self._pace.coming(step, total_steps, last_step, journal.looks_taken + 1)
-        return judge_look(
-            self.probe.look(model, step, self.autocast_dtype, part=part),
-            journal.baseline,
-            self._prior,
-            self._forecaster.update,
-            self.limits,
-            share=min(step / max(total_steps, 1), 1.0),
-            coming=coming,
-        )
-
     def end(self, model: nn.Module, step: int | None = None, *, ended: str = "") -> Outcome:
         """Look at the model once more, if it has trained since the last look; record the run.
 
@@ -366,189 +312,3 @@ class IIMMMonitor:
         outcome = self._keep(self.ended, complete)
         self._ledger.close()
         return outcome
-
-    def has_seen(self, step: int) -> bool:
-        """Whether there was a look at this step, and at all images."""
-        return self.looked_at == step and not self._is_partial
-
-    @property
-    def is_mixed(self) -> bool:
-        """Whether the model is not the one last looked at, but a mix that it was rescued by."""
-        return self._rescue is not None and self._rescue.applied and self._rescue.alpha < 1
-
-    def is_exceeded(self) -> bool:
-        """Whether the forgetting that the latest look observed is over the limit."""
-        journal = self._require_begun("is_exceeded")
-        return self._failure is None and is_exceeded(journal.history[-1], self.limits)
-
-    def rescue(self, model: nn.Module, rescuer: Rescuer) -> Rescue:
-        """Leave the model with the mix of untouched and fine-tuned weights that gains most.
-
-        Call it before `end`: the outcome stays that of the fine-tuned model, since that is what
-        the next run learns from; the curve goes on record beside it, as ``"rescue"``.
-
-        Args:
-            model: The model after training.
-            rescuer: What has the untouched weights.
-
-        Returns:
-            The curve and the choice.
-
-        Raises:
-            Exception: As `rescue.sweep.sweep`; the model is as it was.
-        """
-        journal = self._require_begun("rescue")
-        self._rescue = rescuer.rescue(
-            model,
-            self.probe,
-            self.limits,
-            baseline=journal.baseline,
-            autocast_dtype=self.autocast_dtype,
-        )
-        return self._rescue
-
-    def try_again(self, first: IIMMMonitor) -> None:
-        """Take the baseline of a run that was broken off and is tried anew: call it before `begin`.
-
-        What was trained in between does not become the baseline; images that were preprocessed are
-        used again. It is one run, on record once.
-
-        Args:
-            first: The monitor of that run, which is given up.
-
-        Raises:
-            RuntimeError: `begin` of `first` was not called.
-        """
-        journal = first._require_begun("try_again")
-        first._ledger.drop()
-        self.probe = first.probe
-        self._journal = replace(journal, history=[], failures=0, dropped=0)
-
-    def row(self) -> dict[str, float]:
-        """The latest look's logged keys, Python floats only; empty where it failed."""
-        if self._failure is not None:
-            return {}
-        return {k: v for k, v in self.history[-1].items() if k.startswith(keys.PREFIX)}
-
-    def record(self) -> dict[str, Any]:
-        """The run so far as JSON-ready data: what `report` shows and a file keeps."""
-        journal = self._journal
-        facts = asdict(journal.start) if journal else {}
-        names = ("model", "model_fingerprint", "method", "recipe", "versions", "run")
-        tasks = [self.probe.task, *self.probe.off_target]
-        return {
-            "task": self.probe.task.name,
-            "off_target": [task.name for task in self.probe.off_target],
-            **{name: facts.get(name) for name in (*names, "n_images", "n_classes")},
-            "fingerprints": journal.fingerprints if journal else {},
-            "templates": {task.name: list(task.templates) for task in tasks},
-            "metrics": {task.name: task.metric.name for task in tasks if task.metric},
-            "limits": asdict(self.limits),
-            "linear_probe": journal.linear_probe if journal else None,
-            "forecast": self._prior.to_json() if self._prior else None,
-            "failures": self.failures,
-            "looks_dropped": journal.dropped if journal else 0,
-            "ended": self.ended,
-            "looks": self.history,
-        } | ({} if self._rescue is None else {"rescue": self._rescue.to_json()})
-
-    def state_dict(self) -> dict[str, Any]:
-        """The run so far as JSON-ready data, for a checkpoint; empty before `begin`."""
-        return self._journal.to_json() if self._journal else {}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a checkpoint's `state_dict`: call it before `begin`.
-
-        The baseline is the recorded one; a half-trained model is never taken for it. Runs that
-        ended since are not learnt from, so the verdicts are those of a run in one piece.
-
-        Raises:
-            ValueError: It is not what `state_dict` gave; the message names the field.
-        """
-        self._journal = Journal.from_json(state)
-        self.verdict = self._journal.verdict
-
-    @property
-    def plan(self) -> str:
-        """The looks to come, in words; after `begin`."""
-        journal = self._require_begun("plan")
-        n_images = sum(map(len, journal.baseline.correct.values()))
-        return self._pace.plan(n_images, self.probe.off_target_size)
-
-    @property
-    def alarm(self) -> str:
-        """The worst level of all verdicts so far."""
-        return self._journal.alarm if self._journal else "continue"
-
-    def _require_begun(self, call: str) -> Journal:
-        if self._journal is None or self._prior is None:
-            raise RuntimeError(f"call `begin(model)` on the untouched model before `{call}`")
-        return self._journal
-
-    def outcomes(self) -> list[Outcome]:
-        """The finished runs that there are now to learn from: those given, or on record."""
-        return self._ledger.read() if self._outcomes is None else as_outcomes(self._outcomes)
-
-    def _first_look(
-        self,
-        model: nn.Module,
-        untouched: nn.Module | AbstractContextManager[Any] | None,
-        n_outcomes: int,
-    ) -> Journal:
-        before = untouched if isinstance(untouched, nn.Module) else model
-        inside = untouched if isinstance(untouched, AbstractContextManager) else nullcontext()
-        with inside:
-            look = self.probe.look(before, 0, self.autocast_dtype, linear_probe=True)
-        tasks = [self.probe.task, *self.probe.off_target]
-        metrics = {task.name: task.metric.name for task in tasks if task.metric}
-        recipe = {"trainable_share": trainable_share(model)}
-        start = opening(
-            look,
-            model=model_name(before),
-            model_fingerprint=model_fingerprint(before),
-            method=self.method or detect(model),
-            fingerprint=self.probe.fingerprints[self.probe.task.name],
-            recipe=recipe | ({"metrics": metrics} if metrics else {}),
-            run=ranks.from_first(lambda: uuid.uuid4().hex),
-        )
-        return Journal(
-            start,
-            look,
-            self.probe.fingerprints,
-            n_outcomes,
-            off_target_size=self.probe.off_target_size,
-        )
-
-    def _size_probe(self, recipe: Mapping[str, Any], resumed: Journal | None) -> None:
-        """Let the first look show fewer images where the run is short."""
-        if resumed:
-            self.probe.off_target_size = resumed.off_target_size or OFF_TARGET_PROBE_SIZE
-            return
-        n_task, n_off_target = len(self.probe.task.subset()), len(self.probe.off_target)
-        sizes = self._pace.first_look(recipe, n_task, n_off_target)
-        self.probe.off_target_size, self.probe.training_size = sizes
-
-    def _note(self, journal: Journal, judged: Judged) -> None:
-        journal.history.append(judged.row | {"time": time.time()})  # seconds since 1970
-        self.forecast, self.verdict = judged.forecast, judged.verdict
-
-    def _keep(self, ended: str, complete: bool = False) -> Outcome:
-        """Put the run so far on disk, and what goes on record should it end here."""
-        assert self._journal is not None
-        outcome = self._journal.outcome(complete, ended)
-        if ranks.world()[0] == 0:
-            self._ledger.draft(outcome, self.record())
-        return outcome
-
-    def _warn(self, step: int, error: Exception) -> None:
-        kind = type(error).__name__
-        if kind in self._warned or ranks.world()[0] != 0:
-            return
-        self._warned.add(kind)
-        logger.warning(
-            "The IIMM guard could not measure the model at step %d (%s: %s). Training goes on, "
-            "without numbers for this step; further failures of the kind are counted silently.",
-            step,
-            kind,
-            error,
-        )

@@ -1,0 +1,5 @@
+"""Begin, check, end: a guarded run of any training loop."""
+
+from .monitor import IIMMMonitor
+
+__all__ = ["IIMMMonitor"]

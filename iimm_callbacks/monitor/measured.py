@@ -1,0 +1,257 @@
+"""What a run measures and keeps, look by look; `IIMMMonitor` says when."""
+
+from __future__ import annotations
+
+import logging
+import time
+import uuid
+from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..data.tasks import OFF_TARGET_PROBE_SIZE
+from ..forecasting.forecaster import Forecaster
+from ..guard.judging import Judged, judge_look
+from ..guard.pace import Pace
+from ..models.tuning import detect, trainable_share
+from ..models.wrappers import model_fingerprint, model_name
+from ..probing import ranks
+from ..probing.probe import Probe
+from ..records import keys
+from ..records.forecast import Forecast
+from ..records.journal import Journal, Journaled, opening
+from ..records.ledger import Ledger
+from ..records.outcomes import Outcome
+from ..records.store import as_outcomes
+from ..records.verdict import Limits
+from ..rescue.rescuer import Rescuer, is_exceeded
+from ..rescue.sweep import Rescue
+
+logger = logging.getLogger(__name__)
+
+
+class Measured(Journaled):
+    """The looks of one run, what they are judged to be, and what is kept of them.
+
+    Args:
+        probe: What every look shows.
+        limits: The user's.
+        pace: When there is a look, and at how many images.
+        ledger: The run's places on disk.
+        outcomes: As `IIMMMonitor`.
+    """
+
+    def __init__(
+        self,
+        probe: Probe,
+        limits: Limits,
+        pace: Pace,
+        ledger: Ledger,
+        outcomes: str | Path | Iterable[Outcome] | None,
+    ) -> None:
+        super().__init__()
+        self.probe = probe
+        self.limits = limits
+        self._pace = pace
+        self.method: str | None = None
+        self.autocast_dtype: torch.dtype | None = None
+        self.strict = False
+        self.forecast: Forecast | None = None
+        self.ended = "running"
+        self.looked_at = -1
+        self._failure: Exception | None = None  # of the latest look
+        self._ledger = ledger
+        self._outcomes = outcomes
+        self._forecaster = Forecaster()
+        self._prior: Forecast | None = None  # set by `begin`
+        self._now = (0, 0)  # the latest step and the total that are known
+        self._began = 0.0  # on the clock
+        self._is_partial = False  # the latest look
+        self._warned: set[str] = set()
+        self._rescue: Rescue | None = None
+
+    def has_seen(self, step: int) -> bool:
+        """Whether there was a look at this step, and at all images."""
+        return self.looked_at == step and not self._is_partial
+
+    @property
+    def is_mixed(self) -> bool:
+        """Whether the model is not the one last looked at, but a mix that it was rescued by."""
+        return self._rescue is not None and self._rescue.applied and self._rescue.alpha < 1
+
+    def is_exceeded(self) -> bool:
+        """Whether the forgetting that the latest look observed is over the limit."""
+        journal = self._require_begun("is_exceeded")
+        return self._failure is None and is_exceeded(journal.history[-1], self.limits)
+
+    def rescue(self, model: nn.Module, rescuer: Rescuer) -> Rescue:
+        """Leave the model with the mix of untouched and fine-tuned weights that gains most.
+
+        Call it before `end`: the outcome stays that of the fine-tuned model, since that is what
+        the next run learns from; the curve goes on record beside it, as ``"rescue"``.
+
+        Args:
+            model: The model after training.
+            rescuer: What has the untouched weights.
+
+        Returns:
+            The curve and the choice.
+
+        Raises:
+            Exception: As `rescue.sweep.sweep`; the model is as it was.
+        """
+        journal = self._require_begun("rescue")
+        self._rescue = rescuer.rescue(
+            model,
+            self.probe,
+            self.limits,
+            baseline=journal.baseline,
+            autocast_dtype=self.autocast_dtype,
+        )
+        return self._rescue
+
+    def try_again(self, first: Measured) -> None:
+        """Take the baseline of a run that was broken off and is tried anew: call it before `begin`.
+
+        What was trained in between does not become the baseline; images that were preprocessed are
+        used again. It is one run, on record once.
+
+        Args:
+            first: The monitor of that run, which is given up.
+
+        Raises:
+            RuntimeError: `begin` of `first` was not called.
+        """
+        journal = first._require_begun("try_again")
+        first._ledger.drop()
+        self.probe = first.probe
+        self._journal = replace(journal, history=[], failures=0, dropped=0)
+
+    def row(self) -> dict[str, float]:
+        """The latest look's logged keys, Python floats only; empty where it failed."""
+        if self._failure is not None:
+            return {}
+        return {k: v for k, v in self.history[-1].items() if k.startswith(keys.PREFIX)}
+
+    def record(self) -> dict[str, Any]:
+        """The run so far as JSON-ready data: what `report` shows and a file keeps."""
+        journal = self._journal
+        facts = asdict(journal.start) if journal else {}
+        names = ("model", "model_fingerprint", "method", "recipe", "versions", "run")
+        tasks = [self.probe.task, *self.probe.off_target]
+        return {
+            "task": self.probe.task.name,
+            "off_target": [task.name for task in self.probe.off_target],
+            **{name: facts.get(name) for name in (*names, "n_images", "n_classes")},
+            "fingerprints": journal.fingerprints if journal else {},
+            "templates": {task.name: list(task.templates) for task in tasks},
+            "metrics": {task.name: task.metric.name for task in tasks if task.metric},
+            "limits": asdict(self.limits),
+            "linear_probe": journal.linear_probe if journal else None,
+            "forecast": self._prior.to_json() if self._prior else None,
+            "failures": self.failures,
+            "looks_dropped": journal.dropped if journal else 0,
+            "ended": self.ended,
+            "looks": self.history,
+        } | ({} if self._rescue is None else {"rescue": self._rescue.to_json()})
+
+    @property
+    def plan(self) -> str:
+        """The looks to come, in words; after `begin`."""
+        journal = self._require_begun("plan")
+        n_images = sum(map(len, journal.baseline.correct.values()))
+        return self._pace.plan(n_images, self.probe.off_target_size)
+
+    def _require_begun(self, call: str) -> Journal:
+        if self._journal is None or self._prior is None:
+            raise RuntimeError(f"call `begin(model)` on the untouched model before `{call}`")
+        return self._journal
+
+    def outcomes(self) -> list[Outcome]:
+        """The finished runs that there are now to learn from: those given, or on record."""
+        return self._ledger.read() if self._outcomes is None else as_outcomes(self._outcomes)
+
+    def _first_look(
+        self,
+        model: nn.Module,
+        untouched: nn.Module | AbstractContextManager[Any] | None,
+        n_outcomes: int,
+    ) -> Journal:
+        before = untouched if isinstance(untouched, nn.Module) else model
+        inside = untouched if isinstance(untouched, AbstractContextManager) else nullcontext()
+        with inside:
+            look = self.probe.look(before, 0, self.autocast_dtype, linear_probe=True)
+        tasks = [self.probe.task, *self.probe.off_target]
+        metrics = {task.name: task.metric.name for task in tasks if task.metric}
+        recipe = {"trainable_share": trainable_share(model)}
+        start = opening(
+            look,
+            model=model_name(before),
+            model_fingerprint=model_fingerprint(before),
+            method=self.method or detect(model),
+            fingerprint=self.probe.fingerprints[self.probe.task.name],
+            recipe=recipe | ({"metrics": metrics} if metrics else {}),
+            run=ranks.from_first(lambda: uuid.uuid4().hex),
+        )
+        return Journal(
+            start,
+            look,
+            self.probe.fingerprints,
+            n_outcomes,
+            off_target_size=self.probe.off_target_size,
+        )
+
+    def _size_probe(self, recipe: Mapping[str, Any], resumed: Journal | None) -> None:
+        """Let the first look show fewer images where the run is short."""
+        if resumed:
+            self.probe.off_target_size = resumed.off_target_size or OFF_TARGET_PROBE_SIZE
+            return
+        n_task, n_off_target = len(self.probe.task.subset()), len(self.probe.off_target)
+        sizes = self._pace.first_look(recipe, n_task, n_off_target)
+        self.probe.off_target_size, self.probe.training_size = sizes
+
+    def _note(self, journal: Journal, judged: Judged) -> None:
+        journal.history.append(judged.row | {"time": time.time()})  # seconds since 1970
+        self.forecast, self.verdict = judged.forecast, judged.verdict
+
+    def _keep(self, ended: str, complete: bool = False) -> Outcome:
+        """Put the run so far on disk, and what goes on record should it end here."""
+        assert self._journal is not None
+        outcome = self._journal.outcome(complete, ended)
+        if ranks.world()[0] == 0:
+            self._ledger.draft(outcome, self.record())
+        return outcome
+
+    def _warn(self, step: int, error: Exception) -> None:
+        kind = type(error).__name__
+        if kind in self._warned or ranks.world()[0] != 0:
+            return
+        self._warned.add(kind)
+        logger.warning(
+            "The IIMM guard could not measure the model at step %d (%s: %s). Training goes on, "
+            "without numbers for this step; further failures of the kind are counted silently.",
+            step,
+            kind,
+            error,
+        )
+
+    def _judge(
+        self, journal: Journal, model: nn.Module, step: int, total_steps: int, part: float
+    ) -> Judged:
+        assert self._prior is not None
+        last_step = journal.history[-1]["step"]
+        coming = self._pace.coming(step, total_steps, last_step, journal.looks_taken + 1)
+        return judge_look(
+            self.probe.look(model, step, self.autocast_dtype, part=part),
+            journal.baseline,
+            self._prior,
+            self._forecaster.update,
+            self.limits,
+            share=min(step / max(total_steps, 1), 1.0),
+            coming=coming,
+        )
