@@ -22,7 +22,7 @@ def promises():
 def test_every_promise_names_tests_that_exist():
     written = {
         node.name
-        for path in TESTS.glob("test_*.py")
+        for path in TESTS.rglob("test_*.py")
         for node in ast.parse(path.read_text()).body
         if isinstance(node, ast.FunctionDef)
     }

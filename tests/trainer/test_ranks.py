@@ -9,7 +9,7 @@ import pytest
 import torch
 from ranks_worker import SCENARIOS, train
 
-WORKER = Path(__file__).with_name("ranks_worker.py")
+WORKER = Path(__file__).parents[1] / "ranks_worker.py"
 
 
 @pytest.fixture(scope="module")

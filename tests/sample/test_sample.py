@@ -9,7 +9,7 @@ from iimm_callbacks import sample
 from iimm_callbacks.models.wrappers import model_fingerprint
 from iimm_callbacks.probing.probe import Probe
 
-STUDY = Path(__file__).parent.parent / "examples" / "study"
+STUDY = Path(__file__).parents[2] / "examples" / "study"
 
 
 def test_there_are_at_least_six_tasks_with_enough_pictures():

@@ -33,7 +33,7 @@ from iimm_callbacks.rescue.mixing import Mixture, keep_untouched, needs_untouche
 from iimm_callbacks.rescue.rescuer import Rescuer, is_exceeded
 from iimm_callbacks.rescue.sweep import rescue, sweep
 
-WORKER = Path(__file__).with_name("rescue_worker.py")
+WORKER = Path(__file__).parents[1] / "rescue_worker.py"
 LORA = {"r": 2, "target_modules": ["q_proj", "v_proj"]}
 ANY = Limits(1.0)
 
