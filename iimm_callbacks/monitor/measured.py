@@ -139,7 +139,7 @@ class Measured(Journaled):
         return {k: v for k, v in self.history[-1].items() if k.startswith(keys.PREFIX)}
 
     def record(self) -> dict[str, Any]:
-        """The run so far as JSON-ready data: what `report` shows and a file keeps."""
+        """The run so far as JSON-ready data: what `reports` shows and a file keeps."""
         journal = self._journal
         facts = asdict(journal.start) if journal else {}
         names = ("model", "model_fingerprint", "method", "recipe", "versions", "run")

@@ -102,7 +102,7 @@ def sweep(path: str | Path) -> None:
 
 
 def read_run(path: str | Path) -> dict[str, Any]:
-    """The record in a file of `save_run`: all that `report` shows is there and of its kind.
+    """The record in a file of `save_run`: all that `reports` shows is there and of its kind.
 
     Args:
         path: Of the JSON file.
@@ -126,7 +126,7 @@ def read_run(path: str | Path) -> dict[str, Any]:
 
 
 def check_run(data: Any) -> dict[str, Any]:
-    """A copy of a run's record: all that `report` and `pages` show is there and of its kind.
+    """A copy of a run's record: all that `reports` shows is there and of its kind.
 
     Args:
         data: `IIMMCallback.record`, from wherever.

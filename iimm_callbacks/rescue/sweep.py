@@ -64,7 +64,7 @@ class Rescue:
         return next(mix for mix in self.mixes if mix.alpha == self.alpha)
 
     def to_json(self) -> dict[str, Any]:
-        """As JSON-ready data, for `rescue.table` and a run file."""
+        """As JSON-ready data, for `reports.tables` and a run file."""
         return asdict(self) | {"mixes": [asdict(m) for m in self.mixes], "notes": list(self.notes)}
 
 

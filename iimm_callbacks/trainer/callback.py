@@ -75,7 +75,7 @@ class IIMMCallback(GuardedRun, TrainerCallback):  # type: ignore[misc]  # transf
         every: When to look: ``None`` for 5, 10, 20, 30, 50, 70 and 100 % of the steps, a number of
             steps, a fraction, ``"epoch"`` or ``"evaluate"``. The last step is always looked at.
         max_overhead: Share of the wall time that looks may take, the last one apart: they show
-            fewer images to keep to it, see `schedule.first_look` and `schedule.Budget`, and six are
+            fewer images to keep to it, see `guard.pace`, and six are
             taken whatever they cost where there is a limit. ``None``: all images, every time.
         outcomes: Finished runs to learn the forecast from: `Outcome` records, a JSON-lines file or
             a `datasets.Dataset`. ``None``: those in `store`. Without any the limit applies to what
