@@ -10,13 +10,19 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
 from PIL import Image
 
+# Words of names of splits: a folder of each, or a "train" beside folders that are all such.
 SPLITS = ("train", "training", "test", "testing", "val", "valid", "validation", "dev", "eval")
+_BESIDE_SPLITS = (
+    "set", "data", "dataset", "images", "seg", "pred", "predict", "prediction", "predictions",
+    "sample", "samples", "extra", "unlabeled", "unlabelled", "holdout",
+)  # fmt: skip
 
 # Told by Pillow, but not read; and EPS by another program only, which it would start.
 _UNREAD = ("BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF")
@@ -38,7 +44,7 @@ class ImageFolder:
     Attributes:
         path: The folder, its own links resolved.
         folders: Names of the class folders, in label order.
-        classes: The same with ``_`` as a space, for prompts.
+        classes: The same; see `labels.checked_class_names` for what prompts have.
         targets: Label of every image.
         skipped: How many files and links were skipped.
 
@@ -59,7 +65,7 @@ class ImageFolder:
             got = "which is a file" if self.path.exists() else "which does not exist"
             raise ValueError(f"`path` must be a folder of class folders, got {str(path)!r}, {got}")
         self.folders = [entry.name for entry in _visible(self.path) if _is_folder(entry)]
-        self.classes = [name.replace("_", " ") for name in self.folders]
+        self.classes = self.folders
         self._check_folders(path)
         self.skipped = sum(entry.is_symlink() for entry in _visible(self.path))
         self._paths: list[Path] = []
@@ -91,7 +97,7 @@ class ImageFolder:
         return f"ImageFolder({str(self.path)!r}, {len(self)} images, {len(self.folders)} classes)"
 
     def _check_folders(self, path: str | os.PathLike[str]) -> None:
-        if self.folders and all(name.lower() in SPLITS for name in self.folders):
+        if _are_splits(self.folders):
             raise ValueError(
                 f"`path` must be the folder of one split, got {str(path)!r} with "
                 f"{', '.join(self.folders)} in it; pass e.g. "
@@ -118,6 +124,14 @@ class ImageFolder:
             return entry.is_file()
         target = Path(entry.path).resolve()
         return target.is_file() and target.is_relative_to(self.path)
+
+
+def _are_splits(folders: list[str]) -> bool:
+    """Whether folders are splits of a data set: words for splits, and nothing but such words."""
+    words = [set(re.split(r"[\W_\d]+", name.lower())) - {""} for name in folders]
+    splits, beside = set(SPLITS), set(SPLITS) | set(_BESIDE_SPLITS)
+    some = [name_words & splits for name_words in words]
+    return sum(map(bool, some)) > 0 and all(w and w <= beside for w in words)
 
 
 def has_class_folders(path: Path) -> bool:

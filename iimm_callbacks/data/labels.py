@@ -2,59 +2,207 @@
 
 from __future__ import annotations
 
+import logging
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+logger = logging.getLogger(__name__)
 
-def checked_class_names(
-    name: str, given: Sequence[str] | None, own: Sequence[str] | None
-) -> tuple[str, ...]:
-    """The names of a task's classes, in the order of its labels.
+_WORDNET = re.compile(r"n\d{8}")
+_NUMBERED = re.compile(r"(\d{2,})[._ -]+(\D.*)")  # such as "001.Black_footed_Albatross"
+
+
+def read_labels(
+    name: str, labels: Sequence[Any], given: Any, own: Sequence[str] | None
+) -> tuple[list[Any], tuple[str, ...] | None]:
+    """A task's labels as class indices and the names of its classes; or its captions and None.
+
+    Strings are names of classes where each is there twice or more on the average, or where names
+    are known; else they are captions.
 
     Args:
         name: Of the task, for errors.
-        given: By the user.
+        labels: One for each image.
+        given: Names of the classes by the user: in the order of the labels, or a mapping from the
+            data set's names.
+        own: The data set's names.
+
+    Raises:
+        TypeError: A label is neither an integer nor a string, or not of the kind of the first; or
+            as `checked_class_names`.
+        ValueError: A label is none of the classes, or as `check_captions`.
+    """
+    if not isinstance(labels[0], str):
+        names = checked_class_names(name, given, own)
+        return integer_labels(name, labels, len(names)), names
+    if given is None and own is None and not are_classes(labels):
+        check_captions(name, labels)
+        return list(labels), None
+    for position, label in enumerate(labels):
+        if not isinstance(label, str):
+            raise TypeError(
+                f"`dataset` of task {name!r}: label {position} must be a string like label 0, got "
+                f"{label!r:.80} ({type(label).__name__})"
+            )
+    found = sorted(set(labels))
+    if own is None and (given is None or isinstance(given, Mapping)):
+        own = found
+        logger.warning(
+            "Task %r: the %d distinct strings of %d labels are taken as classes: %s",
+            name, len(found), len(labels), _some(found),
+        )  # fmt: skip
+    names = checked_class_names(name, given, own)
+    known = own if own is not None else names
+    strange = [label for label in found if label not in known]
+    if strange:
+        raise ValueError(
+            f"`dataset` of task {name!r}: labels must be among the {len(known)} class names "
+            f"({_some(known)}), got {_some(strange)}"
+        )
+    places = {label: place for place, label in enumerate(known)}
+    return [places[label] for label in labels], names
+
+
+def are_classes(labels: Sequence[str]) -> bool:
+    """Whether strings are names of classes, not captions: each is there twice on the average."""
+    return 1 < len(set(labels)) <= len(labels) / 2
+
+
+def checked_class_names(name: str, given: Any, own: Sequence[str] | None) -> tuple[str, ...]:
+    """The names of a task's classes as its prompts have them, in the order of its labels.
+
+    Of the data set's own names ``_`` becomes a space, and numbering such as "001." goes.
+
+    Args:
+        name: Of the task, for errors.
+        given: By the user: a list, or a mapping from the data set's own names.
         own: The data set's.
 
     Raises:
-        TypeError: `given` is no list, or one of its names is no string.
-        ValueError: There are none, fewer than two, two alike, a blank one of the user's, one that
-            UTF-8 cannot hold, or they are not those of the data set.
+        TypeError: `given` is no list or mapping, or one of its names is no string.
+        ValueError: There are none, fewer than two, two alike, a blank one, one that UTF-8 cannot
+            hold, they are not those of the data set, or the order of the data set's is doubtful.
     """
     if given is None and own is None:
         raise ValueError(
             f"`class_names` of task {name!r} must be given: the data set has integer labels "
             "without names"
         )
-    if given is None:
-        names = tuple(str(n) for n in own)  # type: ignore[union-attr]
-    else:
-        names = _given_names(name, given)
+    if isinstance(given, Mapping):
+        given = _mapped(name, given, own)
+    elif given is not None and own is not None:
+        given = _given_names(name, given)
+        _check_order(name, given, [str(n) for n in own])
+    names = _words(name, own) if given is None else _given_names(name, given)  # type: ignore[arg-type]
     for each in names:
         check_utf8(f"`class_names` of task {name!r}", each)
-    if given is not None and own is not None and len(names) != len(own):
-        raise ValueError(
-            f"`class_names` of task {name!r} must match the data set's {len(own)} classes "
-            f"({', '.join(map(str, own[:5]))}, ...), got {len(names)}; give one name per class, "
-            "in the order of the labels"
-        )
-    if own is not None and names != tuple(own) and sorted(names) == sorted(own):
-        raise ValueError(
-            f"`class_names` of task {name!r} must be in the data set's own order {list(own)}, got "
-            f"{list(names)}: every label would name another class"
-        )
     if len(names) < 2:
         raise ValueError(
             f"`class_names` of task {name!r} must hold at least 2 classes, got {len(names)}: "
             "IIMM compares images with the texts of wrong classes"
         )
-    doubles = sorted({n for n in names if names.count(n) > 1})
-    if doubles:
-        raise ValueError(
-            f"`class_names` of task {name!r} must be unique, got {doubles} more than once; two "
-            "classes with one prompt cannot be told apart"
-        )
+    doubles = [each for each in names if names.count(each) > 1]
+    tell_doubles(f"`class_names` of task {name!r}", "more than once", doubles, len(names))
     return names
+
+
+def tell_doubles(what: str, how: str, doubles: Sequence[str], n_classes: int) -> None:
+    """Refuse classes that have one text; warn where they are at most one in a hundred.
+
+    Official class lists have a few: of two such classes the second one is never found.
+
+    Args:
+        what: They are, for the message.
+        how: They are alike, for the message.
+        doubles: The classes that share a text.
+        n_classes: All classes.
+
+    Raises:
+        ValueError: They are more than one in a hundred.
+    """
+    if not doubles:
+        return
+    listed = sorted(set(doubles))
+    if 100 * len(doubles) > n_classes:
+        raise ValueError(
+            f"{what} must be unique, got {listed[:10]} {how}; two classes with one prompt cannot "
+            "be told apart"
+        )
+    logger.warning(
+        "%s: %s %s; of classes with one prompt only the first is ever found", what, listed, how
+    )
+
+
+def _mapped(name: str, given: Mapping[Any, Any], own: Sequence[str] | None) -> list[Any]:
+    if own is None:
+        raise TypeError(
+            f"`class_names` of task {name!r} must be a list of names in the order of the labels, got "
+            f"{given!r:.80} ({type(given).__name__}): the data set has no names to map from"
+        )
+    if set(given) != set(own):
+        missing, strange = sorted(set(own) - set(given)), sorted(set(given) - set(own), key=str)
+        raise ValueError(
+            f"`class_names` of task {name!r} must map all names of the data set and no other, got "
+            f"{_some(strange) or 'none'} too many and {_some(missing) or 'none'} missing"
+        )
+    return [given[each] for each in own]
+
+
+def _check_order(name: str, given: tuple[str, ...], own: Sequence[str]) -> None:
+    """Raise where given names do not go with the data set's, as far as that can be told."""
+    if len(given) != len(own):
+        raise ValueError(
+            f"`class_names` of task {name!r} must match the data set's {len(own)} classes "
+            f"({', '.join(map(str, own[:5]))}, ...), got {len(given)}; give one name per class, "
+            "in the order of the labels"
+        )
+    ours = [_spaced(n) for n in own]
+    theirs = [_spaced(n) for n in given]
+    if theirs != ours and sorted(theirs) == sorted(ours):
+        raise ValueError(
+            f"`class_names` of task {name!r} must be in the data set's own order {list(own)}, got "
+            f"{list(given)}: every label would name another class"
+        )
+    by_number = sorted(own, key=int) if all(n.isdecimal() for n in own) else list(own)
+    if by_number != list(own) and theirs != ours:
+        raise ValueError(
+            f"`class_names` of task {name!r} may be meant in two orders: the data set's names are "
+            f"numbers, {_some(own, 4)} by label and {_some(by_number, 4)} by number; pass a "
+            f"mapping, such as {{{by_number[0]!r}: 'its name', ...}}"
+        )
+
+
+def _words(name: str, own: Sequence[str]) -> tuple[str, ...]:
+    """The data set's names as a prompt should have them."""
+    names = [str(n) for n in own]
+    if all(_WORDNET.fullmatch(n) for n in names):
+        logger.warning(
+            "Task %r: its classes are WordNet ids (%s), which no model reads as names; pass "
+            "`class_names`",
+            name, _some(names, 2),
+        )  # fmt: skip
+    parts = [_NUMBERED.fullmatch(n) for n in names]
+    if all(parts) and len({len(p[1]) for p in parts if p}) == 1:
+        bare = [p[2] for p in parts if p]
+        if len(set(bare)) == len(bare):
+            logger.info("Task %r: the numbering of its classes is left out of prompts", name)
+            names = bare
+    for position, each in enumerate(names):
+        if not each.strip():
+            raise ValueError(
+                f"`class_names` of task {name!r} must be given: the data set's name of class "
+                f"{position} is blank, {each!r}"
+            )
+    return tuple(map(_spaced, names))
+
+
+def _spaced(class_name: str) -> str:
+    return class_name.replace("_", " ")
+
+
+def _some(names: Sequence[Any], n: int = 8) -> str:
+    return ", ".join(map(repr, names[:n])) + (", ..." if len(names) > n else "")
 
 
 def as_listed(what: str, expected: str, given: Any) -> tuple[Any, ...]:
@@ -97,27 +245,26 @@ def check_utf8(what: str, text: str) -> None:
         ) from None
 
 
-def check_captions(name: str, captions: Sequence[Any], class_names: Any) -> None:
+def check_captions(name: str, captions: Sequence[Any]) -> None:
     """Raise unless a task's labels can be captions.
 
     Args:
         name: Of the task, for errors.
         captions: One for each image.
-        class_names: Given by the user: captions have none.
 
     Raises:
-        TypeError: One is no string, or `class_names` is given.
-        ValueError: All are alike, or UTF-8 cannot hold one.
+        TypeError: One is no string.
+        ValueError: One is blank, all are alike, or UTF-8 cannot hold one.
     """
-    if class_names is not None:
-        raise TypeError(
-            f"`dataset` of task {name!r}: label 0 must be an integer, got {captions[0]!r}; with "
-            "`class_names` the labels are positions in it, without it strings are captions"
-        )
     for position, caption in enumerate(captions):
         if not isinstance(caption, str):
             raise TypeError(
                 f"`dataset` of task {name!r}: caption {position} must be a string, got {caption!r}"
+            )
+        if not caption.strip():
+            raise ValueError(
+                f"`dataset` of task {name!r}: caption {position} must not be blank, got "
+                f"{caption!r}; leave its image out"
             )
         check_utf8(f"`dataset` of task {name!r}: caption {position}", caption)
     if len(set(captions)) < 2:
@@ -143,8 +290,8 @@ def integer_labels(name: str, labels: Sequence[Any], n_classes: int) -> list[int
     for position, label in enumerate(labels):
         if isinstance(label, bool) or not hasattr(label, "__index__"):
             raise TypeError(
-                f"`dataset` of task {name!r}: label {position} must be an integer, got {label!r} "
-                f"({type(label).__name__})"
+                f"`dataset` of task {name!r}: label {position} must be an integer, or all labels "
+                f"strings, got {label!r:.80} ({type(label).__name__}){_advice(label)}"
             )
         value = label.__index__()
         if not 0 <= value < n_classes:
@@ -154,6 +301,16 @@ def integer_labels(name: str, labels: Sequence[Any], n_classes: int) -> list[int
             )
         integers.append(value)
     return integers
+
+
+def _advice(label: Any) -> str:
+    if label is None or label != label:
+        return "; leave images without a label out"
+    if isinstance(label, bytes):
+        return "; decode it"
+    if isinstance(label, list | tuple):
+        return "; give each image one label, or one caption"
+    return ""
 
 
 def _given_names(name: str, given: Any) -> tuple[str, ...]:

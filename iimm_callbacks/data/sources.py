@@ -1,16 +1,22 @@
-"""A user's data set -> its labels without decoding, and its images one by one."""
+"""A user's data set -> its labels without decoding, and its images one by one, by one decoder."""
 
 from __future__ import annotations
 
 import io
 import os
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+from PIL import Image, ImageOps
 
 from .streams import STREAM_SIZE, is_stream, read_stream
 
+_DEPTHS = (255, 4095, 65535)  # largest values of pictures of 8, 12 and 16 bits
 _IMAGES = ("Image", "Audio")  # features of `datasets`
+# Names of a column of labels, or of captions, in the order of preference.
+_CALLED_LABEL = ("label", "labels", "class", "target", "caption", "captions", "text")
+_COMPARED = 16  # items of a data set that also has `.targets`
 
 
 class _HubSource:
@@ -45,11 +51,27 @@ class _PairSource:
     def labels(self) -> list[Any]:
         targets = getattr(self._pairs, "targets", None)
         if targets is not None and len(targets) == len(self):
+            self._check_targets(targets)
             return list(targets)
         return [self._pair(i)[1] for i in range(len(self))]
 
     def image(self, position: int) -> Any:
         return self._pair(position)[0]
+
+    def _check_targets(self, targets: Any) -> None:
+        """Raise where items have other labels than `.targets` says: compares some of them."""
+        n = len(self)
+        for position in sorted({n * part // _COMPARED for part in range(_COMPARED)}):
+            try:
+                label = self._pairs[position][1]
+            except Exception:  # one that cannot be read is told of by the probe
+                continue
+            if label != targets[position]:
+                raise ValueError(
+                    f"`dataset` of task {self._name!r}: `.targets` says {targets[position]!r} for "
+                    f"item {position}, and the item itself {label!r}; pass it without "
+                    "`target_transform`, or a list of its (image, label) pairs"
+                )
 
     def _pair(self, position: int) -> Any:
         pair = self._pairs[position]
@@ -71,32 +93,35 @@ def _columns(name: str, features: Any, image: str | None, label: str | None) -> 
     """Names of the columns of images and of labels."""
     from datasets import ClassLabel, Value
 
-    def pick(argument: str, given: str | None, *kinds: Any) -> str:
+    def pick(argument: str, given: str | None, found: list[str], called: tuple[str, ...]) -> str:
         if given is not None:
             if given not in features:
                 raise ValueError(
                     f"`{argument}` of task {name!r} must be one of {list(features)}, got {given!r}"
                 )
             return given
-        for is_kind in kinds:
-            found = [str(k) for k, f in features.items() if is_kind(f)]
-            if len(found) == 1:
-                return found[0]
-            if found:
-                break
+        if len(found) > 1:
+            found = next(([word] for word in called if word in found), found)
+        if len(found) == 1:
+            return found[0]
         raise ValueError(
-            f"`dataset` of task {name!r} must have one column for `{argument}`, got features "
-            f"{dict(features)}; name the column"
+            f"`dataset` of task {name!r} must have one column for `{argument}`, got "
+            f"{f'{found} among ' if found else ''}features {dict(features)}; name the column"
         )
 
+    def of(is_kind: Callable[[Any], bool]) -> list[str]:
+        return [str(key) for key, feature in features.items() if is_kind(feature)]
+
+    numbers_or_texts = of(
+        lambda f: isinstance(f, Value) and ("int" in f.dtype or "string" in f.dtype)
+    )
     return (
-        pick("image_column", image, lambda f: type(f).__name__ in _IMAGES),
+        pick("image_column", image, of(lambda f: type(f).__name__ in _IMAGES), ("image",)),
         pick(
             "label_column",
             label,
-            lambda f: isinstance(f, ClassLabel),
-            lambda f: isinstance(f, Value) and "int" in f.dtype,
-            lambda f: isinstance(f, Value) and "string" in f.dtype,
+            of(lambda f: isinstance(f, ClassLabel)) or numbers_or_texts,
+            _CALLED_LABEL,
         ),
     )
 
@@ -170,10 +195,14 @@ def open_source(
 def as_image(item: Any) -> Any:
     """What a model's processor reads, from what a data set holds.
 
+    Pictures are turned as their EXIF orientation says. Grey levels of more than 8 bits are scaled
+    by 8, 12 or 16 bits, the least that holds the picture's largest value; floats by 1 or 255.
+
     Args:
-        item: An image (PIL image, path, encoded bytes, uint8 array [H, W, 3]), a sound (floats
-            [n], ``{"array", "sampling_rate"}`` or a decoded `datasets.Audio`) or a video (list of
-            images, uint8 array [T, H, W, 3]).
+        item: An image (PIL image, path, encoded bytes, an open file; or an array or tensor [H, W],
+            [H, W, 1 or 3 or 4] or [1 or 3 or 4, H, W] of integers, booleans, or floats in [0, 1] or
+            [0, 255]), a sound (floats [n], ``{"array", "sampling_rate"}`` or a decoded
+            `datasets.Audio`) or a video (list of images, array [T, H, W, 3]).
 
     Returns:
         An RGB PIL image; ``{"array": [n] float32, "sampling_rate": int or None}``; or a list of RGB
@@ -181,11 +210,14 @@ def as_image(item: Any) -> Any:
 
     Raises:
         TypeError: It is none of these.
-        ValueError: A sound has several channels, or integers.
+        ValueError: A sound has several channels, or integers; a picture has another shape, or
+            values of another range.
     """
     if hasattr(item, "get_all_samples"):  # what `datasets.Audio` decodes to
         samples = item.get_all_samples()
         item = {"array": samples.data.mean(0).numpy(), "sampling_rate": samples.sample_rate}
+    if hasattr(item, "detach") and hasattr(item, "numpy"):  # a tensor
+        item = item.detach().cpu().numpy()
     if isinstance(item, list) and item and isinstance(item[0], float):
         item = np.asarray(item)
     if isinstance(item, np.ndarray) and item.ndim == 1 and item.dtype.kind == "f":
@@ -219,23 +251,64 @@ def content(image: Any) -> bytes:
     return repr(image.size).encode() + bytes(image.tobytes())
 
 
-def _as_rgb(image: Any) -> Any:
-    from PIL import Image
-
+def _as_rgb(image: Any) -> Image.Image:
     if isinstance(image, dict):  # an undecoded `datasets.Image`
-        image = image["bytes"] if image.get("bytes") is not None else image["path"]
-    if isinstance(image, bytes):
+        held = image.get("bytes")
+        image = image.get("path") if held is None else held
+    if hasattr(image, "detach") and hasattr(image, "numpy"):
+        image = image.detach().cpu().numpy()
+    if isinstance(image, bytes | bytearray | memoryview):
         image = Image.open(io.BytesIO(image))
-    elif isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.ndim in (2, 3):
-        image = Image.fromarray(image)
-    elif isinstance(image, str | os.PathLike):
+    elif isinstance(image, np.ndarray):
+        return _from_array(image)
+    elif isinstance(image, str | os.PathLike) or hasattr(image, "read"):
         image = Image.open(image)
     elif not isinstance(image, Image.Image):
-        got = type(image).__name__
-        if isinstance(image, np.ndarray):
-            got = f"{got} of {image.dtype} and shape {image.shape}"
         raise TypeError(
-            f"expected a PIL image, path, bytes or uint8 array, got {got}; pass the data set "
-            "without its transform"
+            f"expected a PIL image, path, bytes or array, got {type(image).__name__}; pass the "
+            "data set without its transform"
         )
-    return image.convert("RGB")
+    image = ImageOps.exif_transpose(image)
+    if image.mode == "F" or image.mode.startswith("I"):  # which `convert` would clip
+        return _from_array(np.asarray(image))
+    rgb: Image.Image = image.convert("RGB")
+    return rgb
+
+
+def _from_array(array: Any) -> Image.Image:
+    """A picture of an array [H, W], [H, W, channels] or [channels, H, W]."""
+    channels = (1, 3, 4)
+    if array.ndim == 3 and array.shape[2] not in channels and array.shape[0] in channels:
+        array = array.transpose(1, 2, 0)
+    if (
+        array.ndim not in (2, 3)
+        or 0 in array.shape
+        or array.shape[2:] not in ((), (1,), (3,), (4,))
+    ):
+        raise ValueError(
+            f"expected a picture [H, W], [H, W, C] or [C, H, W] with C of 1, 3 or 4, got shape "
+            f"{list(array.shape)} of {array.dtype}"
+        )
+    levels = _as_bytes(array)
+    if levels.ndim == 3 and levels.shape[2] == 1:
+        levels = levels[..., 0]
+    return Image.fromarray(np.ascontiguousarray(levels)).convert("RGB")
+
+
+def _as_bytes(array: Any) -> Any:
+    """The same picture in uint8."""
+    if array.dtype == np.uint8:
+        return array
+    if array.dtype == bool:
+        return array.astype(np.uint8) * 255
+    if array.dtype.kind not in "iuf":
+        raise TypeError(f"expected numbers for a picture, got an array of {array.dtype}")
+    low, high = float(array.min()), float(array.max())
+    scales = (1, 255) if array.dtype.kind == "f" else _DEPTHS
+    scale = next((scale for scale in scales if high <= scale), None)
+    if scale is None or not low >= 0:
+        raise ValueError(
+            f"expected a picture with values from 0 to {' or '.join(map(str, scales))} for "
+            f"{array.dtype}, got {low:g} to {high:g}; pass it before it is normalised"
+        )
+    return np.rint(array.astype(np.float64) * (255 / scale)).astype(np.uint8)

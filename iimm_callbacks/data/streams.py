@@ -6,9 +6,12 @@ import logging
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import replace
+from itertools import chain, islice
 from typing import Any
 
 import numpy as np
+
+from .labels import are_classes
 
 STREAM_SIZE = 4096  # examples read, eight for each of a default probe
 
@@ -65,13 +68,16 @@ def read_stream(
         (_column(name, example, image), _label(name, _column(name, example, label), position))
         for position, example in _read(name, plain, first)
     )
-    drawn = draw_balanced(examples, size, seed)
+    begun = list(islice(examples, size))
+    strings = [y for _, y in begun if isinstance(y, str)]
+    classes = bool(strings) and are_classes(strings)
+    drawn = draw_balanced(chain(begun, examples), size, seed, captions=not classes)
     _check_classes(name, [y for _, y in drawn], features.get(label), size, first)
     return [(_fetched(name, x), y) for x, y in drawn]
 
 
 def draw_balanced(
-    examples: Iterable[tuple[Any, int | str]], size: int, seed: int
+    examples: Iterable[tuple[Any, int | str]], size: int, seed: int, *, captions: bool = True
 ) -> list[tuple[Any, Any]]:
     """A seeded, class-balanced draw from examples that pass by once, in their order.
 
@@ -82,21 +88,22 @@ def draw_balanced(
     never more than twice its size is in memory.
 
     Args:
-        examples: Pairs of anything and a class; with a string for a class, the first of each only.
+        examples: Pairs of anything and a class.
         size: Pairs drawn at the most.
         seed: Of the numbers.
+        captions: Whether of strings the first of each only may be drawn.
 
     Returns:
         The pairs drawn, in the order they came.
     """
     rng = np.random.default_rng(seed)
     kept: list[tuple[float, int, Any, int | str]] = []
-    captions: set[str] = set()
+    seen: set[str] = set()
     for position, (item, label) in enumerate(examples):
-        if isinstance(label, str):
-            if label in captions:
+        if captions and isinstance(label, str):
+            if label in seen:
                 continue
-            captions.add(label)
+            seen.add(label)
         kept.append((rng.random(), position, item, label))
         if len(kept) >= 2 * size:
             kept = _first(kept, size)
@@ -111,7 +118,7 @@ def _first(rows: list[Any], size: int) -> list[Any]:
     turns: dict[int | str, int] = {}
     ranked = []
     for row in sorted(rows, key=lambda row: row[:2]):
-        turn = 0 if isinstance(row[3], str) else turns.get(row[3], 0)
+        turn = turns.get(row[3], 0)
         turns[row[3]] = turn + 1
         ranked.append((turn, *row[:2], row))
     return [row for *_, row in sorted(ranked, key=lambda entry: entry[:3])[:size]]

@@ -13,7 +13,7 @@ from PIL import Image
 
 from . import hub
 from .folders import ImageFolder
-from .labels import as_listed, check_captions, check_utf8, checked_class_names, integer_labels
+from .labels import as_listed, check_utf8, read_labels
 from .metrics import as_metric
 from .sources import as_image, kind, open_source
 from .streams import STREAM_SIZE
@@ -101,7 +101,7 @@ class Task:
         dataset: Any,
         *,
         templates: str | Sequence[str] | None = None,
-        class_names: Sequence[str] | None = None,
+        class_names: Sequence[str] | Mapping[str, str] | None = None,
         image_column: str | None = None,
         label_column: str | None = None,
         probe_size: int | None = None,
@@ -138,14 +138,11 @@ class Task:
                 f"`dataset` of task {name!r} must hold at least 2 images, got {len(self._source)}; "
                 "IIMM is a mean over pairs of images"
             )
-        self._labels = self._source.labels()
-        self.is_captions = isinstance(self._labels[0], str)
-        if self.is_captions:
-            check_captions(name, self._labels, class_names)
-            self.class_names: tuple[str, ...] = ()
-        else:
-            self.class_names = checked_class_names(name, class_names, self._source.class_names)
-            self._labels = integer_labels(name, self._labels, len(self.class_names))
+        self._labels, names = read_labels(
+            name, self._source.labels(), class_names, self._source.class_names
+        )
+        self.is_captions = names is None
+        self.class_names: tuple[str, ...] = names or ()
         default = "{}" if self.is_captions else "a photo of a {}."
         self.templates = (default,) if given is None else given
         n_classes = len(self.class_names)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
 from collections.abc import Callable
 from typing import Any
@@ -22,6 +23,10 @@ _NOT_PREPROCESSING = (
     "_processor_class",
     "do_convert_rgb",
 )
+
+logger = logging.getLogger(__name__)
+
+_UNLIMITED = 10**6  # tokens; a tokenizer that names no maximum says far more
 
 
 def read_images(processor: Any) -> Read:
@@ -76,12 +81,54 @@ def read_prompts(model: Any, processor: Any, pad_to: int | None = None) -> Read:
     """
     if isinstance(processor, tuple):
         return lambda prompts: {"input_ids": processor[1](prompts)}
-    options: dict[str, Any] = {"padding": True}
-    if pad_to is not None:
-        options = {"padding": "max_length", "max_length": pad_to}
-    return lambda prompts: dict(
-        processor.tokenizer(prompts, truncation=True, return_tensors="pt", **options)
-    )
+    tokenizer = processor.tokenizer
+    most = pad_to or _most_tokens(model, tokenizer)
+    padding = True if pad_to is None else "max_length"
+    told = False
+
+    def read(prompts: list[str]) -> Inputs:
+        nonlocal told
+        found = dict(
+            tokenizer(
+                prompts, truncation=True, max_length=most, padding=padding, return_tensors="pt"
+            )
+        )
+        cut = [] if told or most is None else _cut(tokenizer, prompts, found, most)
+        if cut:
+            told = True
+            logger.warning(
+                "%d prompts have more than the %d tokens that the text encoder reads, and are cut: "
+                "%r among them",
+                len(cut),
+                most,
+                f"{cut[0][:60]}...",
+            )
+        return found
+
+    return read
+
+
+def _most_tokens(model: Any, tokenizer: Any) -> int | None:
+    """Tokens that a prompt is cut at: the tokenizer's, else as many positions as the model has."""
+    most = getattr(tokenizer, "model_max_length", None)
+    if isinstance(most, int) and most < _UNLIMITED:
+        return most
+    config = getattr(model, "config", None)
+    positions = getattr(getattr(config, "text_config", config), "max_position_embeddings", None)
+    return positions if isinstance(positions, int) else None
+
+
+def _cut(tokenizer: Any, prompts: list[str], found: Inputs, most: int) -> list[str]:
+    """The prompts of which `found` has the first tokens only."""
+    if found["input_ids"].shape[1] < most:
+        return []
+    mask = found.get("attention_mask")
+    full = range(len(prompts)) if mask is None else mask.all(1).nonzero().flatten().tolist()
+    return [
+        p
+        for p in (prompts[i] for i in full)
+        if len(tokenizer(p, verbose=False)["input_ids"]) > most
+    ]
 
 
 def _read_sounds(extractor: Any) -> Read:

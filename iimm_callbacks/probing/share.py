@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import logging
 import math
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import compress
 from typing import Any
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from ..data.labels import tell_doubles
 from ..data.sources import content
 from ..data.tasks import Task
 from ..models.encoders import TEXT_BATCH, Encoder
@@ -277,12 +279,46 @@ def _finish(
             for i in range(0, len(prompts), TEXT_BATCH)
         ]
         fingerprint = whole.hexdigest()[:16]
+        _tell_one_text(task, prompts, tokenized)
         shown.append(
             ProbeTask(task, torch.tensor(labels), tokenized, len(prompts), fingerprint, digest)
         )
     image = _preprocess(encoder, tasks[0].images(readable[0][:1]))
     prompt = encoder.tokenize(tasks[0].prompts(readable[0])[:1])
     return Share(encoder, shown, batches, image, prompt)
+
+
+def _tell_one_text(task: Task, prompts: list[str], tokenized: list[Any]) -> None:
+    """Refuse classes, and warn of captions, that are one text to the text encoder.
+
+    Names may differ in case, in Unicode form, in words that its vocabulary lacks, or beyond the
+    length that it reads.
+    """
+    if not all(isinstance(batch, Mapping) and "input_ids" in batch for batch in tokenized):
+        return  # a user's `encode` reads strings
+    rows = [row for batch in tokenized for row in _token_rows(batch)]
+    each = len(task.templates)
+    texts = [tuple(rows[i : i + each]) for i in range(0, len(rows), each)]
+    counts = Counter(texts)
+    doubles = [prompts[i * each] for i, text in enumerate(texts) if counts[text] > 1]
+    tell_doubles(
+        f"{'captions' if task.is_captions else '`class_names`'} of task {task.name!r}",
+        "that are the same tokens",
+        doubles,
+        10**9 if task.is_captions else len(texts),
+    )
+
+
+def _token_rows(batch: Mapping[str, Any]) -> list[tuple[int, ...]]:
+    """The tokens of each prompt without its padding."""
+    ids, mask = batch["input_ids"], batch.get("attention_mask")
+    rows = []
+    for i, row in enumerate(ids.tolist()):
+        kept = row if mask is None else [t for t, m in zip(row, mask[i].tolist(), strict=True) if m]
+        while mask is None and len(kept) > 1 and kept[-1] == kept[-2]:
+            kept.pop()
+        rows.append(tuple(kept))
+    return rows
 
 
 def _digest(data: bytes) -> Tensor:

@@ -156,8 +156,8 @@ def test_images_of_any_kind_become_rgb(kind, tmp_path):
     [
         (b"rubbish", "image 1 cannot be read (UnidentifiedImageError"),
         ("/nowhere/cat.png", "No such file or directory: '/nowhere/cat.png'"),
-        (torch.zeros(3, 4, 4), "got Tensor; pass the data set without its transform"),
-        (np.zeros((4, 4, 3)), "image 1 cannot be read (TypeError"),
+        (torch.zeros(3, 4, 4) - 2, "got -2 to -2; pass it before it is normalised"),
+        (np.zeros((5, 5, 2)), "image 1 cannot be read (ValueError: expected a picture [H, W]"),
         (None, "got NoneType"),
     ],
 )
@@ -207,9 +207,9 @@ CHOICE = hub([0, 1], age=[1, 0], size=[2, 3]).remove_columns("label")
         (pairs([0, 1]), {}, ValueError, "`class_names` of task 't' must be given"),
         (pairs([0, 2]), TWO, ValueError, "label 1 must lie in [0, 2) for 2 class names, got 2"),
         (hub([0, -1]), {}, ValueError, "label 1 must lie in [0, 3) for 3 class names, got -1; -1"),
-        (pairs([0.5, 1]), TWO, TypeError, "label 0 must be an integer, got 0.5 (float)"),
-        (pairs([0, None]), TWO, TypeError, "label 1 must be an integer, got None"),
-        (pairs(["a", "b"]), TWO, TypeError, "label 0 must be an integer, got 'a'"),
+        (pairs([0.5, 1]), TWO, TypeError, "label 0 must be an integer, or all labels strings, got 0.5"),
+        (pairs([0, None]), TWO, TypeError, "strings, got None (NoneType); leave images without a label out"),
+        (pairs(["a", "z"]), TWO, ValueError, "among the 2 class names ('a', 'b'), got 'z'"),
         (pairs(["a cat", 1]), {}, TypeError, "caption 1 must be a string, got 1"),
         (pairs(["a cat", "a d\ud83d"]), {}, ValueError, "'t': caption 1 must be valid UTF-8, got "),
         (pairs(["a cat"] * 2), {}, ValueError, "2 distinct captions, got 'a cat' only"),
