@@ -137,8 +137,8 @@ def tell_doubles(what: str, how: str, doubles: Sequence[str], n_classes: int) ->
 def _mapped(name: str, given: Mapping[Any, Any], own: Sequence[str] | None) -> list[Any]:
     if own is None:
         raise TypeError(
-            f"`class_names` of task {name!r} must be a list of names in the order of the labels, got "
-            f"{given!r:.80} ({type(given).__name__}): the data set has no names to map from"
+            f"`class_names` of task {name!r} must be a list of names in the order of the labels, "
+            f"got {given!r:.80} ({type(given).__name__}): the data set has no names to map from"
         )
     if set(given) != set(own):
         missing, strange = sorted(set(own) - set(given)), sorted(set(given) - set(own), key=str)

@@ -280,11 +280,9 @@ def _from_array(array: Any) -> Image.Image:
     channels = (1, 3, 4)
     if array.ndim == 3 and array.shape[2] not in channels and array.shape[0] in channels:
         array = array.transpose(1, 2, 0)
-    if (
-        array.ndim not in (2, 3)
-        or 0 in array.shape
-        or array.shape[2:] not in ((), (1,), (3,), (4,))
-    ):
+    is_sound = array.ndim == 2 and min(array.shape) <= 2 and array.dtype.kind == "f"  # in stereo
+    known = array.ndim in (2, 3) and 0 not in array.shape and (*array.shape, 1)[2] in channels
+    if is_sound or not known:
         raise ValueError(
             f"expected a picture [H, W], [H, W, C] or [C, H, W] with C of 1, 3 or 4, got shape "
             f"{list(array.shape)} of {array.dtype}"

@@ -96,10 +96,17 @@ def row_norms(rows: Tensor, name: str, first_row: int = 0) -> Tensor:
         first_row: Position of the first row in the whole set, for the error.
 
     Raises:
-        ValueError: A row is zero; names it.
+        ValueError: A row is zero, or so short that its numbers have lost digits; names it.
         NotFiniteError: A row is not finite; names it.
     """
     norms: Tensor = torch.linalg.vector_norm(rows, dim=1)
+    tiny = torch.finfo(norms.dtype).tiny
+    if len(norms) and 0 < float(norms.min()) < tiny:
+        raise ValueError(
+            f"`{name}` must have rows of a norm from {tiny:.3g} for {rows.dtype}, row "
+            f"{first_row + int(norms.argmin())} has {float(norms.min()):.3g}; multiply all rows by "
+            "a number, which changes no cosine"
+        )
     if not _usable(norms):  # the squares of huge or tiny numbers leave the range of float32
         norms = torch.linalg.vector_norm(rows.double(), dim=1).to(rows.dtype)
     if not _usable(norms):

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -49,6 +51,7 @@ class PromptClassifier(nn.Module):
         self.dual_encoder = model
         self.processor = processor
         self._encoder: Encoder | None = None
+        self._config: Any = None
         self._frozen_texts = FrozenPart()
         self.n_templates = len(task.templates)
         self.n_classes = len(task.class_names)
@@ -63,6 +66,19 @@ class PromptClassifier(nn.Module):
         if self._encoder is None:
             self._encoder = find_encoder(self.dual_encoder, self.processor)
         return self._encoder
+
+    @property
+    def config(self) -> Any:
+        """A copy of the dual encoder's configuration, for the Trainer to read.
+
+        A copy, since the Trainer writes the tokenizer's special tokens into what it finds here.
+
+        Raises:
+            AttributeError: It has none.
+        """
+        if self._config is None:
+            self._config = copy.deepcopy(find_dual_encoder(self.dual_encoder).config)
+        return self._config
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_encoder": None}  # functions that cannot be pickled; made again
@@ -147,7 +163,8 @@ class ImageCollator:
         label_column: Column with the integer labels.
 
     Raises:
-        ValueError: A row has no such column.
+        TypeError: A label is no integer.
+        ValueError: A row has no such column, or there is no row.
     """
 
     def __init__(
@@ -159,9 +176,20 @@ class ImageCollator:
 
     def __call__(self, rows: Sequence[Any]) -> dict[str, Tensor]:
         """One batch: ``pixel_values`` [B, 3, H, W] float32 or the like, ``labels`` [B] int64."""
+        if not rows:
+            raise ValueError("`ImageCollator` needs at least 1 row, got an empty batch")
         images, labels = zip(*map(self._pair, rows), strict=True)
         inputs = read_images(self.processor)([as_image(image) for image in images])
-        return {**inputs, "labels": torch.tensor(labels)}
+        return {**inputs, "labels": torch.tensor([self._whole(label) for label in labels])}
+
+    def _whole(self, label: Any) -> int:
+        if isinstance(label, bool | np.bool_) or not hasattr(label, "__index__"):
+            raise TypeError(
+                f"`ImageCollator` needs integers in column {self.label_column!r}, got "
+                f"{label!r:.80} ({type(label).__name__}); encode them, such as by `datasets`' "
+                "`class_encode_column`, in the order of the task's `class_names`"
+            )
+        return int(label.__index__())
 
     def _pair(self, row: Any) -> tuple[Any, Any]:
         if isinstance(row, tuple | list):

@@ -103,6 +103,19 @@ def zero_shot_twin(model: nn.Module) -> AbstractContextManager[None] | None:
     return None
 
 
+def trains_outside(model: nn.Module) -> list[str]:
+    """Names of parameters that train and belong neither to the dual encoder nor to its `Head`.
+
+    Args:
+        model: The model that trains.
+    """
+    inside = {id(p) for p in find_dual_encoder(model).parameters()}
+    head = find_head(model)
+    if isinstance(head, nn.Module):
+        inside |= {id(p) for p in head.parameters()}
+    return [n for n, p in model.named_parameters() if p.requires_grad and id(p) not in inside]
+
+
 def find_untouched(
     model: nn.Module, base: nn.Module | str | Path | Callable[[], nn.Module] | None
 ) -> nn.Module | AbstractContextManager[None]:

@@ -25,6 +25,11 @@ from . import ranks
 logger = logging.getLogger(__name__)
 
 FEWEST = 8  # images of a task that a look shows
+_FAILED = "`processor` failed"
+
+
+class _ProcessorError(Exception):
+    """What the processor says to an image that can be read."""
 
 
 @dataclass
@@ -233,12 +238,15 @@ class _Reader:
         try:
             _preprocess(self._encoder, [image])
         except Exception as error:
-            self._note(batch, error)
+            self._note(batch, _ProcessorError(f"{type(error).__name__}: {error}"))
             return False
         return True
 
     def _note(self, batch: Batch, error: Exception) -> None:
-        self.problems.setdefault(batch.task, str(error))
+        said = f"{error}"
+        if isinstance(error, _ProcessorError):
+            said = f"{_FAILED} ({said})"
+        self.problems.setdefault(batch.task, said)
 
 
 def _check_readable(tasks: Sequence[Task], kept: list[Tensor], problems: dict[int, str]) -> None:
@@ -248,6 +256,11 @@ def _check_readable(tasks: Sequence[Task], kept: list[Tensor], problems: dict[in
     first = [ranks.first_said(problems.get(number)) for number in range(len(tasks))]
     for task, mask, problem in zip(tasks, kept, first, strict=True):
         if int(mask.sum()) < 2:
+            if problem is not None and problem.startswith(_FAILED):
+                raise ValueError(
+                    f"{problem} on images of task {task.name!r} that can be read, on all but "
+                    f"{int(mask.sum())} of {len(mask)}; pass the processor of this very model"
+                )
             raise ValueError(
                 f"`dataset` of task {task.name!r} must hold at least 2 images that can be read, "
                 f"got {int(mask.sum())} of {len(mask)}: {problem}"

@@ -60,8 +60,8 @@ def _wrapped(
 def _with_config(model: Any) -> Iterator[None]:
     """While it lasts a module without a `config` has one: the Trainer's card asks for its origin.
 
-    `PromptClassifier` has none for good: the Trainer would write the tokenizer's special tokens
-    into it, and what wraps a model would pass for a model of the config's type.
+    It has it for that time only: the Trainer writes the tokenizer's special tokens into what it
+    finds there.
     """
     if hasattr(model, "config"):
         yield

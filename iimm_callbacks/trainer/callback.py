@@ -22,6 +22,7 @@ from ..records.store import as_outcomes
 from ..records.verdict import Limits
 from . import host
 from .alerts import Forgiving
+from .baseline import warn_of_trained
 from .run import Action, GuardedRun
 
 logger = logging.getLogger(__name__)
@@ -84,9 +85,10 @@ class IIMMCallback(GuardedRun, TrainerCallback):  # type: ignore[misc]  # transf
             `store.default_store`, in the user's cache folder; ``None``: none.
         run_file: JSON file that has all that was measured, from every look on; ``"default"``:
             ``iimm_<task>.json`` in the output folder; ``None``: none.
-        base_model: The untouched model, for a run that goes on from a checkpoint that was written
-            without the guard: the model, its Hub name or folder, or a function that returns it.
-            To rescue with, too: then nothing is kept for that.
+        base_model: The untouched model, for a model that has been trained already, as in a second
+            phase or from a checkpoint that was written without the guard: the model, its Hub name
+            or folder, or a function that returns it. Gain and forgetting count from it. To rescue
+            with, too: then nothing is kept for that. ``None``: the model as training begins.
         report: Write the run as a web page with pictures when it ends, into the folder
             ``iimm_<task>_report`` in the output folder; needs matplotlib.
         card: Where the Trainer writes a model card, such as to push it, add a section with the
@@ -178,8 +180,12 @@ class IIMMCallback(GuardedRun, TrainerCallback):  # type: ignore[misc]  # transf
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Measure the untouched model; a model that cannot be measured raises before training."""
+        host.check_alone(self)
         model = kwargs["model"]
-        broken_off = self.outcome is None and self._model is not None and self._model() is model
+        known = self._model is not None and self._model() is model
+        broken_off = known and self.outcome is None
+        if known and not broken_off and self.base_model is None and state.is_world_process_zero:
+            warn_of_trained()
         self._model = weakref.ref(model)
         self._stop_reason, self._held = "", None
         self._forgiving = Forgiving(self.strict)
@@ -229,13 +235,15 @@ class IIMMCallback(GuardedRun, TrainerCallback):  # type: ignore[misc]  # transf
         metrics: dict[str, float] | None = None,
         **kwargs: Any,
     ) -> None:
-        """Put this step's numbers among the metrics, so that the best model can be chosen by one.
+        """Put the number that the best model is chosen by among the metrics, if it is one of ours.
 
-        Looks first with ``every="evaluate"``, or where `metric_for_best_model` is one of ours.
+        Looks first with ``every="evaluate"``, or where `metric_for_best_model` is one of ours. No
+        other number of ours goes there: transformers' default objective of a search over
+        hyperparameters is the sum of all metrics. An objective of the user's own has them all.
         """
         if metrics is None:
             return
-        wanted = f"eval_{(args.metric_for_best_model or '').removeprefix('eval_')}"
+        wanted = host.metric_for_best_model(args)
         chooses = wanted.startswith(keys.PREFIX)
         if self.monitor is not None and self.monitor.history:
             step, trains = self._step(state), self.outcome is None and self._held is None
@@ -244,11 +252,25 @@ class IIMMCallback(GuardedRun, TrainerCallback):  # type: ignore[misc]  # transf
             elif trains and not self.monitor.has_seen(step):
                 self._look(state, control, kwargs["model"])
             if self.monitor.history[-1]["step"] == step and not self.monitor.is_mixed:
-                metrics.update(self.monitor.row())
+                row = self.monitor.row()
+                if chooses:
+                    row = {key: value for key, value in row.items() if key == wanted}
+                if chooses or host.searches_by_own_objective():
+                    metrics.update(row)
         in_run = self._model is not None and self.outcome is None  # whether the guard is on or off
         if chooses and in_run and wanted not in metrics:
             # The Trainer would end in a KeyError; NaN is never the best.
             metrics[wanted] = math.nan
+        self._step_back()
+
+    def on_prediction_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Go before callbacks that read our number in `on_evaluate`, such as early stopping."""
+        in_run = self._model is not None and self.outcome is None
+        if in_run and self._back_in_line is None:
+            if host.metric_for_best_model(args).startswith(keys.PREFIX):
+                self._back_in_line = host.first_in_line(self)
 
     def on_log(
         self,
@@ -269,9 +291,7 @@ class IIMMCallback(GuardedRun, TrainerCallback):  # type: ignore[misc]  # transf
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Look at the model that the user is left with, and print predicted versus observed."""
-        if self._back_in_line is not None:
-            self._back_in_line()
-            self._back_in_line = None
+        self._step_back()
         monitor, model = self.monitor, kwargs["model"]
         if monitor is None:
             return

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import default_compute_objective
 
 from ..probing.learnable import TrainingSet
 
@@ -39,6 +41,43 @@ def log(state: TrainerState, control: TrainerControl, row: dict[str, float]) -> 
             trainer.log(dict(row))
     finally:
         control.should_log = keep
+
+
+def metric_for_best_model(args: TrainingArguments) -> str:
+    """The key of the metrics that the best model is chosen by; "eval_" where there is none."""
+    return f"eval_{(args.metric_for_best_model or '').removeprefix('eval_')}"
+
+
+def searches_by_own_objective() -> bool:
+    """Whether the Trainer that is calling searches hyperparameters by an objective of the user."""
+    trainer = find_trainer()
+    if trainer is None or getattr(trainer, "hp_search_backend", None) is None:
+        return False
+    return getattr(trainer, "compute_objective", None) is not default_compute_objective
+
+
+def output_dir(args: TrainingArguments) -> Path:
+    """The folder of the run: within a search over hyperparameters, that of the trial."""
+    trainer = find_trainer()
+    if trainer is None or getattr(trainer, "hp_search_backend", None) is None:
+        return Path(args.output_dir)
+    return Path(trainer._get_output_dir(getattr(trainer, "_trial", None)))
+
+
+def check_alone(callback: TrainerCallback) -> None:
+    """Raise where the Trainer has another callback of the same class: their keys are the same.
+
+    Raises:
+        ValueError: It has.
+    """
+    trainer = find_trainer()
+    callbacks = trainer.callback_handler.callbacks if trainer else []
+    guards = [other for other in callbacks if type(other) is type(callback)]
+    if len(guards) > 1:
+        raise ValueError(
+            f"a Trainer must have one {type(callback).__name__}, got {len(guards)}: they log under "
+            "the same keys; give one of them the other tasks as `off_target`"
+        )
 
 
 def first_in_line(callback: TrainerCallback) -> Callable[[], None]:

@@ -9,6 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 from torch import nn
 from tqdm.auto import tqdm
 from transformers import TrainerControl, TrainerState, TrainingArguments
@@ -30,6 +31,7 @@ from ..rescue.rescuer import Rescuer, rescue_at_end
 from . import alerts, host
 from .alerts import Forgiving
 from .amended import amend_cards
+from .baseline import counts_from, other_baseline, warn_of_other_heads
 
 logger = logging.getLogger(__name__)
 
@@ -96,11 +98,14 @@ class GuardedRun:
         rescuer = self._new_rescuer(args)
         if rescuer is not None:
             rescuer.begin(model, will_save=args.save_strategy != "no", kept=kept)
-        verdict = monitor.begin(model, recipe=host.recipe(args, state))
+        untouched = None if first_try is not None else other_baseline(model, self.base_model)
+        verdict = monitor.begin(model, recipe=host.recipe(args, state), untouched=untouched)
         self.monitor, self._rescuer = monitor, rescuer
         self._amend_card()
         self._show(state, lambda: report.preflight_table(monitor.record()))
-        self._show(state, lambda: monitor.plan)
+        self._show(state, lambda: f"{monitor.plan}\n{counts_from(untouched)}")
+        if state.is_world_process_zero and self.encode is None:
+            warn_of_other_heads(model)
         self._emit(state, control, monitor.row())
         self._act(state, control, verdict, "continue")
         self._hold_if_stopped(args, state, model)
@@ -129,8 +134,17 @@ class GuardedRun:
             score = record["metrics"].get(self.task.name, "accuracy")
             self._show(state, lambda: rescue_table(record["rescue"], self.task.name, score))
         if self.report and state.is_world_process_zero:
-            folder = Path(args.output_dir) / f"{self._file_stem}_report"
-            self._forgiving("the report", lambda: _write_report(record, folder, monitor))
+            folder = host.output_dir(args) / f"{self._file_stem}_report"
+            from ..reports.page import write_report  # takes time to import
+
+            outcomes = monitor.outcomes()
+            self._forgiving("the report", lambda: write_report(record, folder, outcomes))
+
+    def _step_back(self) -> None:
+        """To the place in the line of callbacks that `host.first_in_line` took us from."""
+        if self._back_in_line is not None:
+            self._back_in_line()
+            self._back_in_line = None
 
     def _amend_card(self) -> None:
         trainer, monitor = host.find_trainer(), self.monitor
@@ -152,7 +166,7 @@ class GuardedRun:
     def _new_rescuer(self, args: TrainingArguments) -> Rescuer | None:
         if self.on_exceed is None:
             return None
-        return Rescuer(Path(args.output_dir), self._file_stem, self.base_model)
+        return Rescuer(host.output_dir(args), self._file_stem, self.base_model)
 
     def _new_monitor(
         self, args: TrainingArguments, state: TrainerState, **kwargs: Any
@@ -160,7 +174,7 @@ class GuardedRun:
         finds_training_set = isinstance(self.train, str) and self.train == "auto"
         run_file = self.run_file
         if run_file == "default":
-            run_file = Path(args.output_dir) / file_name(self.task.name)
+            run_file = host.output_dir(args) / file_name(self.task.name)
         monitor = IIMMMonitor(
             self.task,
             self.off_target,
@@ -297,7 +311,8 @@ class GuardedRun:
         stop = self.action == "stop" and verdict.level == "stop"
         if callable(self.action):
             action = self.action
-            stop = self._forgiving("`action`", lambda: action(verdict)) is True
+            said = self._forgiving("`action`", lambda: action(verdict))
+            stop = isinstance(said, bool | np.bool_) and bool(said)  # not whatever is true
         elif LEVELS.index(verdict.level) > LEVELS.index(alarm) and state.is_world_process_zero:
             logger.warning("IIMM guard, step %d: %s", step, verdict.reason)
         if state.is_world_process_zero and self.monitor is not None:
@@ -333,9 +348,3 @@ class GuardedRun:
     def _show(self, state: TrainerState, text: Callable[[], str]) -> None:
         if self.verbose and state.is_world_process_zero:
             self._forgiving("printing", lambda: tqdm.write(text()))
-
-
-def _write_report(record: dict[str, Any], folder: Path, monitor: IIMMMonitor) -> None:
-    from ..reports.page import write_report
-
-    write_report(record, folder, monitor.outcomes())

@@ -362,12 +362,10 @@ def test_a_callback_that_serves_two_trainers_writes_each_its_own_run(make_traine
     assert (tmp_path / "one" / "README.md").read_text() == card
 
 
-def test_two_guards_of_one_trainer_each_have_a_section(make_trainer, guard, shape_task, tmp_path):
+def test_two_guards_of_one_trainer_are_refused_before_training(make_trainer, guard, shape_task):
     other = IIMMCallback(shape_task, [], store=None, verbose=False, max_forgetting=None)
-    trainer = make_trainer([guard, other])
-    trainer.train()
-    trainer.create_model_card()
-    assert (tmp_path / "out" / "README.md").read_text().count(HEADING) == 2
+    with pytest.raises(ValueError, match="one IIMMCallback, got 2: they log under the same keys"):
+        make_trainer([guard, other]).train()
 
 
 def test_without_card_the_trainers_stays_as_it_is(make_trainer, colour_task, tmp_path):
@@ -413,13 +411,16 @@ def test_other_processes_amend_nothing(make_trainer, monkeypatch):
     trainer.create_model_card()
 
 
-def test_the_classifier_has_a_config_only_while_the_card_is_written(make_trainer, colour_task):
-    trainer = make_trainer()
+def test_the_card_names_the_base_and_the_trainer_leaves_the_models_config(make_trainer):
+    trainer = make_trainer(label_smoothing_factor=0.1)
     assert isinstance(trainer.model, PromptClassifier)
+    config = trainer.model.dual_encoder.config
+    before = config.to_dict()
+    trainer.train()
+    assert config.to_dict() == before
     amend_cards(trainer, "a", lambda path: None)
-    trainer.model.dual_encoder.config._name_or_path = "org/base"
+    trainer.model.config._name_or_path = "org/base"
     trainer.create_model_card()
-    assert not hasattr(trainer.model, "config")
     card = ModelCard.load(Path(trainer.args.output_dir) / "README.md")
     assert card.data.base_model == "org/base"
 

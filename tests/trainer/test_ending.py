@@ -47,7 +47,9 @@ def test_evaluated_after_a_rescue_the_model_is_not_given_the_numbers_of_another(
     monkeypatch.setattr(monitor, "is_exceeded", lambda *_: True)
     for alpha, shown in ((0.5, False), (1.0, True)):
         monkeypatch.setattr("iimm_callbacks.rescue.sweep.choose", lambda *_, a=alpha: (a, "so"))
-        trainer = make_trainer([guard(on_exceed="rescue")], max_steps=4)
+        trainer = make_trainer(
+            [guard(on_exceed="rescue")], max_steps=4, metric_for_best_model="iimm"
+        )
         trainer.train()
         assert ("eval_iimm" in trainer.evaluate()) == shown
 

@@ -599,7 +599,10 @@ def test_a_look_that_failed_is_counted_once(start, name):
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ([0, 1, 2, "3"], r"task 'colours': label 3 must be an integer, got '3' \(str\)"),
+        (
+            [0, 1, 2, "3"],
+            r"label 3 must be an integer, or all labels strings, got '3' \(str\)",
+        ),
         (["red", "green", 2, "grey"], "caption 2 must be a string, got 2"),
     ],
 )
