@@ -100,13 +100,6 @@ def row_norms(rows: Tensor, name: str, first_row: int = 0) -> Tensor:
         NotFiniteError: A row is not finite; names it.
     """
     norms: Tensor = torch.linalg.vector_norm(rows, dim=1)
-    tiny = torch.finfo(norms.dtype).tiny
-    if len(norms) and 0 < float(norms.min()) < tiny:
-        raise ValueError(
-            f"`{name}` must have rows of a norm from {tiny:.3g} for {rows.dtype}, row "
-            f"{first_row + int(norms.argmin())} has {float(norms.min()):.3g}; multiply all rows by "
-            "a number, which changes no cosine"
-        )
     if not _usable(norms):  # the squares of huge or tiny numbers leave the range of float32
         norms = torch.linalg.vector_norm(rows.double(), dim=1).to(rows.dtype)
     if not _usable(norms):
@@ -115,6 +108,13 @@ def row_norms(rows: Tensor, name: str, first_row: int = 0) -> Tensor:
         raise error(
             f"`{name}` must be finite and non-zero, row {first_row + bad} has norm "
             f"{float(norms[bad])}; check the model's weights and the input of that row"
+        )
+    tiny = torch.finfo(norms.dtype).tiny
+    if len(norms) and 0 < float(norms.min()) < tiny:
+        raise ValueError(
+            f"`{name}` must have rows of a norm from {tiny:.3g} for {rows.dtype}, row "
+            f"{first_row + int(norms.argmin())} has {float(norms.min()):.3g}; multiply all rows by "
+            "a number, which changes no cosine"
         )
     return norms
 

@@ -1,0 +1,202 @@
+"""What a run counts from, which numbers reach whom, and in which order."""
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from transformers import EarlyStoppingCallback, Trainer
+from transformers.trainer_utils import default_compute_objective
+
+from iimm_callbacks import IIMMCallback, PromptClassifier
+from iimm_callbacks.models.tuning import prepare
+
+
+@pytest.fixture
+def guard(colour_task, shape_task):
+    def build(**settings):
+        settings = {"max_overhead": None, "verbose": False, "store": None} | settings
+        return IIMMCallback(colour_task, [shape_task], **settings)
+
+    return build
+
+
+EVALUATED = {"eval_strategy": "steps", "eval_steps": 2, "max_steps": 8}
+
+
+def test_the_guard_does_not_change_what_the_default_objective_sums(make_trainer, guard):
+    plain, guarded = (
+        make_trainer(callbacks, **EVALUATED) for callbacks in ([], [guard(every="evaluate")])
+    )
+    for trainer in (plain, guarded):
+        trainer.train()
+    objectives = [default_compute_objective(t.evaluate()) for t in (plain, guarded)]
+    assert objectives[0] == pytest.approx(objectives[1])
+
+
+def test_a_search_picks_the_same_trial_with_and_without_the_guard(
+    make_trainer, guard, tiny_clip, processor, colour_task, tmp_path
+):
+    optuna = pytest.importorskip("optuna")
+    grid = {"learning_rate": [1e-6, 1e-3, 1.0]}
+    found = []
+    for callbacks in ([], [guard()]):
+        like = make_trainer(max_steps=4, eval_strategy="steps", eval_steps=4)
+        trainer = Trainer(
+            model_init=lambda: PromptClassifier(tiny_clip(), colour_task, processor),
+            args=like.args,
+            train_dataset=like.train_dataset,
+            eval_dataset=like.eval_dataset,
+            data_collator=like.data_collator,
+            processing_class=processor,
+            callbacks=callbacks,
+        )
+        best = trainer.hyperparameter_search(
+            hp_space=lambda t: {n: t.suggest_categorical(n, rates) for n, rates in grid.items()},
+            n_trials=3,
+            backend="optuna",
+            sampler=optuna.samplers.GridSampler(grid, seed=0),
+        )
+        found.append((best.hyperparameters, best.objective))
+    assert found[0] == found[1]
+    # No trial overwrites the run file of another.
+    assert len(list((tmp_path / "out").glob("*/iimm_colours.json"))) == 3
+
+
+@pytest.mark.parametrize("last", [False, True])
+def test_early_stopping_on_our_number_works_in_any_order(make_trainer, guard, last):
+    ours, stopping = guard(), EarlyStoppingCallback(1)
+    trainer = make_trainer(
+        [stopping] if last else [ours, stopping],
+        **EVALUATED,
+        learning_rate=1e-9,  # so that nothing ever gets better
+        save_strategy="steps",
+        save_steps=2,
+        load_best_model_at_end=True,
+        metric_for_best_model="iimm_accuracy",
+    )
+    if last:
+        trainer.add_callback(ours)
+    order = list(trainer.callback_handler.callbacks)
+    trainer.train()
+    assert trainer.state.global_step == 4
+    assert trainer.callback_handler.callbacks == order
+
+
+def test_of_our_numbers_only_the_one_asked_for_is_among_the_metrics(make_trainer, guard):
+    trainer = make_trainer([guard()], **EVALUATED, metric_for_best_model="iimm_accuracy")
+    seen = []
+    evaluate = trainer.evaluate
+    trainer.evaluate = lambda *a, **k: (seen.append(evaluate(*a, **k)), seen[-1])[1]
+    trainer.train()
+    ours = [{key for key in metrics if key.startswith("eval_iimm")} for metrics in seen]
+    assert ours == [{"eval_iimm_accuracy"}] * 4
+
+
+@pytest.fixture
+def tuned(tiny_clip):
+    model = tiny_clip()
+    with torch.no_grad():
+        for p in model.visual_projection.parameters():
+            p.add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(1)))
+    return model
+
+
+@pytest.mark.parametrize("given", ["model", "folder", "function"])
+def test_a_second_phase_counts_from_the_base_model(
+    make_trainer, guard, tiny_clip, tuned, tmp_path, given
+):
+    first = guard()
+    make_trainer([first], max_steps=2).train()
+    base = {"model": tiny_clip(), "folder": str(tmp_path / "base"), "function": tiny_clip}[given]
+    tiny_clip().save_pretrained(tmp_path / "base")
+    second = guard(base_model=base)
+    make_trainer([second], model=tuned, max_steps=2).train()
+    one, other = (callback.monitor.history[0] for callback in (first, second))
+    for key in ("eval_iimm", "eval_iimm_accuracy", "eval_iimm_shapes_accuracy"):
+        assert one[key] == pytest.approx(other[key])
+    last = second.monitor.history[-1]
+    lost = one["eval_iimm_shapes_accuracy"] - last["eval_iimm_shapes_accuracy"]
+    assert last["eval_iimm_forgetting_observed"] == pytest.approx(lost)
+
+
+def test_what_the_run_counts_from_is_said(make_trainer, guard, tuned, tiny_clip, capsys):
+    make_trainer([guard(verbose=True)], max_steps=1).train()
+    assert "count from the model as it is now." in capsys.readouterr().out
+    make_trainer([guard(verbose=True, base_model=tiny_clip())], model=tuned, max_steps=1).train()
+    assert "count from `base_model`." in capsys.readouterr().out
+
+
+def test_adapters_that_were_trained_count_from_the_base_model(make_trainer, guard, tiny_clip):
+    model = prepare(tiny_clip(), "lora")
+    make_trainer([], model=model, max_steps=8, learning_rate=0.1).train()
+    callback = guard(base_model=tiny_clip())
+    make_trainer([callback], model=model, max_steps=1).train()
+    plain = guard()
+    make_trainer([plain], max_steps=1).train()
+    assert callback.monitor.history[0]["eval_iimm"] == pytest.approx(
+        plain.monitor.history[0]["eval_iimm"]
+    )
+
+
+def test_a_second_train_of_one_model_is_told_what_it_counts_from(make_trainer, guard, caplog):
+    trainer = make_trainer([guard()], max_steps=1)
+    trainer.train()
+    assert "was trained by the run before" not in caplog.text
+    trainer.train()
+    assert "was trained by the run before" in caplog.text
+
+
+class WithHead(nn.Module):
+    """A whole CLIP under a linear layer of the user's own."""
+
+    def __init__(self, clip):
+        super().__init__()
+        self.clip = clip
+        self.head = nn.Linear(clip.config.projection_dim, 4)
+
+    def forward(self, pixel_values, labels=None):
+        found = self.clip.get_image_features(pixel_values=pixel_values)
+        logits = self.head(found if isinstance(found, torch.Tensor) else found.pooler_output)
+        return {"loss": nn.functional.cross_entropy(logits, labels), "logits": logits}
+
+
+def test_parameters_that_train_outside_of_the_encoder_are_told_of(
+    make_trainer, guard, tiny_clip, processor, caplog
+):
+    like = make_trainer()
+    trainer = Trainer(
+        model=WithHead(tiny_clip()),
+        args=like.args,
+        train_dataset=like.train_dataset,
+        data_collator=like.data_collator,
+        processing_class=processor,
+        callbacks=[guard()],
+    )
+    trainer.train()
+    assert "2 parameters that train lie outside of the dual encoder (head.weight" in caplog.text
+    caplog.clear()
+    make_trainer([guard()], max_steps=1).train()
+    make_trainer([guard()], model=prepare(tiny_clip(), "lora"), max_steps=1).train()
+    assert "lie outside" not in caplog.text
+
+
+@pytest.mark.parametrize(("said", "stops"), [(True, True), (np.bool_(True), True), (1, False)])
+def test_an_action_stops_by_true_of_either_kind(make_trainer, guard, said, stops):
+    trainer = make_trainer([guard(action=lambda verdict: said)], max_steps=3)
+    trainer.train()
+    assert (trainer.state.global_step < 3) == stops
+
+
+def test_label_smoothing_trains_with_and_without_the_guard(make_trainer, guard):
+    losses = []
+    for callbacks in ([], [guard()]):
+        trainer = make_trainer(callbacks, max_steps=2, label_smoothing_factor=0.1)
+        losses.append(trainer.train().training_loss)
+    assert losses[0] == losses[1]
+
+
+@pytest.mark.parametrize("label", ["cat", None, 1.0, True])
+def test_the_collator_names_a_label_that_is_no_integer(make_trainer, colours, label):
+    collator = make_trainer().data_collator
+    with pytest.raises(TypeError, match=f"integers in column 'label', got {label!r}"):
+        collator([(colours[0]["image"], label)])
