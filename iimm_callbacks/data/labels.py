@@ -16,7 +16,7 @@ _NUMBERED = re.compile(r"(\d{2,})[._ -]+(\D.*)")  # such as "001.Black_footed_Al
 def read_labels(
     name: str, labels: Sequence[Any], given: Any, own: Sequence[str] | None
 ) -> tuple[list[Any], tuple[str, ...] | None]:
-    """A task's labels as class indices and the names of its classes; or its captions and None.
+    """A task's labels as class indices and names of classes; or tuples of captions and None.
 
     Strings are names of classes where each is there twice or more on the average, or where names
     are known; else they are captions.
@@ -33,12 +33,21 @@ def read_labels(
             as `checked_class_names`.
         ValueError: A label is none of the classes, or as `check_captions`.
     """
+    if isinstance(labels[0], list | tuple):
+        if given is not None:
+            raise TypeError(
+                f"`dataset` of task {name!r}: label 0 must be one of `class_names`, got "
+                f"{labels[0]!r:.80}; lists are captions, which have no `class_names`"
+            )
+        several = [_several(name, position, label) for position, label in enumerate(labels)]
+        check_captions(name, [caption for captions in several for caption in captions])
+        return several, None
     if not isinstance(labels[0], str):
         names = checked_class_names(name, given, own)
         return integer_labels(name, labels, len(names)), names
     if given is None and own is None and not are_classes(labels):
         check_captions(name, labels)
-        return list(labels), None
+        return [(label,) for label in labels], None
     for position, label in enumerate(labels):
         if not isinstance(label, str):
             raise TypeError(
@@ -62,6 +71,15 @@ def read_labels(
         )
     places = {label: place for place, label in enumerate(known)}
     return [places[label] for label in labels], names
+
+
+def _several(name: str, position: int, captions: Any) -> tuple[str, ...]:
+    if isinstance(captions, list | tuple) and captions and isinstance(captions[0], str):
+        return tuple(captions)
+    raise TypeError(
+        f"`dataset` of task {name!r}: label {position} must be an integer, a string or a list of "
+        f"captions, all of one kind, got {captions!r:.80} ({type(captions).__name__})"
+    )
 
 
 def are_classes(labels: Sequence[str]) -> bool:
@@ -308,8 +326,6 @@ def _advice(label: Any) -> str:
         return "; leave images without a label out"
     if isinstance(label, bytes):
         return "; decode it"
-    if isinstance(label, list | tuple):
-        return "; give each image one label, or one caption"
     return ""
 
 

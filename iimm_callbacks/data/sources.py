@@ -113,7 +113,9 @@ def _columns(name: str, features: Any, image: str | None, label: str | None) -> 
         return [str(key) for key, feature in features.items() if is_kind(feature)]
 
     numbers_or_texts = of(
-        lambda f: isinstance(f, Value) and ("int" in f.dtype or "string" in f.dtype)
+        lambda f: (
+            _holds_texts(f) or (isinstance(f, Value) and ("int" in f.dtype or "string" in f.dtype))
+        )
     )
     return (
         pick("image_column", image, of(lambda f: type(f).__name__ in _IMAGES), ("image",)),
@@ -124,6 +126,12 @@ def _columns(name: str, features: Any, image: str | None, label: str | None) -> 
             _CALLED_LABEL,
         ),
     )
+
+
+def _holds_texts(feature: Any) -> bool:
+    """Whether a feature of `datasets` is a list of strings, such as the captions of an image."""
+    inner = feature[0] if isinstance(feature, list) else getattr(feature, "feature", None)
+    return getattr(inner, "dtype", "") in ("string", "large_string")
 
 
 def _open_stream(

@@ -15,6 +15,8 @@ from .labels import are_classes
 
 STREAM_SIZE = 4096  # examples read, eight for each of a default probe
 
+Label = int | str | tuple[str, ...]  # of a class, a caption, several captions
+
 logger = logging.getLogger(__name__)
 
 
@@ -77,7 +79,7 @@ def read_stream(
 
 
 def draw_balanced(
-    examples: Iterable[tuple[Any, int | str]], size: int, seed: int, *, captions: bool = True
+    examples: Iterable[tuple[Any, Label]], size: int, seed: int, *, captions: bool = True
 ) -> list[tuple[Any, Any]]:
     """A seeded, class-balanced draw from examples that pass by once, in their order.
 
@@ -97,10 +99,10 @@ def draw_balanced(
         The pairs drawn, in the order they came.
     """
     rng = np.random.default_rng(seed)
-    kept: list[tuple[float, int, Any, int | str]] = []
-    seen: set[str] = set()
+    kept: list[tuple[float, int, Any, Label]] = []
+    seen: set[Label] = set()
     for position, (item, label) in enumerate(examples):
-        if captions and isinstance(label, str):
+        if captions and isinstance(label, str | tuple):
             if label in seen:
                 continue
             seen.add(label)
@@ -110,12 +112,12 @@ def draw_balanced(
     return [(item, label) for _, _, item, label in sorted(_first(kept, size), key=_position)]
 
 
-def _position(row: tuple[float, int, Any, int | str]) -> int:
+def _position(row: tuple[float, int, Any, Label]) -> int:
     return row[1]
 
 
 def _first(rows: list[Any], size: int) -> list[Any]:
-    turns: dict[int | str, int] = {}
+    turns: dict[Label, int] = {}
     ranked = []
     for row in sorted(rows, key=lambda row: row[:2]):
         turn = turns.get(row[3], 0)
@@ -149,7 +151,9 @@ def _column(name: str, example: dict[str, Any], key: str) -> Any:
     return example[key]
 
 
-def _label(name: str, label: Any, position: int) -> int | str:
+def _label(name: str, label: Any, position: int) -> Label:
+    if isinstance(label, list) and label and isinstance(label[0], str):
+        return tuple(label)  # several captions of an image
     if isinstance(label, str):
         return label
     if isinstance(label, bool) or not hasattr(label, "__index__"):
@@ -160,9 +164,7 @@ def _label(name: str, label: Any, position: int) -> int | str:
     return int(label.__index__())
 
 
-def _check_classes(
-    name: str, labels: Sequence[int | str], feature: Any, size: int, first: int
-) -> None:
+def _check_classes(name: str, labels: Sequence[Label], feature: Any, size: int, first: int) -> None:
     known, found = getattr(feature, "num_classes", 0), len(set(labels))
     advice = "shuffle it with a seed, stream.shuffle(seed=0), or read more by `stream_size`"
     if found == 1 < known and len(labels) > 1:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from os import PathLike
 from typing import Any
@@ -277,9 +277,19 @@ class Task:
             return list(range(len(positions)))
         return [self._labels[i] for i in positions]
 
+    def captions(self, positions: Sequence[int]) -> list[tuple[str, ...]]:
+        """The captions of each of these images; one or more."""
+        return [self._labels[i] for i in positions]
+
     def prompts(self, positions: Sequence[int]) -> list[str]:
         """All prompts, class by class (for captions: image by image), templates within."""
-        names = [self._labels[i] for i in positions] if self.is_captions else self.class_names
+        names: Iterable[str] = self.class_names
+        if self.is_captions:
+            names = [caption for captions in self.captions(positions) for caption in captions]
+        return self.fill(names)
+
+    def fill(self, names: Iterable[str]) -> list[str]:
+        """Each name in each of the templates, templates within."""
         return [template.replace("{}", name) for name in names for template in self.templates]
 
 

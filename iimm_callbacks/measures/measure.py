@@ -147,6 +147,32 @@ class IIMMAccumulator:
             GROUPS, texts.shape[1] + 2, dtype=torch.float64, device=texts.device
         )
 
+    @classmethod
+    def of_captions(
+        cls, caption_embeds: ArrayLike, owners: Tensor, *, offset: int = 0
+    ) -> IIMMAccumulator:
+        """For images with several captions each: inter over all captions of other images.
+
+        The captions of an image count together as much as those of another one.
+
+        Args:
+            caption_embeds: [T, D] float.
+            owners: [T] integers, the image that each belongs to; every image has one.
+            offset: As the class.
+
+        Raises:
+            TypeError: As the class.
+            ValueError: As the class.
+        """
+        unit = unit_rows(as_matrix(caption_embeds, "text_embeds"), "text_embeds")
+        owners = owners.to(unit.device)
+        n_images = int(owners.max()) + 1
+        sums = torch.zeros(n_images, unit.shape[1], dtype=unit.dtype, device=unit.device)
+        sums.index_add_(0, owners, unit)
+        found = cls(unit, offset=offset)
+        found._texts = sums / torch.bincount(owners, minlength=n_images)[:, None]
+        return found
+
     @property
     def n_classes(self) -> int:
         """Number of class texts, C."""

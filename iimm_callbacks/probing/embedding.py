@@ -12,7 +12,7 @@ from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from torch import Tensor, nn
 
 from ..models.encoders import Encoder, class_embeddings, move
-from .share import ProbeTask
+from .share import ProbeTask, some_of
 
 logger = logging.getLogger(__name__)
 
@@ -67,13 +67,6 @@ def _split(batch: Any, parts: int) -> Iterator[Any]:
     step = -(-size // parts)
     for start in range(0, size, step):
         yield some_of(batch, slice(start, start + step))
-
-
-def some_of(batch: Any, rows: slice) -> Any:
-    """These rows of a batch of model inputs."""
-    if isinstance(batch, Mapping):
-        return {k: v[rows] if isinstance(v, Tensor) else v for k, v in batch.items()}
-    return batch[rows]
 
 
 def _size(batch: Any) -> int:

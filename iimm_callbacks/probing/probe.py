@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from ..data.tasks import OFF_TARGET_PROBE_SIZE, TASK_PROBE_SIZE, Task
 from ..data.training import SAMPLE_SIZE
 from ..measures.embeddings import NotFiniteError
-from ..measures.measure import IIMMAccumulator
 from ..models.encoders import EncodePair, find_encoder, move
 from ..models.frozen import FrozenPart
 from ..models.sharded import check_measurable, inside_forward, is_sharded
@@ -23,10 +22,10 @@ from ..models.undisturbed import autocast, undisturbed
 from ..models.wrappers import adapt, find_dual_encoder, find_head
 from ..records.look import Learnable, Look
 from . import ranks
-from .embedding import Halving, at_once, check_rows, embed_classes, embed_images, some_of
+from .embedding import Halving, at_once, check_rows, embed_classes, embed_images
 from .learnable import TrainingSet, embed_sample, learn, read_sample, why_none
-from .scoring import Sums, fingerprint, score, warn_of_mixed_units
-from .share import Share, read_share
+from .scoring import Sums, accumulate, fingerprint, score, warn_of_mixed_units
+from .share import Share, read_share, some_of
 
 logger = logging.getLogger(__name__)
 
@@ -209,7 +208,7 @@ class Probe:
         clear_device_cache()  # of what the look took
         sums.seconds[ranks.world()[0]] = time.perf_counter() - start
         sums = sums.of_all_ranks(failure)
-        accumulator = IIMMAccumulator(classes.cpu())
+        accumulator = accumulate(classes.cpu(), share.tasks[0])
         accumulator.state = sums.state
         n_shown = sums.n_shown.long().tolist()
         seen = [numbers[:n] for numbers, n in zip(sums.seen, n_shown, strict=True)]

@@ -56,6 +56,36 @@ def score(tasks: Sequence[ProbeTask], seen: Sequence[Tensor]) -> Scored:
         return ranks.from_first(lambda: _score(tasks, seen))
 
 
+def accumulate(texts: Tensor, shown: ProbeTask, offset: int = 0) -> IIMMAccumulator:
+    """The accumulator of IIMM for a task.
+
+    Args:
+        texts: [T, D] embeddings of its classes or captions.
+        shown: The task.
+        offset: Which of its images comes first.
+    """
+    if shown.owners is None:
+        return IIMMAccumulator(texts, offset=offset)
+    return IIMMAccumulator.of_captions(texts, shown.owners, offset=offset)
+
+
+def _best_own(scores: Tensor, owners: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Any of an image's captions is right: the nearest stays for it, its others leave the contest.
+
+    Args:
+        scores: [n, T] of images and captions.
+        owners: [T], the image that each caption belongs to.
+        labels: [n], which images they are.
+
+    Returns:
+        [n, T], the others' scores -inf; and [n], the nearest of each image's own captions.
+    """
+    own = owners.to(scores.device) == labels.to(scores.device)[:, None]
+    best = scores.masked_fill(~own, -torch.inf).argmax(1)
+    others = own & (torch.arange(scores.shape[1], device=scores.device) != best[:, None])
+    return scores.masked_fill(others, -torch.inf), best
+
+
 def _score(tasks: Sequence[ProbeTask], seen: Sequence[Tensor]) -> Scored:
     found = Scored()
     for shown, numbers in zip(tasks, seen, strict=True):
@@ -151,16 +181,18 @@ class Sums:
         rows = slice(batch.first, batch.first + len(images))
         labels, metric = shown.labels[rows], shown.task.metric
         if batch.task == 0:
-            accumulator = IIMMAccumulator(texts, offset=batch.first)
+            accumulator = accumulate(texts, shown, batch.first)
             accumulator.update(images, labels)
             self.state += accumulator.state.cpu()
             if len(self.embeds):
                 self.embeds[rows] = images.detach().cpu().double()
+        if shown.owners is not None:
+            logits, labels = _best_own(zero_shot_scores(images, texts), shown.owners, labels)
         if metric is not None:
             scores = zero_shot_scores(images, texts) if logits is None else logits
             seen = metric.see(scores, labels).cpu()
         elif logits is not None:
-            seen = logits.argmax(1).cpu() == labels
+            seen = (logits.argmax(1) == labels.to(logits.device)).cpu()
         else:
             seen = torch.from_numpy(zero_shot_correct(images, texts, labels))
         self.seen[batch.task][rows] = seen.double()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import logging
 import math
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import compress
@@ -15,12 +14,12 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ..data.labels import tell_doubles
 from ..data.sources import content
 from ..data.tasks import Task
 from ..models.encoders import TEXT_BATCH, Encoder
 from ..models.undisturbed import seed_all
 from . import ranks
+from .texts import captions_of, first_of_each, tell_one_text
 
 logger = logging.getLogger(__name__)
 
@@ -39,6 +38,7 @@ class ProbeTask:
     Attributes:
         task: The task.
         labels: [N], of the images in the probe.
+        owners: [T], the image that each caption belongs to; ``None`` where each label has one text.
         prompts: Tokenized, in batches; every rank embeds all of them.
         n_prompts: How many they are.
         fingerprint: Hash of images, labels, prompts and preprocessing.
@@ -47,6 +47,7 @@ class ProbeTask:
 
     task: Task
     labels: Tensor
+    owners: Tensor | None
     prompts: list[Any]
     n_prompts: int
     fingerprint: str
@@ -105,6 +106,13 @@ class Share:
         return _preprocess(self.encoder, images)
 
 
+def some_of(batch: Any, rows: slice | list[int]) -> Any:
+    """These rows of a batch of model inputs."""
+    if isinstance(batch, Mapping):
+        return {k: v[rows] if isinstance(v, Tensor) else v for k, v in batch.items()}
+    return batch[rows] if isinstance(rows, slice) else [batch[row] for row in rows]
+
+
 def _preprocess(encoder: Encoder, images: list[Any]) -> Any:
     seed_all(0)  # a processor that draws, such as which part of a sound, draws the same every time
     return encoder.preprocess(images)
@@ -160,12 +168,24 @@ def read_share(
     digests = list(torch.split(sums, [len(subset) for subset in subsets]))
     kept = [digest.any(1) for digest in digests]
     _check_readable(tasks, kept, reader.problems)
+    first = [
+        mask & first_of_each(task, digest) if task.is_captions else mask
+        for task, mask, digest in zip(tasks, kept, digests, strict=True)
+    ]
+    texts = [
+        captions_of(task.captions(subset), digest, mask) if task.is_captions else None
+        for task, subset, digest, mask in zip(tasks, subsets, digests, first, strict=True)
+    ]
     for batch in batches:
-        mask = kept[batch.task]
-        batch.positions = list(compress(batch.positions, mask[batch.first :].tolist()))
-        batch.first = int(mask[: batch.first].sum())
-    readable = [list(compress(s, mask.tolist())) for s, mask in zip(subsets, kept, strict=True)]
-    return ranks.together(lambda: _finish(tasks, readable, digests, batches, encoder))
+        rows = slice(batch.first, batch.first + len(batch.positions))
+        was_read, stays = kept[batch.task][rows], first[batch.task][rows]
+        if batch.inputs is not None and not torch.equal(was_read, stays):
+            batch.inputs = some_of(batch.inputs, stays[was_read].nonzero().flatten().tolist())
+        batch.positions = list(compress(batch.positions, stays.tolist()))
+        batch.first = int(first[batch.task][: batch.first].sum())
+    shown = [list(compress(s, mask.tolist())) for s, mask in zip(subsets, first, strict=True)]
+    digests = [digest[mask] for digest, mask in zip(digests, first, strict=True)]
+    return ranks.together(lambda: _finish(tasks, shown, digests, texts, batches, encoder))
 
 
 def _agree_on_subsets(
@@ -278,60 +298,35 @@ def _finish(
     tasks: Sequence[Task],
     readable: list[list[int]],
     digests: list[Tensor],
+    texts: list[list[list[str]] | None],
     batches: list[Batch],
     encoder: Encoder,
 ) -> Share:
     shown = []
-    for task, positions, digest in zip(tasks, readable, digests, strict=True):
-        labels, prompts = task.labels(positions), task.prompts(positions)
-        whole = hashlib.sha256(repr((labels, prompts, encoder.description)).encode())
-        digest = digest[digest.any(1)]
+    for task, positions, digest, captions in zip(tasks, readable, digests, texts, strict=True):
+        labels, prompts, owners = task.labels(positions), task.prompts(positions), None
+        whole = hashlib.sha256()
+        if captions is not None:
+            prompts = task.fill([caption for own in captions for caption in own])
+            if len(prompts) > len(labels) * len(task.templates):
+                owners = torch.tensor([i for i, own in enumerate(captions) for _ in own])
+                whole.update(repr(owners.tolist()).encode())
+        whole.update(repr((labels, prompts, encoder.description)).encode())
         whole.update(bytes(digest.flatten().to(torch.uint8).tolist()))
         tokenized = [
             encoder.tokenize(prompts[i : i + TEXT_BATCH])
             for i in range(0, len(prompts), TEXT_BATCH)
         ]
         fingerprint = whole.hexdigest()[:16]
-        _tell_one_text(task, prompts, tokenized)
+        tell_one_text(task, prompts, tokenized)
         shown.append(
-            ProbeTask(task, torch.tensor(labels), tokenized, len(prompts), fingerprint, digest)
+            ProbeTask(
+                task, torch.tensor(labels), owners, tokenized, len(prompts), fingerprint, digest
+            )
         )
     image = _preprocess(encoder, tasks[0].images(readable[0][:1]))
     prompt = encoder.tokenize(tasks[0].prompts(readable[0])[:1])
     return Share(encoder, shown, batches, image, prompt)
-
-
-def _tell_one_text(task: Task, prompts: list[str], tokenized: list[Any]) -> None:
-    """Refuse classes, and warn of captions, that are one text to the text encoder.
-
-    Names may differ in case, in Unicode form, in words that its vocabulary lacks, or beyond the
-    length that it reads.
-    """
-    if not all(isinstance(batch, Mapping) and "input_ids" in batch for batch in tokenized):
-        return  # a user's `encode` reads strings
-    rows = [row for batch in tokenized for row in _token_rows(batch)]
-    each = len(task.templates)
-    texts = [tuple(rows[i : i + each]) for i in range(0, len(rows), each)]
-    counts = Counter(texts)
-    doubles = [prompts[i * each] for i, text in enumerate(texts) if counts[text] > 1]
-    tell_doubles(
-        f"{'captions' if task.is_captions else '`class_names`'} of task {task.name!r}",
-        "that are the same tokens",
-        doubles,
-        10**9 if task.is_captions else len(texts),
-    )
-
-
-def _token_rows(batch: Mapping[str, Any]) -> list[tuple[int, ...]]:
-    """The tokens of each prompt without its padding."""
-    ids, mask = batch["input_ids"], batch.get("attention_mask")
-    rows = []
-    for i, row in enumerate(ids.tolist()):
-        kept = row if mask is None else [t for t, m in zip(row, mask[i].tolist(), strict=True) if m]
-        while mask is None and len(kept) > 1 and kept[-1] == kept[-2]:
-            kept.pop()
-        rows.append(tuple(kept))
-    return rows
 
 
 def _digest(data: bytes) -> Tensor:

@@ -19,6 +19,7 @@ from typer.testing import CliRunner
 from iimm_callbacks import ImageCollator, Task
 from iimm_callbacks.cli import app
 from iimm_callbacks.data.sources import as_image
+from iimm_callbacks.models.encoders import find_encoder
 from iimm_callbacks.probing.probe import Probe
 
 NAMES = ["blue", "red"]
@@ -313,7 +314,7 @@ def test_string_labels_go_by_given_names(root, entry):
         (None, "got None (NoneType); leave images without a label out"),
         (float("nan"), "got nan (float); leave images without a label out"),
         (b"cat", "got b'cat' (bytes); decode it"),
-        (["cat", "pet"], "got ['cat', 'pet'] (list); give each image one label, or one caption"),
+        (["cat", "pet"], "must be one of `class_names`, got ['cat', 'pet']; lists are captions"),
     ],
 )
 def test_a_label_of_another_kind_has_an_error_of_its_own(label, says):
@@ -395,3 +396,65 @@ def test_rows_that_have_lost_their_digits_are_refused():
 @pytest.fixture(autouse=True)
 def told(caplog):
     caplog.set_level(logging.WARNING, logger="iimm_callbacks")
+
+
+# --- several captions of an image ---
+
+
+def captioned(n=6):
+    """n images, and three captions of each."""
+    images = [Image.new("RGB", (8, 8), (40 * k, 250 - 40 * k, 90)) for k in range(n)]
+    words = ("a", "the", "one")
+    return [(x, [f"{word} picture {k}" for word in words]) for k, x in enumerate(images)]
+
+
+def rows_of(pairs):
+    return [(image, caption) for image, captions in pairs for caption in captions]
+
+
+LISTS = datasets.Sequence(datasets.Value("string"))
+CAPTIONED = {
+    "lists in a data set": lambda: labelled(captioned(), LISTS),
+    "lists in a stream": lambda: labelled(captioned(), LISTS).to_iterable_dataset(),
+    "lists in pairs": captioned,
+    "rows of a data set": lambda: labelled(rows_of(captioned()), datasets.Value("string")),
+    "rows in pairs": lambda: rows_of(captioned()),
+}
+
+
+@pytest.mark.parametrize("entry", CAPTIONED)
+def test_an_image_counts_once_and_any_of_its_captions_is_right(entry, tiny_clip, processor):
+    model, task = tiny_clip(), Task("t", CAPTIONED[entry]())
+    probe = Probe(task, processor=processor, progress=False, batch_size=4)
+    look = probe.look(model, 0)
+    encoder = find_encoder(model, processor)
+    images = [x for x, _ in captioned()]
+    texts = [caption for _, captions in captioned() for caption in captions]
+    with torch.no_grad():
+        x = encoder.embed_images(model, encoder.preprocess(images)).double()
+        t = encoder.embed_texts(model, encoder.tokenize(texts)).double()
+    x, t = x / x.norm(dim=1, keepdim=True), t / t.norm(dim=1, keepdim=True)
+    cosines, owner = x @ t.T, torch.arange(18) // 3
+    own = owner == torch.arange(6)[:, None]
+    assert look.measurement.n_images == len(look.correct["t"]) == 6
+    right = owner[cosines.argmax(1)] == torch.arange(6)
+    assert look.accuracy("t") == pytest.approx(float(right.double().mean()))
+    assert look.measurement.inter == pytest.approx(float(cosines[~own].mean()), abs=1e-6)
+    intra = x @ x.T
+    assert look.measurement.intra == pytest.approx(float((intra.sum() - 6) / 30), abs=1e-6)
+
+
+@pytest.mark.parametrize("k", [1, 4])
+def test_recall_counts_an_image_with_any_of_its_captions_among_the_first_k(k, tiny_clip, processor):
+    task = Task("t", captioned(), metric=f"recall@{k}")
+    model = tiny_clip()
+    look = Probe(task, processor=processor, progress=False).look(model, 0)
+    encoder = find_encoder(model, processor)
+    with torch.no_grad():
+        x = encoder.embed_images(model, encoder.preprocess([x for x, _ in captioned()]))
+        texts = [caption for _, captions in captioned() for caption in captions]
+        t = encoder.embed_texts(model, encoder.tokenize(texts))
+    scores = x @ (t / t.norm(dim=1, keepdim=True)).T
+    nearest = scores.argsort(1, descending=True)[:, :k] // 3
+    expected = float((nearest == torch.arange(6)[:, None]).any(1).double().mean())
+    assert look.accuracy("t") == pytest.approx(expected)
