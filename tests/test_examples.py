@@ -112,6 +112,7 @@ def test_the_guarded_finetune_takes_a_model_and_a_data_set_of_ones_own(
     assert (outcome.task, outcome.complete) == ("data", True)
 
 
+@pytest.mark.once
 def test_the_guarded_finetune_goes_on_from_the_last_complete_checkpoint(example, tmp_path):
     main, out = example("guarded_finetune").main, tmp_path / "out"
     run = ["--smoke", "--output_dir", "out", "--save_steps", "3"]
@@ -127,6 +128,7 @@ def test_the_guarded_finetune_goes_on_from_the_last_complete_checkpoint(example,
     assert_same_weights(read_weights(out), weights)
 
 
+@pytest.mark.once
 @bare_processes
 def test_the_guarded_finetune_is_one_run_on_two_processes(python, tmp_path):
     script = ROOT / "examples" / "guarded_finetune.py"
@@ -201,6 +203,7 @@ def test_accelerate_reads_the_configs(path):
     assert ("Not run here" in words) == (path.stem != "cpu_2")
 
 
+@pytest.mark.once
 @bare_processes
 def test_nothing_is_lost_by_kills_and_faults(python):
     printed = python(ROOT / "examples" / "soak.py", "--smoke")
@@ -219,6 +222,7 @@ def read_run(folder):
     return run, log
 
 
+@pytest.mark.once
 def test_contrastive_training_on_captions_is_guarded(example, tmp_path, capsys):
     example("contrastive_captions").main(["--steps", "12", "--output_dir", "out"])
     run, log = read_run(tmp_path / "out")
@@ -233,12 +237,14 @@ def test_contrastive_training_on_captions_is_guarded(example, tmp_path, capsys):
     assert "Predicted and observed: captions (full)" in capsys.readouterr().out
 
 
+@pytest.mark.once
 def test_no_drawing_shares_its_caption(example):
     train, test = example("contrastive_captions").make_drawings(200, 100, seed=0)
     captions = [*train["caption"], *test["caption"]]
     assert len(set(captions)) == 300
 
 
+@pytest.mark.once
 def test_contrastive_training_takes_a_model_and_a_data_set_of_ones_own(example, tmp_path):
     module = example("contrastive_captions")
     sample.load_model().save_pretrained("model")
@@ -255,6 +261,7 @@ def test_contrastive_training_takes_a_model_and_a_data_set_of_ones_own(example, 
     assert (run["n_images"], run["method"]) == (40, "bitfit")
 
 
+@pytest.mark.once
 def test_a_clap_learns_sounds_and_forgets_others(example, tmp_path, capsys):
     example("audio_clap").main(["--steps", "60", "--output_dir", "out"])
     run, log = read_run(tmp_path / "out")
@@ -267,6 +274,7 @@ def test_a_clap_learns_sounds_and_forgets_others(example, tmp_path, capsys):
     assert "Predicted and observed: signals (full)" in capsys.readouterr().out
 
 
+@pytest.mark.once
 def test_the_clap_example_takes_a_model_of_ones_own(example, tmp_path):
     module = example("audio_clap")
     for part in module.tiny_clap():
@@ -290,6 +298,7 @@ def test_an_open_clip_model_is_guarded(example, tmp_path, capsys, method):
     assert f"Predicted and observed: handwritten_digits ({method})" in capsys.readouterr().out
 
 
+@pytest.mark.once
 def test_the_study_does_no_run_twice(monkeypatch, tmp_path):
     monkeypatch.syspath_prepend(str(ROOT / "examples" / "study"))
     study = importlib.import_module("run")
@@ -307,6 +316,7 @@ def test_the_study_does_no_run_twice(monkeypatch, tmp_path):
     assert [study.key(o)[2:] for o in again] == [(1e-3, 0), (3e-3, 0), (1e-3, 1)]
 
 
+@pytest.mark.once
 @bare_processes
 @no_pin_memory
 def test_the_benchmark_prints_every_figure(example, capsys):

@@ -5,8 +5,12 @@ import inspect
 import re
 from pathlib import Path
 
+import pytest
+
 from iimm_callbacks import IIMMCallback
 from iimm_callbacks.records import keys
+
+pytestmark = pytest.mark.once
 
 TESTS = Path(__file__).parent
 README = (TESTS.parent / "README.md").read_text()

@@ -10,6 +10,8 @@ import pytest
 
 import iimm_callbacks
 
+pytestmark = pytest.mark.once
+
 PACKAGE = Path(iimm_callbacks.__file__).parent
 FLOORS = [
     "measures", "records", "data", "models", "probing", "sample", "guard", "forecasting",

@@ -14,6 +14,8 @@ from iimm_callbacks import append_outcome, iimm, read_outcomes, sample
 from iimm_callbacks.measures.probe_accuracy import LinearProbe
 from iimm_callbacks.records.outcomes import Outcome
 
+pytestmark = pytest.mark.once
+
 STUDY = Path(__file__).parent.parent / "examples" / "study"
 
 

@@ -255,6 +255,7 @@ def _measure(
         "dataset": subject.dataset,
         "split": split,
         "templates": list(task.templates),
+        "pairing": task.pairing(),
         **{name: about[name] for name in ("task", "task_fingerprint", "zero_shot_accuracy")},
         **asdict(look.measurement),
         "linear_probe_accuracy": accuracy,

@@ -30,7 +30,9 @@ class Task:
         name: Short and unique within a run; it names the logged keys of the task.
         dataset: One of
             - a `datasets.Dataset` with one `Image` and one `ClassLabel` (or integer) column;
-            - the same with a string column instead of labels: image-caption data;
+            - the same with a string column instead of labels: names of classes where strings come
+              again, each twice or more on the average; else captions, as are lists of strings. An
+              image under several captions counts once, and any of them is right;
             - any sequence of ``(image, label)`` or ``(image, caption)`` pairs, e.g. a torch
               data set. Its labels are read from ``.targets`` where it has that, else by reading
               every item once;
@@ -38,15 +40,17 @@ class Task:
               balanced draw of `probe_size` (512), read when the task is made, once, in order, and
               kept as encoded bytes; see `streams.read_stream`. All ranks read it for themselves,
               so each must be given the same, unsplit stream.
-            Images are PIL images, paths, encoded bytes or uint8 arrays; for a model that reads
-            sounds or videos they are what `sources.as_image` takes. A transform set on a
+            Of several columns the one called "label" or the like is taken, or none. Images are
+            PIL images, paths, encoded bytes or arrays, sounds or videos: what `sources.as_image`
+            takes, by one decoder for all of these. A transform set on a
             `datasets.Dataset` is not applied: the probe uses the model's own processor.
         templates: One or several prompt templates with one ``{}`` for the class name; several are
             averaged the CLIP way. A name such as ``"clip:imagenet"`` stands for the templates that
             CLIP's authors used for that data set; `templates.names()` has all. For captions the
             default is the caption itself.
-        class_names: One name per class, in label order. Default: those of the `ClassLabel`, or
-            ``dataset.classes``.
+        class_names: One name per class, in label order; or a mapping from the data set's names.
+            Default: those of the `ClassLabel`, or ``dataset.classes``, ``_`` as a space and
+            without numbering.
         image_column, label_column: Where a `datasets.Dataset` leaves a choice.
         probe_size: Images in the probe at the most; default 512 for the task being learnt, 256
             for an off-target task. The standard error of IIMM is about ``0.1/√n``.
@@ -276,6 +280,14 @@ class Task:
         if self.is_captions:
             return list(range(len(positions)))
         return [self._labels[i] for i in positions]
+
+    def pairing(self) -> str:
+        """Which text goes with which label, of the first few, for a person to look at."""
+        names = [own[0] for own in self._labels[:2]] if self.is_captions else self.class_names[:3]
+        texts = self.fill(names)[:: len(self.templates)]
+        kind = "image" if self.is_captions else "label"
+        few = ", ".join(f"{kind} {i}: {text!r:.50}" for i, text in enumerate(texts))
+        return f"Task {self.name!r}: {few} and so on."
 
     def captions(self, positions: Sequence[int]) -> list[tuple[str, ...]]:
         """The captions of each of these images; one or more."""

@@ -37,7 +37,7 @@ def measured(data: dict[str, Any]) -> str:
     probe = data["linear_probe_accuracy"]
     value = "none" if probe is None else f"{percent(probe)} ± {_error(data)}"
     table.add_row("linear probe", value, data["linear_probe_note"])
-    return page(table)
+    return page(table, data["pairing"])
 
 
 def _error(data: dict[str, Any]) -> str:

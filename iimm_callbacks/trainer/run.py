@@ -103,7 +103,7 @@ class GuardedRun:
         self.monitor, self._rescuer = monitor, rescuer
         self._amend_card()
         self._show(state, lambda: report.preflight_table(monitor.record()))
-        self._show(state, lambda: f"{monitor.plan}\n{counts_from(untouched)}")
+        self._show(state, lambda: f"{monitor.plan}\n{counts_from(untouched)} {self.task.pairing()}")
         if state.is_world_process_zero and self.encode is None:
             warn_of_other_heads(model)
         self._emit(state, control, monitor.row())

@@ -10,6 +10,8 @@ import pytest
 from iimm_callbacks.forecasting.base_rates import load_base_rates
 from iimm_callbacks.records.outcomes import parse_outcome
 
+pytestmark = pytest.mark.once
+
 B32 = "openai/clip-vit-base-patch32"
 B16 = "openai/clip-vit-base-patch16"
 L14 = "openai/clip-vit-large-patch14"

@@ -8,6 +8,8 @@ from scipy import stats
 
 from iimm_callbacks.forecasting.candidates import Candidate, Question, Table, _weights, blend
 
+pytestmark = pytest.mark.once
+
 MEAN = Candidate("mean")
 LINE = Candidate("line", ("x",))
 BOTH = Candidate("both", ("x", "z"))

@@ -10,6 +10,8 @@ import pytest
 from iimm_callbacks import Forecast, Forecaster, Measurement, Outcome
 from iimm_callbacks.records.forecast import Prediction
 
+pytestmark = pytest.mark.once
+
 SHARES = (0.0, 0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 1.0)
 EARLY = (0.0, 0.4, 0.5, 0.7, 0.8, 0.9, 0.95, 1.0)  # share of the final value reached at these
 

@@ -15,6 +15,8 @@ from iimm_callbacks.guard.schedule import is_due, next_share
 from iimm_callbacks.measures.accuracy import Drop, Forgetting
 from iimm_callbacks.records.forecast import Prediction
 
+pytestmark = pytest.mark.once
+
 STEADY = tuple(SHARES)  # as much as the share of the steps
 
 

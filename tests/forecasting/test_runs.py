@@ -10,6 +10,8 @@ from test_forecast import EARLY, bare, planted, run, scattered
 from iimm_callbacks.forecasting.runs import Ask, Run, Runs, choose, name_on_record, of_a_kind
 from iimm_callbacks.forecasting.tabulate import beyond, tabulate
 
+pytestmark = pytest.mark.once
+
 ASK = Ask("full", "1f", 0.4, 0.3, 0.2, 0.4, 512)
 
 

@@ -39,6 +39,8 @@ from iimm_callbacks.reports.terminal import (
     summary_table,
 )
 
+pytestmark = pytest.mark.once
+
 ROWS = to_dataset([RUN, RUN]).to_list()
 
 fast = settings(max_examples=100, deadline=None)

@@ -14,6 +14,8 @@ from iimm_callbacks import read_outcomes
 from iimm_callbacks.records.outcomes import one_of_each_run
 from iimm_callbacks.records.run_file import read_run
 
+pytestmark = pytest.mark.once
+
 WORKER = Path(__file__).parents[1] / "resume_worker.py"
 SEED = os.environ.get("IIMM_KILL_SEED", "0")
 WALL_TIMES = ("time", "_runtime", "_per_second", "total_flos", "run")
