@@ -33,17 +33,15 @@ class Task:
             - the same with a string column instead of labels: names of classes where strings come
               again, each twice or more on the average; else captions, as are lists of strings. An
               image under several captions counts once, and any of them is right;
-            - any sequence of ``(image, label)`` or ``(image, caption)`` pairs, e.g. a torch
-              data set. Its labels are read from ``.targets`` where it has that, else by reading
-              every item once;
+            - any sequence of ``(image, label)`` or ``(image, caption)`` pairs, e.g. a torch data
+              set. Labels are those of ``.targets`` where it has that, else every item is read once;
             - a `datasets.IterableDataset` of either kind: of its first `stream_size` examples a
               balanced draw of `probe_size` (512), read when the task is made, once, in order, and
               kept as encoded bytes; see `streams.read_stream`. All ranks read it for themselves,
               so each must be given the same, unsplit stream.
-            Of several columns the one called "label" or the like is taken, or none. Images are
-            PIL images, paths, encoded bytes or arrays, sounds or videos: what `sources.as_image`
-            takes, by one decoder for all of these. A transform set on a
-            `datasets.Dataset` is not applied: the probe uses the model's own processor.
+            Of several columns the one called "label" or the like is taken, or none. One decoder,
+            `sources.as_image`, reads images (PIL, paths, bytes, arrays), sounds and videos. A
+            transform of a `datasets.Dataset` is not applied: the model's own processor is.
         templates: One or several prompt templates with one ``{}`` for the class name; several are
             averaged the CLIP way. A name such as ``"clip:imagenet"`` stands for the templates that
             CLIP's authors used for that data set; `templates.names()` has all. For captions the
@@ -54,8 +52,7 @@ class Task:
         image_column, label_column: Where a `datasets.Dataset` leaves a choice.
         probe_size: Images in the probe at the most; default 512 for the task being learnt, 256
             for an off-target task. The standard error of IIMM is about ``0.1/√n``.
-        seed: Of the drawing of the probe, at least 0. Same data, size and seed: the same images
-            every time.
+        seed: Of the drawing of the probe, ≥ 0. Same data, size and seed: the same images.
         stream_size: Examples read of a stream, at the most; elsewhere it means nothing.
         metric: What stands in for accuracy: baseline, gain and forgetting are then in its units.
             It must lie in [0, 1], and be higher where more images are right: what else there is

@@ -72,6 +72,7 @@ class Measured(Journaled):
         self._now = (0, 0)  # the latest step and the total that are known
         self._began = 0.0  # on the clock
         self._is_partial = False  # the latest look
+        self.is_later_phase = False  # of a training that an earlier run began
         self._warned: set[str] = set()
         self._rescue: Rescue | None = None
 
@@ -131,6 +132,37 @@ class Measured(Journaled):
         first._ledger.drop()
         self.probe = first.probe
         self._journal = replace(journal, history=[], failures=0, dropped=0)
+
+    def go_on_from(self, journal: Journal, model: nn.Module) -> bool:
+        """Take the baseline of an earlier run that trained this model: call it before `begin`.
+
+        The outcome is then that of several trainings, and no forecast learns from it.
+
+        Args:
+            journal: Of that run.
+            model: As it is now.
+
+        Returns:
+            Whether it was taken: not where images, prompts or preprocessing differ.
+        """
+        size = self.probe.off_target_size
+        self.probe.off_target_size = journal.off_target_size or OFF_TARGET_PROBE_SIZE
+        self.probe.prepare(model)
+        if self.probe.fingerprints != journal.fingerprints:
+            self.probe.off_target_size = size
+            return False
+        start = replace(
+            journal.start,
+            method=self.method or detect(model),
+            run=ranks.from_first(lambda: uuid.uuid4().hex),
+            recipe=journal.start.recipe | {"trainable_share": trainable_share(model)},
+        )
+        n_outcomes = len(ranks.from_first(self.outcomes))
+        self._journal = replace(
+            journal, start=start, n_outcomes=n_outcomes, history=[], failures=0, dropped=0
+        )
+        self.is_later_phase = True
+        return True
 
     def row(self) -> dict[str, float]:
         """The latest look's logged keys, Python floats only; empty where it failed."""

@@ -309,6 +309,8 @@ class IIMMMonitor(Measured):
         elif self._failure is not None:
             ended = ended or "the last look failed"
         self.ended = ended or ("finished" if complete else "stopped early")
+        if complete and self.is_later_phase:
+            complete, self.ended = False, "finished, as a later phase of its training"
         outcome = self._keep(self.ended, complete)
         self._ledger.close()
         return outcome

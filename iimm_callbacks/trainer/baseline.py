@@ -7,10 +7,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 from torch import nn
+from transformers import TrainerState
 
 from ..models.undisturbed import undisturbed
 from ..models.wrappers import load_untouched, model_fingerprint, trains_outside, zero_shot_twin
+from ..monitor import IIMMMonitor
 from ..probing import ranks
+from ..records.journal import Journal
 
 logger = logging.getLogger(__name__)
 
@@ -36,18 +39,42 @@ def other_baseline(
     return None if same else base
 
 
-def counts_from(untouched: nn.Module | None) -> str:
+def earlier_journal(
+    model: nn.Module, key: str, before: IIMMMonitor | None, ended_as: str
+) -> Journal | None:
+    """The journal of the run that trained this model, where it is known.
+
+    Args:
+        model: As training begins.
+        key: Under which checkpoints keep the guard's state.
+        before: Of the run that trained this very module before, in this process.
+        ended_as: Fingerprint of the model when that run ended.
+    """
+    if before is not None and model_fingerprint(model) == ended_as:
+        return Journal.from_json(before.state_dict())
+    return ranks.from_first(lambda: _journal_of_checkpoint(model, key))
+
+
+def _journal_of_checkpoint(model: nn.Module, key: str) -> Journal | None:
+    """That of the checkpoint that the model was loaded from, by `from_pretrained`."""
+    config = next((m.config for m in model.modules() if hasattr(m, "config")), None)
+    file = Path(str(getattr(config, "_name_or_path", ""))) / "trainer_state.json"
+    if not file.is_file():
+        return None
+    try:
+        saved = TrainerState.load_from_json(file).stateful_callbacks.get(key)
+        return None if saved is None else Journal.from_json(saved["attributes"])
+    except (OSError, KeyError, TypeError, ValueError) as error:
+        logger.warning("What %s tells of the guard cannot be read: %s", file, error)
+        return None
+
+
+def counts_from(untouched: nn.Module | None, monitor: IIMMMonitor) -> str:
     """The baseline in words; `untouched` as `other_baseline` gave it."""
     baseline = "the model as it is now" if untouched is None else "`base_model`"
+    if monitor.is_later_phase:
+        baseline = "the untouched model of an earlier run, which trained this one"
     return f"Gain and forgetting count from {baseline}."
-
-
-def warn_of_trained() -> None:
-    """Tell that the model of a finished run is taken as untouched."""
-    logger.warning(
-        "This model was trained by the run before, and gain and forgetting count from the model as "
-        "it is now; give the one before that as `base_model` to count from there"
-    )
 
 
 def warn_of_other_heads(model: nn.Module) -> None:

@@ -22,8 +22,8 @@ from ..records.store import as_outcomes
 from ..records.verdict import Limits
 from . import host
 from .alerts import Forgiving
-from .baseline import warn_of_trained
-from .run import Action, GuardedRun
+from .run import GuardedRun
+from .settings import Action, check
 
 logger = logging.getLogger(__name__)
 
@@ -147,7 +147,7 @@ class IIMMCallback(GuardedRun, TrainerCallback):  # type: ignore[misc]  # transf
         check_tasks(task, off_target or ())
         check_every(every)
         Budget(max_overhead)
-        _check(action, on_exceed, max_forgetting, off_target)
+        check(action, on_exceed, max_forgetting, off_target)
         self.task = task
         self.off_target = off_target
         self.limits = Limits(max_forgetting, limit_on, confidence)
@@ -184,8 +184,6 @@ class IIMMCallback(GuardedRun, TrainerCallback):  # type: ignore[misc]  # transf
         model = kwargs["model"]
         known = self._model is not None and self._model() is model
         broken_off = known and self.outcome is None
-        if known and not broken_off and self.base_model is None and state.is_world_process_zero:
-            warn_of_trained()
         self._model = weakref.ref(model)
         self._stop_reason, self._held = "", None
         self._forgiving = Forgiving(self.strict)
@@ -195,7 +193,9 @@ class IIMMCallback(GuardedRun, TrainerCallback):  # type: ignore[misc]  # transf
             self._amend_card()
             self._hold_if_stopped(args, state, model)
             return
-        self._begin(args, state, control, self.monitor if broken_off else None, **kwargs)
+        previous = self.monitor if known else None
+        first_try, before = (previous, None) if broken_off else (None, previous)
+        self._begin(args, state, control, first_try, before, **kwargs)
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -306,29 +306,3 @@ class IIMMCallback(GuardedRun, TrainerCallback):  # type: ignore[misc]  # transf
         if self.monitor is None:
             raise RuntimeError("no guarded run has begun; call `trainer.train()` first")
         return self.monitor.record()
-
-
-def _check(
-    action: Action,
-    on_exceed: str | None,
-    max_forgetting: float | None,
-    off_target: Sequence[Task] | None,
-) -> None:
-    """Raise where the settings leave nothing to act on."""
-    if action not in ("warn", "stop") and not callable(action):
-        raise TypeError(
-            f"`action` must be 'warn', 'stop' or a callable of the verdict, got {action!r}"
-        )
-    if on_exceed not in (None, "rescue"):
-        raise ValueError(f"`on_exceed` must be 'rescue' or None, got {on_exceed!r}")
-    unguarded = off_target is not None and len(off_target) == 0
-    if max_forgetting is None or unguarded:
-        missing = "no `max_forgetting`" if max_forgetting is None else "no `off_target` task"
-        if action == "stop":
-            raise ValueError(
-                f"`action='stop'` has nothing to judge by: {missing}; give one, or use 'warn'"
-            )
-        if on_exceed == "rescue":
-            raise ValueError(
-                f"`on_exceed='rescue'` has no limit to keep to: {missing}; give one, or None"
-            )

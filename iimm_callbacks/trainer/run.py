@@ -4,69 +4,43 @@ from __future__ import annotations
 
 import logging
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from torch import nn
 from tqdm.auto import tqdm
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
-from ..data.tasks import Task
-from ..guard.schedule import Every
-from ..models.encoders import EncodePair
 from ..models.undisturbed import undisturbed
-from ..models.wrappers import find_untouched
+from ..models.wrappers import find_untouched, model_fingerprint
 from ..monitor import IIMMMonitor
 from ..probing import ranks
 from ..records.outcomes import Outcome
 from ..records.run_file import file_name
-from ..records.verdict import LEVELS, Limits, Verdict
+from ..records.verdict import LEVELS, Verdict
 from ..reports import terminal as report
 from ..reports.card import update_card
 from ..reports.tables import rescue_table
 from ..rescue.rescuer import Rescuer, rescue_at_end
-from . import alerts, host
+from . import alerts, baseline, host
 from .alerts import Forgiving
 from .amended import amend_cards
-from .baseline import counts_from, other_baseline, warn_of_other_heads
+from .settings import Settings
 
 logger = logging.getLogger(__name__)
 
-Action = Literal["warn", "stop"] | Callable[[Verdict], Any]
 
-
-class GuardedRun:
+class GuardedRun(Settings):
     """The doings of `IIMMCallback`, which has the settings and the hooks."""
-
-    task: Task
-    off_target: Sequence[Task] | None
-    limits: Limits
-    action: Action
-    on_exceed: Literal["rescue"] | None
-    every: Every
-    max_overhead: float | None
-    outcomes: str | Path | Iterable[Outcome] | None
-    store: str | Path | None
-    run_file: str | Path | None
-    base_model: nn.Module | str | Path | Callable[[], nn.Module] | None
-    report: bool
-    card: bool
-    method: str | None
-    processor: Any
-    encode: EncodePair | None
-    batch_size: int
-    cache_limit: int
-    train: Any
-    strict: bool
-    verbose: bool
 
     def __init__(self) -> None:
         self.monitor: IIMMMonitor | None = None
         self.outcome: Outcome | None = None
         self._model: weakref.ref[nn.Module] | None = None  # that the latest run trains
+        self._ended_as = ""  # fingerprint of the model when the latest run ended
         self._stop_reason = ""
         self._held: host.HeldStep | None = None
         self._rescuer: Rescuer | None = None
@@ -79,33 +53,46 @@ class GuardedRun:
         state: TrainerState,
         control: TrainerControl,
         first_try: IIMMMonitor | None,
+        before: IIMMMonitor | None,
         **kwargs: Any,
     ) -> None:
-        """Measure the untouched model.
+        """Measure the untouched model, or take its numbers from where it was measured.
 
-        `first_try` is the monitor of a run of this model that was broken off.
+        `first_try` is the monitor of a run of this model that was broken off, `before` of one that
+        has ended.
         """
         model = kwargs["model"]
         # `auto_find_batch_size` tries anew with the model as it was when memory ran out, and so
         # does a user after an exception: its baseline stays that of the first try.
         if first_try is not None and first_try.probe.task is not self.task:
             first_try = None
-        kept = self._rescuer if first_try is not None else None
+        kept = None if first_try is None and before is None else self._rescuer
         self.monitor = self._rescuer = None  # should the model not be measurable
         monitor = self._new_monitor(args, state, **kwargs)
         if first_try is not None:
             monitor.try_again(first_try)
+        elif self.base_model is None:
+            earlier = baseline.earlier_journal(model, self._state_key, before, self._ended_as)
+            if earlier is None or not monitor.go_on_from(earlier, model):
+                kept = None
         rescuer = self._new_rescuer(args)
         if rescuer is not None:
             rescuer.begin(model, will_save=args.save_strategy != "no", kept=kept)
-        untouched = None if first_try is not None else other_baseline(model, self.base_model)
+        untouched = None
+        if first_try is None:
+            untouched = baseline.other_baseline(model, self.base_model)
         verdict = monitor.begin(model, recipe=host.recipe(args, state), untouched=untouched)
         self.monitor, self._rescuer = monitor, rescuer
         self._amend_card()
         self._show(state, lambda: report.preflight_table(monitor.record()))
-        self._show(state, lambda: f"{monitor.plan}\n{counts_from(untouched)} {self.task.pairing()}")
+        self._show(
+            state,
+            lambda: (
+                f"{monitor.plan}\n{baseline.counts_from(untouched, monitor)} {self.task.pairing()}"
+            ),
+        )
         if state.is_world_process_zero and self.encode is None:
-            warn_of_other_heads(model)
+            baseline.warn_of_other_heads(model)
         self._emit(state, control, monitor.row())
         self._act(state, control, verdict, "continue")
         self._hold_if_stopped(args, state, model)
@@ -127,6 +114,7 @@ class GuardedRun:
         if rescuer is not None and monitor.is_exceeded():
             rescue_at_end(lambda: monitor.rescue(model, rescuer), rescuer, strict=self.strict)
         self.outcome = monitor.end(model, step, ended=self._stop_reason)
+        self._ended_as = model_fingerprint(model)
         self._card_of_checkpoints(state)
         record = monitor.record()
         self._show(state, lambda: report.summary_table(record))

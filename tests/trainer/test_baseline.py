@@ -138,14 +138,6 @@ def test_adapters_that_were_trained_count_from_the_base_model(make_trainer, guar
     )
 
 
-def test_a_second_train_of_one_model_is_told_what_it_counts_from(make_trainer, guard, caplog):
-    trainer = make_trainer([guard()], max_steps=1)
-    trainer.train()
-    assert "was trained by the run before" not in caplog.text
-    trainer.train()
-    assert "was trained by the run before" in caplog.text
-
-
 class WithHead(nn.Module):
     """A whole CLIP under a linear layer of the user's own."""
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from transformers import Trainer, TrainerCallback
+from transformers import CLIPModel, Trainer, TrainerCallback
 
 from iimm_callbacks import IIMMCallback, IIMMMonitor, read_outcomes
 from iimm_callbacks.guard.judging import judge_look
@@ -330,16 +330,53 @@ def test_a_journal_goes_through_json_and_back(state):
 # Several runs in one process
 
 
-def test_each_call_of_train_is_a_run_of_its_own(make_trainer, guard, own_store):
+def test_each_call_of_train_is_a_run_and_all_count_from_the_untouched_model(
+    make_trainer, guard, own_store, capsys
+):
+    callback = guard(verbose=True)
+    trainer = make_trainer([callback], max_steps=6)
+    trainer.train()
+    first, looks = callback.outcome, callback.monitor.history
+    trainer.train()
+    second = callback.outcome
+    assert steps(callback) == [0, 3, 6]
+    assert second.zero_shot_accuracy == first.zero_shot_accuracy
+    assert callback.monitor.history[0]["eval_iimm"] == looks[0]["eval_iimm"]
+    assert "count from the untouched model of an earlier run" in capsys.readouterr().out
+    assert [o.run for o in read_outcomes(own_store)] == [first.run, second.run]
+    assert first.run != second.run
+    # Its gain is not that of its own steps, so nothing may be learnt from it.
+    assert (first.complete, second.complete) == (True, False)
+    assert second.ended == "finished, as a later phase of its training"
+
+
+def test_weights_that_were_put_back_are_untouched_again(make_trainer, guard, tiny_clip):
     callback = guard()
     trainer = make_trainer([callback], max_steps=6)
     trainer.train()
-    first = callback.outcome
+    trainer.model.dual_encoder.load_state_dict(tiny_clip().state_dict())
     trainer.train()
-    assert steps(callback) == [0, 3, 6]
-    assert callback.outcome.zero_shot_accuracy == first.final_accuracy  # where it began
-    assert [o.run for o in read_outcomes(own_store)] == [first.run, callback.outcome.run]
-    assert first.run != callback.outcome.run
+    assert callback.outcome.complete
+    assert callback.monitor.history[0]["eval_iimm_gain_observed"] == 0
+
+
+def test_a_model_loaded_from_a_checkpoint_counts_from_that_runs_start(
+    make_trainer, guard, tiny_clip, processor, tmp_path, colour_task
+):
+    """Of a model that is trained as it is `from_pretrained` reads the Trainer's checkpoints."""
+    first = guard()
+    trainer = make_trainer([first], max_steps=6, save_strategy="steps", save_steps=6)
+    trainer.train()
+    checkpoint = tmp_path / "out" / "checkpoint-6"
+    trainer.model.dual_encoder.save_pretrained(checkpoint)
+    again = CLIPModel.from_pretrained(checkpoint)
+    second = guard()
+    make_trainer([second], model=again, max_steps=6, output_dir=str(tmp_path / "2")).train()
+    one, other = first.monitor.history, second.monitor.history
+    assert other[0]["eval_iimm"] == one[0]["eval_iimm"]
+    lost = one[0]["eval_iimm_shapes_accuracy"] - other[-1]["eval_iimm_shapes_accuracy"]
+    assert other[-1]["eval_iimm_forgetting_observed"] == pytest.approx(lost)
+    assert not second.outcome.complete
 
 
 def test_tried_again_after_an_exception_the_baseline_is_the_untouched_model(
