@@ -118,6 +118,8 @@ class IIMMAccumulator:
         offset: Position of the first image to come in the whole set. A rank that holds images
             ``[start, stop)`` of a set passes ``start``; the standard error of the merged
             accumulator is then the one of a single pass.
+        owners: [C] integers, where images have several captions each: the image that a text
+            belongs to. Each image's captions count together as much as those of another one.
 
     Raises:
         TypeError: `text_embeds` is not a float tensor or array.
@@ -134,7 +136,9 @@ class IIMMAccumulator:
     """
 
     @torch.no_grad()
-    def __init__(self, text_embeds: ArrayLike, *, offset: int = 0) -> None:
+    def __init__(
+        self, text_embeds: ArrayLike, *, offset: int = 0, owners: Tensor | None = None
+    ) -> None:
         texts = as_matrix(text_embeds, "text_embeds")
         if len(texts) < 2:
             raise ValueError(
@@ -142,36 +146,14 @@ class IIMMAccumulator:
                 "images with the texts of wrong classes; add the other class names"
             )
         self._texts = unit_rows(texts, "text_embeds")  # [C, D]
+        if owners is not None:  # cosines are linear: those with a mean are the mean of cosines
+            n = int(owners.max()) + 1
+            sums = self._texts.new_zeros(n, texts.shape[1]).index_add_(0, owners, self._texts)
+            self._texts = sums / torch.bincount(owners, minlength=n)[:, None]
         self._position = offset
         self.state = torch.zeros(
             GROUPS, texts.shape[1] + 2, dtype=torch.float64, device=texts.device
         )
-
-    @classmethod
-    def of_captions(
-        cls, caption_embeds: ArrayLike, owners: Tensor, *, offset: int = 0
-    ) -> IIMMAccumulator:
-        """For images with several captions each: inter over all captions of other images.
-
-        The captions of an image count together as much as those of another one.
-
-        Args:
-            caption_embeds: [T, D] float.
-            owners: [T] integers, the image that each belongs to; every image has one.
-            offset: As the class.
-
-        Raises:
-            TypeError: As the class.
-            ValueError: As the class.
-        """
-        unit = unit_rows(as_matrix(caption_embeds, "text_embeds"), "text_embeds")
-        owners = owners.to(unit.device)
-        n_images = int(owners.max()) + 1
-        sums = torch.zeros(n_images, unit.shape[1], dtype=unit.dtype, device=unit.device)
-        sums.index_add_(0, owners, unit)
-        found = cls(unit, offset=offset)
-        found._texts = sums / torch.bincount(owners, minlength=n_images)[:, None]
-        return found
 
     @property
     def n_classes(self) -> int:

@@ -64,9 +64,8 @@ def accumulate(texts: Tensor, shown: ProbeTask, offset: int = 0) -> IIMMAccumula
         shown: The task.
         offset: Which of its images comes first.
     """
-    if shown.owners is None:
-        return IIMMAccumulator(texts, offset=offset)
-    return IIMMAccumulator.of_captions(texts, shown.owners, offset=offset)
+    owners = None if shown.owners is None else shown.owners.to(texts.device)
+    return IIMMAccumulator(texts, offset=offset, owners=owners)
 
 
 def _best_own(scores: Tensor, owners: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
