@@ -389,7 +389,7 @@ def test_rows_that_have_lost_their_digits_are_refused():
     from iimm_callbacks import iimm
 
     rows = torch.rand(4, 8) + 1
-    with pytest.raises(ValueError, match=r"row 0 has .*; multiply all rows"):
+    with pytest.raises(ValueError, match=r"row \d has .*; multiply all rows"):
         iimm(rows * 1e-42, rows[:2], [0, 1, 0, 1])
 
 
