@@ -103,6 +103,19 @@ def zero_shot_twin(model: nn.Module) -> AbstractContextManager[None] | None:
     return None
 
 
+def find_own_head(model: nn.Module) -> Any:
+    """A classifier of the user's own around the dual encoder; None where there is none.
+
+    It is the outermost module with a method ``classify(image_embeds [n, D]) -> logits [n, C]``,
+    where parameters train outside of the dual encoder.
+    """
+    for module in breadth_first(model):
+        found = not isinstance(module, Head) and callable(getattr(module, "classify", None))
+        if found and trains_outside(model):
+            return module
+    return None
+
+
 def trains_outside(model: nn.Module) -> list[str]:
     """Names of parameters that train and belong neither to the dual encoder nor to its `Head`.
 

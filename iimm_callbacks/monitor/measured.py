@@ -19,7 +19,7 @@ from ..forecasting.forecaster import Forecaster
 from ..guard.judging import Judged, judge_look
 from ..guard.pace import Pace
 from ..models.tuning import detect, trainable_share
-from ..models.wrappers import model_fingerprint, model_name
+from ..models.wrappers import find_own_head, model_fingerprint, model_name
 from ..probing import ranks
 from ..probing.probe import Probe
 from ..records import keys
@@ -220,6 +220,8 @@ class Measured(Journaled):
             look = self.probe.look(before, 0, self.autocast_dtype, linear_probe=True)
         tasks = [self.probe.task, *self.probe.off_target]
         metrics = {task.name: task.metric.name for task in tasks if task.metric}
+        if self.probe.encode is None and find_own_head(model) is not None:
+            metrics.setdefault(self.probe.task.name, "accuracy of its own classifier")
         recipe = {"trainable_share": trainable_share(model)}
         start = opening(
             look,

@@ -19,7 +19,7 @@ from ..models.encoders import EncodePair, find_encoder, move
 from ..models.frozen import FrozenPart
 from ..models.sharded import check_measurable, inside_forward, is_sharded
 from ..models.undisturbed import autocast, undisturbed
-from ..models.wrappers import adapt, find_dual_encoder, find_head
+from ..models.wrappers import adapt, find_dual_encoder, find_head, find_own_head
 from ..records.look import Learnable, Look
 from . import ranks
 from .embedding import Halving, at_once, check_rows, embed_classes, embed_images
@@ -331,14 +331,14 @@ class Probe:
             self._frozen_texts.update(model, lambda: encoder.embed_texts(model, prompt))
 
     def _classify(self, model: nn.Module, images: Tensor, n_classes: int) -> Tensor | None:
-        """Logits of the model's linear probe [n, C]; None where it has none."""
-        head = find_head(model)
+        """Logits of the model's own classifier [n, C]; None where it has none."""
+        head = find_head(model) or (find_own_head(model) if self.encode is None else None)
         logits = None if head is None else head.classify(images)
         if logits is None:
             return None
         if logits.shape[1] != n_classes:
             raise ValueError(
                 f"`task` {self.task.name!r} must have the {logits.shape[1]} classes of the model's "
-                f"linear probe, got {n_classes}"
+                f"own classifier, got {n_classes}"
             )
         return logits

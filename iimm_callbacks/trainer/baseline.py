@@ -10,7 +10,13 @@ from torch import nn
 from transformers import TrainerState
 
 from ..models.undisturbed import undisturbed
-from ..models.wrappers import load_untouched, model_fingerprint, trains_outside, zero_shot_twin
+from ..models.wrappers import (
+    find_own_head,
+    load_untouched,
+    model_fingerprint,
+    trains_outside,
+    zero_shot_twin,
+)
 from ..monitor import IIMMMonitor
 from ..probing import ranks
 from ..records.journal import Journal
@@ -80,10 +86,12 @@ def counts_from(untouched: nn.Module | None, monitor: IIMMMonitor) -> str:
 def warn_of_other_heads(model: nn.Module) -> None:
     """Tell of parameters that train outside of the dual encoder, which no look shows."""
     outside = trains_outside(model)
-    if outside:
+    if outside and find_own_head(model) is None:
         logger.warning(
             "%d parameters that train lie outside of the dual encoder (%s among them): accuracy "
-            "and gain are those of its zero-shot classifier, not of what these add",
+            "and gain are those of its zero-shot classifier, not of what these add. To have them "
+            "of your own classifier, give its module a method classify(image_embeds) that returns "
+            "logits, one column per class",
             len(outside),
             outside[0],
         )

@@ -172,6 +172,37 @@ def test_parameters_that_train_outside_of_the_encoder_are_told_of(
     assert "lie outside" not in caplog.text
 
 
+class WithClassify(WithHead):
+    def classify(self, image_embeds):
+        return self.head(image_embeds)
+
+
+def test_a_head_of_ones_own_is_scored_where_it_says_how(
+    make_trainer, guard, tiny_clip, processor, colours, colour_task, caplog
+):
+    like = make_trainer(max_steps=30, learning_rate=3e-3)
+    model, callback = WithClassify(tiny_clip()), guard()
+    trainer = Trainer(
+        model=model,
+        args=like.args,
+        train_dataset=like.train_dataset,
+        data_collator=like.data_collator,
+        processing_class=processor,
+        callbacks=[callback],
+    )
+    trainer.train()
+    assert "lie outside" not in caplog.text
+    positions = colour_task.subset()
+    images, labels = colour_task.images(positions), colour_task.labels(positions)
+    batch = like.data_collator(list(zip(images, labels, strict=True)))
+    with torch.no_grad():
+        right = model.eval()(**batch)["logits"].argmax(1) == batch["labels"]
+    last = callback.monitor.history[-1]
+    assert last["eval_iimm_accuracy"] == pytest.approx(float(right.double().mean()))
+    # Not comparable with runs of zero-shot accuracy.
+    assert callback.outcome.recipe["metrics"] == {"colours": "accuracy of its own classifier"}
+
+
 @pytest.mark.parametrize(("said", "stops"), [(True, True), (np.bool_(True), True), (1, False)])
 def test_an_action_stops_by_true_of_either_kind(make_trainer, guard, said, stops):
     trainer = make_trainer([guard(action=lambda verdict: said)], max_steps=3)
