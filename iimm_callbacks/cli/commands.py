@@ -11,6 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
+from ..data.tasks import Task
 from ..data.training import SAMPLE_SIZE
 from ..forecasting.forecaster import Forecaster
 from ..guard.judging import judge, recommend
@@ -209,34 +210,7 @@ def _measure(
     """The measure; with a plan, and the forecast of each method from the record."""
     record = [] if plan is None else _record(subject, store)
     _check_methods(methods, record)
-    task, split = load_task(
-        subject.dataset,
-        split=subject.split,
-        task_name=subject.task_name,
-        templates=subject.template,
-        image_column=subject.image_column,
-        label_column=subject.label_column,
-        probe_size=subject.probe_size,
-        seed=subject.seed,
-    )
-    model, processor = load_model(subject.model, processor=subject.processor, device=subject.device)
-    train = None
-    if subject.train is not None:
-        train = load_training(
-            subject.train,
-            task_name=task.name,
-            templates=subject.template,
-            image_column=subject.image_column,
-            label_column=subject.label_column,
-            probe_size=SAMPLE_SIZE,
-            seed=subject.seed,
-        )
-    probe = Probe(
-        task,
-        processor=processor,
-        batch_size=subject.batch_size,
-        train=None if train is None else TrainingSet(train),
-    )
+    task, split, model, probe = _open(subject)
     look = probe.look(model, 0, linear_probe=True)
     learnable = look.learnable
     assert learnable is not None  # it was asked for
@@ -273,6 +247,39 @@ def _measure(
     }
     rows = {method: _row(expected, plan) for method, expected in forecasts.items()}
     return _Measured(data | {"limits": asdict(plan.limits()), "forecasts": rows}, forecasts)
+
+
+def _open(subject: Subject) -> tuple[Task, str | None, Any, Probe]:
+    """The task and its split, the model, and the probe of one on the other."""
+    task, split = load_task(
+        subject.dataset,
+        split=subject.split,
+        task_name=subject.task_name,
+        templates=subject.template,
+        image_column=subject.image_column,
+        label_column=subject.label_column,
+        probe_size=subject.probe_size,
+        seed=subject.seed,
+    )
+    model, processor = load_model(subject.model, processor=subject.processor, device=subject.device)
+    train = None
+    if subject.train is not None:
+        train = load_training(
+            subject.train,
+            task_name=task.name,
+            templates=subject.template,
+            image_column=subject.image_column,
+            label_column=subject.label_column,
+            probe_size=SAMPLE_SIZE,
+            seed=subject.seed,
+        )
+    probe = Probe(
+        task,
+        processor=processor,
+        batch_size=subject.batch_size,
+        train=None if train is None else TrainingSet(train),
+    )
+    return task, split, model, probe
 
 
 def _row(expected: Forecast, plan: Plan) -> dict[str, Any]:

@@ -50,12 +50,34 @@ def load(
             f"{split!r:.80} ({type(split).__name__})"
         )
     folder = Path(name)
+    is_saved = (folder / "dataset_dict.json").exists() or (folder / "state.json").exists()
+    _check_place(name, folder, is_saved, config, revision, argument)
+    try:
+        if not is_saved:
+            return datasets.load_dataset(
+                name, config, split=split, revision=revision, streaming=streaming
+            )
+        saved = _load_saved(folder)
+    except Exception as error:  # of whatever kind: it is told
+        raise _refusal(name, split, config, revision, argument, error) from error
+    if split is not None:
+        saved = _part(saved, split, name)
+    return _as_stream(saved) if streaming else saved
+
+
+def _check_place(
+    name: str,
+    folder: Path,
+    is_saved: bool,
+    config: str | None,
+    revision: str | None,
+    argument: str,
+) -> None:
     if not folder.is_dir() and _is_builder(name):  # which reads the working directory
         raise ValueError(
             f"`{argument}` must be a data set, got {name!r}, which is a file format; pass the "
             "folder that the files are in"
         )
-    is_saved = (folder / "dataset_dict.json").exists() or (folder / "state.json").exists()
     if revision is not None and folder.is_dir():
         raise ValueError(
             f"`revision` must be left out for the folder {name!r}, got {revision!r}; it is of a "
@@ -66,29 +88,32 @@ def load(
             f"`config` must be left out for {name!r}, which `datasets` saved, got {config!r}; "
             "pass the folder of the one that you want"
         )
-    try:
-        if not is_saved:
-            return datasets.load_dataset(
-                name, config, split=split, revision=revision, streaming=streaming
-            )
-        saved = _load_saved(folder)
-    except Exception as error:  # of whatever kind: it is told
-        known = []
-        if split is not None and type(error) is ValueError:
-            with suppress(Exception):  # then the name is what is wrong
-                known = datasets.get_dataset_split_names(name, config, revision=revision)
-        if known and split not in known:
-            raise ValueError(
-                f"`split` must be one of {', '.join(known)} for {name!r}, got {split!r} "
-                f"({_told(error)})"
-            ) from error
-        raise ValueError(
-            f"`{argument}` must be a data set on the Hub or a folder that `datasets` reads, got "
-            f"{name!r}: {_told(error)}"
-        ) from error
-    if split is not None:
-        saved = _part(saved, split, name)
-    return _as_stream(saved) if streaming else saved
+
+
+def _refusal(
+    name: str,
+    split: Any,
+    config: str | None,
+    revision: str | None,
+    argument: str,
+    error: Exception,
+) -> ValueError:
+    """The error for a data set that `datasets` cannot load."""
+    import datasets
+
+    known = []
+    if split is not None and type(error) is ValueError:
+        with suppress(Exception):  # then the name is what is wrong
+            known = datasets.get_dataset_split_names(name, config, revision=revision)
+    if known and split not in known:
+        return ValueError(
+            f"`split` must be one of {', '.join(known)} for {name!r}, got {split!r} "
+            f"({_told(error)})"
+        )
+    return ValueError(
+        f"`{argument}` must be a data set on the Hub or a folder that `datasets` reads, got "
+        f"{name!r}: {_told(error)}"
+    )
 
 
 def pick(

@@ -126,24 +126,25 @@ class Forecaster:
             linear_probe_standard_error or 0.0, n_train,
         )  # fmt: skip
         ask = replace(ask, task=name_on_record(self._record, ask))
-        runs = choose(self._record, self._borrowed, ask)
+        return self._forecast(choose(self._record, self._borrowed, ask), ask, next_share)
+
+    def _forecast(self, runs: Runs, ask: Ask, next_share: float | None) -> Forecast:
+        """Of all quantities at the end of the run."""
         notes = list(runs.notes)
         predictions: dict[str, Prediction | None] = dict.fromkeys(QUANTITIES)
         evidence = {}
         in_range = True
-        for quantity in QUANTITIES:
-            if not runs.rows:
-                continue
+        for quantity in QUANTITIES if runs.rows else ():
             predictions[quantity], found, words = self._estimates.before(runs, ask, quantity, 1.0)
             notes += [word for word in words if word not in notes]
             in_range = in_range and not any("range on record" in word for word in words)
             if found is not None:
                 evidence[quantity] = found
-        if zero_shot_accuracy > NEAR_CEILING and runs.rows:
+        if ask.zero_shot_accuracy > NEAR_CEILING and runs.rows:
             predictions["gain"] = None
             evidence.pop("gain", None)
             notes.append(
-                f"no gain is forecast: zero-shot accuracy {zero_shot_accuracy:.2f} is near 1"
+                f"no gain is forecast: zero-shot accuracy {ask.zero_shot_accuracy:.2f} is near 1"
             )
         basis = runs.label
         if runs.rows and not any(predictions.values()):

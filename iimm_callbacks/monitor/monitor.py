@@ -25,6 +25,7 @@ from ..probing import ranks
 from ..probing.learnable import TrainingSet
 from ..probing.probe import Probe
 from ..records.checks import anything, dict_of
+from ..records.journal import Journal
 from ..records.ledger import Ledger
 from ..records.outcomes import Outcome
 from ..records.verdict import Limits, Verdict
@@ -163,20 +164,9 @@ class IIMMMonitor(Measured):
         resumed = self._journal
         self._size_probe(recipe or {}, resumed)
         self.probe.prepare(model)
-        outcomes = ranks.from_first(self.outcomes)  # files may differ between ranks
-        if resumed:
-            self.probe.check_fingerprints(resumed.fingerprints)
-            if len(outcomes) < resumed.n_outcomes:
-                logger.warning(
-                    "Of %d finished runs that this one learnt from when it began, %d are still on "
-                    "record: forecasts from here on may differ from those of a run in one piece",
-                    resumed.n_outcomes,
-                    len(outcomes),
-                )
-            outcomes = outcomes[: resumed.n_outcomes]
-        self._forecaster.fit(outcomes)
+        n_outcomes = self._learn(resumed)
         settings = dict_of(anything)(dict(recipe or {}), "recipe")  # a file must be able to hold it
-        journal = resumed or self._first_look(model, untouched, len(outcomes))
+        journal = resumed or self._first_look(model, untouched, n_outcomes)
         seconds = time.perf_counter() - began
         if not journal.history:  # maybe tried anew with other settings
             journal.start = replace(journal.start, recipe=journal.start.recipe | settings)
@@ -204,6 +194,22 @@ class IIMMMonitor(Measured):
         self._began = time.perf_counter()
         self._keep("interrupted")
         return self.verdict
+
+    def _learn(self, resumed: Journal | None) -> int:
+        """Fit the forecaster; of a run that goes on, to what it learnt from when it began."""
+        outcomes = ranks.from_first(self.outcomes)  # files may differ between ranks
+        if resumed:
+            self.probe.check_fingerprints(resumed.fingerprints)
+            if len(outcomes) < resumed.n_outcomes:
+                logger.warning(
+                    "Of %d finished runs that this one learnt from when it began, %d are still on "
+                    "record: forecasts from here on may differ from those of a run in one piece",
+                    resumed.n_outcomes,
+                    len(outcomes),
+                )
+            outcomes = outcomes[: resumed.n_outcomes]
+        self._forecaster.fit(outcomes)
+        return len(outcomes)
 
     def is_due(self, step: int, total_steps: int, event: str | None = None) -> bool:
         """Whether to `check` now: by the schedule, and within `max_overhead`.
