@@ -7,25 +7,22 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..data.tasks import Task
-from ..data.training import SAMPLE_SIZE
-from ..forecasting.forecaster import Forecaster
-from ..guard.judging import judge, recommend
-from ..models.wrappers import model_fingerprint
-from ..probing.learnable import TrainingSet
-from ..probing.probe import Probe
-from ..records.forecast import Forecast
-from ..records.outcomes import Outcome
-from ..records.verdict import Limits
-from ..reports import tables
+from .. import __version__
 from . import demo, doctor, outcomes, rescuing, runs
 from .loading import SAMPLE, load_model, load_task, load_training
 from .outcomes import Store, read_record
 from .shell import Answer, Commands, LimitOn, Reading, command
+
+if TYPE_CHECKING:
+    from ..data.tasks import Task
+    from ..probing.probe import Probe
+    from ..records.forecast import Forecast
+    from ..records.outcomes import Outcome
+    from ..records.verdict import Limits
 
 METHODS = ("full", "bitfit", "attention", "lora", "clip_adapter")
 
@@ -34,8 +31,20 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,  # the boxes of its help do not fit a screen
-    help="Know before you fine-tune a CLIP-like model what it gains and what it forgets.",
+    invoke_without_command=True,
 )
+
+
+@app.callback()
+def options(
+    version: Annotated[bool, typer.Option("--version", help="Print the version and exit")] = False,
+) -> None:
+    """Know before you fine-tune a CLIP-like model what it gains and what it forgets."""
+    if version:
+        typer.echo(__version__)
+        raise typer.Exit()
+
+
 app.add_typer(outcomes.app, name="outcomes")
 
 command(app, "demo")(demo.demo)
@@ -101,18 +110,14 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")  # a terminal that lacks a character of a table
-    if not sys.stderr.isatty():  # progress bars would fill a job's log
-        import datasets
-        import transformers
-
-        datasets.disable_progress_bars()
-        transformers.utils.logging.disable_progress_bar()
     app(prog_name="iimm")
 
 
 @command(app, "measure")
 def measure(subject: Subject) -> Answer:
     """Measure IIMM; no training."""
+    from ..reports import tables
+
     data = _measure(subject).data
     return Answer(data, tables.measured(data))
 
@@ -127,6 +132,9 @@ def forecast(
     store: Store = None,
 ) -> Answer:
     """Measure IIMM, forecast gain and forgetting."""
+    from ..guard.judging import recommend
+    from ..reports import tables
+
     measured = _measure(subject, plan, method or METHODS, store)
     data = measured.data | {"recommended": recommend(measured.forecasts, plan.limits())}
     return Answer(data, f"{tables.measured(data)}\n{tables.forecasts(data)}")
@@ -146,6 +154,9 @@ def preflight(
 
     For a job queue or CI. A mere warning is a go, and so is having nothing to judge by.
     """
+    from ..guard.judging import judge
+    from ..reports import tables
+
     measured = _measure(subject, plan, [method], store)
     expected = measured.forecasts[method]
     verdict = judge(expected, None, plan.limits())
@@ -177,6 +188,9 @@ def grade(
 
     Each run is replayed as if live, and forecast from the runs on other tasks.
     """
+    from ..forecasting.forecaster import Forecaster
+    from ..reports import tables
+
     chosen = limit or [0.02, 0.03, 0.05]
     checked = [_limits(x, limit_on, confidence) for x in chosen]
     path, found = read_record(store)
@@ -208,6 +222,9 @@ def _measure(
     store: Path | None = None,
 ) -> _Measured:
     """The measure; with a plan, and the forecast of each method from the record."""
+    from ..forecasting.forecaster import Forecaster
+    from ..models.wrappers import model_fingerprint
+
     record = [] if plan is None else _record(subject, store)
     _check_methods(methods, record)
     task, split, model, probe = _open(subject)
@@ -251,6 +268,10 @@ def _measure(
 
 def _open(subject: Subject) -> tuple[Task, str | None, Any, Probe]:
     """The task and its split, the model, and the probe of one on the other."""
+    from ..data.training import SAMPLE_SIZE
+    from ..probing.learnable import TrainingSet
+    from ..probing.probe import Probe
+
     task, split = load_task(
         subject.dataset,
         split=subject.split,
@@ -289,6 +310,8 @@ def _row(expected: Forecast, plan: Plan) -> dict[str, Any]:
 
 
 def _limits(max_forgetting: float, limit_on: str, confidence: float) -> Limits:
+    from ..records.verdict import Limits
+
     return Limits(max_forgetting, limit_on, confidence)  # type: ignore[arg-type]  # it checks
 
 

@@ -12,10 +12,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from ..records import keys
-from ..records.run_file import save_run
-from ..reports import terminal as report
-from .shell import Answer, folder_to_write
+from .shell import Answer, folder_to_write, no_bars_in_a_log
 
 if TYPE_CHECKING:
     from transformers import Trainer
@@ -36,6 +33,9 @@ def demo(
     A small CLIP learns handwritten digits, offline, in under a minute; the guard stops it once it
     is likely to forget more than 5 points of letters and emoji. Nothing goes on your record.
     """
+    from ..records.run_file import save_run
+    from ..reports import terminal as report
+
     started = time.perf_counter()
     folder = output.expanduser()
     with folder_to_write(folder, "--output"):
@@ -104,6 +104,8 @@ class Looks:
             step: Optimizer steps done.
             total: Of the whole training.
         """
+        from ..reports import terminal as report
+
         if self.guard.monitor is None:
             return
         record = self.guard.record()
@@ -143,6 +145,9 @@ def looks_table(record: dict[str, Any], step: int, total: int) -> Table:
 
 
 def _cells(row: dict[str, Any]) -> list[Any]:
+    from ..records import keys
+    from ..reports import terminal as report
+
     expected = report.forecast_in(row, "forgetting")
     observed = [row.get(keys.observed_key(name)) for name in ("gain", "forgetting")]
     return [
@@ -185,6 +190,7 @@ def _trainer(guard: IIMMCallback, folder: Path, steps: int) -> Trainer:
     from .. import sample
     from ..models.classifier import ImageCollator, PromptClassifier
 
+    no_bars_in_a_log()
     set_seed(0)
     model, processor = sample.load_model(), sample.load_processor()
     trainer = Trainer(

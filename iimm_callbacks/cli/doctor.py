@@ -15,8 +15,6 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from rich.table import Table
 
-from ..records.store import check_store, default_store, read_outcomes
-from ..reports.terminal import page
 from .shell import Answer
 
 _PACKAGE = "iimm_callbacks"
@@ -193,6 +191,8 @@ def _trackers() -> list[str] | None:
 
 def _store() -> dict[str, Any]:
     """The user's record: where, how many runs, whether it could take one more. Changes nothing."""
+    from ..records.store import check_store, default_store, read_outcomes
+
     path = default_store()
     about: dict[str, Any] = {"path": str(path), "runs": 0, "damaged": 0, "writable": True}
     problems = []
@@ -223,6 +223,8 @@ def _store() -> dict[str, Any]:
 
 
 def _text(data: dict[str, Any]) -> str:
+    from ..reports.terminal import page
+
     table = Table(title=f"Python {data['python']}, {data['system']}", width=_WIDTH)
     for column in ("package", "version", "needed for", "state"):
         table.add_column(column, no_wrap=column != "state")

@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..data import hub
-from ..data.folders import has_class_folders
-from ..data.tasks import Task
-from ..models.processors import is_complete
-from ..records.store import from_dataset, read_outcomes
+from .shell import no_bars_in_a_log
+
+if TYPE_CHECKING:
+    from ..data.tasks import Task
+
 
 if TYPE_CHECKING:
     import torch
@@ -48,6 +48,9 @@ def load_model(
             which would stay random.
         ImportError: open_clip is asked for and not installed.
     """
+    no_bars_in_a_log()
+    from ..data import hub
+
     at = _device(device)
     if name == SAMPLE:
         from .. import sample
@@ -96,6 +99,11 @@ def load_task(
         ValueError: There is no such data set or split, or no task can be made of it.
         TypeError: As `Task`.
     """
+    no_bars_in_a_log()
+    from ..data import hub
+    from ..data.folders import has_class_folders
+    from ..data.tasks import Task
+
     own = task_name_of(name)
     if name.startswith(_SHIPPED):
         from .. import sample
@@ -150,6 +158,8 @@ def load_recorded(source: str) -> list[Outcome]:
     Raises:
         ValueError: There is no such thing, or it holds no outcomes.
     """
+    from ..records.store import from_dataset, read_outcomes
+
     path = Path(source).expanduser()
     if path.is_file():
         return read_outcomes(path)
@@ -168,6 +178,8 @@ def load_recorded(source: str) -> list[Outcome]:
 
 def task_name_of(name: str) -> str:
     """What the task in the data set of this name is called, unless it is named."""
+    from ..data import hub
+
     if name.startswith(_SHIPPED):
         return name.removeprefix(_SHIPPED)
     return hub.short_name(name).partition(":")[0]
@@ -221,6 +233,8 @@ def _load_transformers(name: str, argument: str) -> Any:
 def _load_processor(name: str) -> Any:
     from transformers import AutoProcessor
 
+    from ..models.processors import is_complete
+
     try:
         processor = AutoProcessor.from_pretrained(name)
         problem = f"{type(processor).__name__} only"
@@ -265,6 +279,8 @@ def _load_open_clip(name: str, argument: str) -> tuple[Any, Any]:
 
 def _load_dataset(name: str, argument: str) -> Any:
     """The data set, or a dict of splits."""
+    from ..data import hub
+
     is_folder = Path(name).expanduser().is_dir()
     repository, _, config = (name, "", "") if is_folder else name.partition(":")
     return hub.load(repository, config=config or None, argument=argument)

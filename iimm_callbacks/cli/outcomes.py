@@ -8,17 +8,15 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..records.by_hand import read_csv
-from ..records.outcomes import Outcome
-from ..records.store import append_outcome, check_store, default_store, read_outcomes, to_dataset
-from ..reports import tables
-from ..sample import OUTCOMES
 from .loading import first_line, load_recorded
 from .shell import Answer, command
+
+if TYPE_CHECKING:
+    from ..records.outcomes import Outcome
 
 Store = Annotated[
     Path | None,
@@ -38,6 +36,8 @@ def list_outcomes(
     store: Store = None,
 ) -> Answer:
     """List the runs on record."""
+    from ..reports import tables
+
     path, found = read_record(store)
     chosen = [
         o
@@ -67,6 +67,8 @@ def add(
     after a tenth of the steps; also worst, gain_se, forgetting_se, worst_se, iimm, training_loss.
     Runs that are there already are skipped.
     """
+    from ..records.by_hand import read_csv
+
     return _append(read_csv(file.expanduser()), store)
 
 
@@ -102,6 +104,8 @@ def export(
 
     What it writes, `iimm outcomes import` reads; a folder is one of `datasets`.
     """
+    from ..records.store import to_dataset
+
     if (target is None) == (push_to_hub is None):
         got = "neither" if target is None else "both"
         raise ValueError(f"`TARGET` or `--push-to-hub` must be given, got {got}; give one of them")
@@ -120,6 +124,8 @@ def export(
 @command(app, "check")
 def check(store: Store = None) -> Answer:
     """Name the damaged lines; exit code 1 if there are any."""
+    from ..records.store import check_store
+
     path = _existing(store)
     problems = check_store(path) if path.exists() else []
     text = "\n".join(f"{path} {problem}" for problem in problems) or f"{path}: no damaged lines"
@@ -136,6 +142,8 @@ def read_record(store: Path | None, argument: str = "--store") -> tuple[Path, li
     Raises:
         ValueError: There is no such store, or it cannot be read.
     """
+    from ..records.store import read_outcomes
+
     path = _existing(store, argument)
     try:
         return path, read_outcomes(path) if path.exists() else []
@@ -147,6 +155,9 @@ def read_record(store: Path | None, argument: str = "--store") -> tuple[Path, li
 
 
 def _existing(store: Path | None, argument: str = "--store") -> Path:
+    from ..records.store import default_store
+    from ..sample import OUTCOMES
+
     if store == Path("sample"):
         return OUTCOMES
     path = default_store() if store is None else store.expanduser()
@@ -164,6 +175,8 @@ def _no_outcomes(path: Path, argument: str, why: str) -> ValueError:
 
 def _append(new: Sequence[Outcome], store: Path | None) -> Answer:
     """Add what is not there yet; two equal runs of one source are two runs."""
+    from ..records.store import append_outcome, default_store, read_outcomes
+
     path = default_store() if store is None else store.expanduser()
     there = Counter(map(_line, read_outcomes(path) if path.exists() else []))
     added = 0
@@ -180,6 +193,8 @@ def _append(new: Sequence[Outcome], store: Path | None) -> Answer:
 
 
 def _write(found: Sequence[Outcome], target: Path) -> None:
+    from ..records.store import to_dataset
+
     if target.exists():
         raise ValueError(f"`TARGET` must not exist yet, got {target}; remove it or name another")
     if target.suffix == ".jsonl":

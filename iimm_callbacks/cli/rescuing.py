@@ -7,20 +7,17 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from safetensors.torch import load_file
-from torch import nn
 
-from ..data.tasks import Task
-from ..records.run_file import save_run
-from ..records.verdict import Limits
-from ..reports.tables import rescue_table
-from ..rescue.counterparts import Kept, core_of, counterparts, save_weights, state_of
-from ..rescue.sweep import rescue as rescue_model
 from .loading import OPEN_CLIP, SAMPLE, first_line, load_model, load_task, task_name_of
 from .shell import Answer, LimitOn, Reading, folder_to_write
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from ..data.tasks import Task
 
 _NAMES = "Hub name, folder, sample, open_clip:NAME:TAG"
 
@@ -52,6 +49,11 @@ def rescue(
     within it; then nothing is saved. --template is for DATASET; it and the off-target data sets are
     read from --split.
     """
+    from ..records.run_file import save_run
+    from ..records.verdict import Limits
+    from ..reports.tables import rescue_table
+    from ..rescue.sweep import rescue as rescue_model
+
     limits = Limits(max_forgetting, limit_on)  # type: ignore[arg-type]  # it checks
     if to is not None:
         to = to.expanduser()
@@ -110,11 +112,13 @@ def _place(name: str) -> Path:
     return path.resolve() if path.is_dir() else path
 
 
-_Loaded = tuple[Any, nn.Module | None, Any, Callable[[Path], None]]
+_Loaded = tuple[Any, "nn.Module | None", Any, Callable[[Path], None]]
 
 
 def _load(base: str, tuned: str, reading: Reading) -> _Loaded:
     """The fine-tuned model, the untouched one unless it is in there, the processor, and a saver."""
+    from ..rescue.counterparts import save_weights
+
     path = Path(tuned).expanduser()
     load_base = partial(
         load_model, base, processor=reading.processor, device=reading.device, argument="BASE"
@@ -167,9 +171,13 @@ def _with_adapter(model: nn.Module, folder: Path) -> Any:
 
 def _fill(model: nn.Module, path: Path, tuned: str) -> None:
     """Put what a file of weights holds into the model; what it lacks was not tuned."""
+    from ..rescue.counterparts import Kept, core_of, counterparts, state_of
+
     core = core_of(model)
     model.requires_grad_(False)
     try:
+        from safetensors.torch import load_file
+
         for own, value in counterparts(core, Kept(state_of(load_file(path), core))):
             own.copy_(value)
     except Exception as error:  # of whatever kind: it is told

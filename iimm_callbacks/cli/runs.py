@@ -10,12 +10,6 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from ..reports.compare import check_format, compare_runs, spread
-from ..reports.facts import QUANTITIES
-from ..reports.page import PICTURES, write_report
-from ..reports.past import past_runs
-from ..reports.tables import mixed, rescue_table
-from ..reports.terminal import page, points, summary_table
 from .outcomes import read_record
 from .shell import Answer, folder_to_write, read_run_file
 
@@ -42,6 +36,10 @@ def report(
 
     For a run in any state. The page, report.html, needs nothing beside it.
     """
+    from ..reports.page import PICTURES, write_report
+    from ..reports.past import past_runs
+    from ..reports.terminal import page, summary_table
+
     run = run.expanduser()
     record = read_run_file(run)
     where, found = read_record(outcomes, "--outcomes")
@@ -59,6 +57,8 @@ def report(
 
 def _rescued(record: dict[str, Any]) -> list[str]:
     """The curve of a rescued run, whose looks were before that; nothing for others."""
+    from ..reports.tables import mixed, rescue_table
+
     rescue = record.get("rescue")
     if rescue is None:
         return []
@@ -77,6 +77,9 @@ def compare(
 
     Such as those of different methods and seeds.
     """
+    from ..reports.compare import check_format, compare_runs
+    from ..reports.terminal import page
+
     files = [path.expanduser() for path in run]
     if len(files) < 2:
         raise ValueError(f"`RUN.json` must be two or more to compare, got {files[0]} alone")
@@ -100,6 +103,10 @@ def _names(files: Sequence[Path]) -> list[str]:
 
 
 def _tables(data: dict[str, Any]) -> str:
+    from ..reports.compare import spread
+    from ..reports.facts import QUANTITIES
+    from ..reports.terminal import page, points
+
     tasks = list(dict.fromkeys(row["task"] for row in data["runs"]))
     several = len(tasks) > 1
     of = "" if several else f": {tasks[0]}"

@@ -18,9 +18,6 @@ from typing import Annotated, Any, get_type_hints
 import typer
 from typer.core import TyperGroup
 
-from ..records.run_file import read_run
-from ..reports.terminal import page
-
 _AS_JSON = Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else")]
 _DEBUG = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error")]
 
@@ -55,6 +52,17 @@ class Commands(TyperGroup):
             typer.echo(_shown(f"iimm: error: {_one_line(error)}"), err=True)
             code = 1
         sys.exit(code if isinstance(code, int) else 0)
+
+
+def no_bars_in_a_log() -> None:
+    """Switch the progress bars of libraries off, unless a person watches."""
+    if sys.stderr.isatty():
+        return
+    import datasets
+    import transformers
+
+    datasets.disable_progress_bars()
+    transformers.utils.logging.disable_progress_bar()
 
 
 def command(group: typer.Typer, name: str) -> Callable[[Callable[..., Answer]], Any]:
@@ -120,6 +128,8 @@ def _options(function: Callable[..., Any]) -> tuple[dict[str, Any], list[inspect
 
 def _shown(text: str) -> str:
     """What a terminal is shown: errors too may quote anyone's data."""
+    from ..reports.terminal import page
+
     return page(*text.split("\n"))
 
 
@@ -152,6 +162,8 @@ def read_run_file(path: Path) -> dict[str, Any]:
     Raises:
         ValueError: There is no such file, it cannot be read, or it is no run file.
     """
+    from ..records.run_file import read_run
+
     try:
         return read_run(path)
     except OSError as error:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from ..measures.accuracy import Forgetting
-from .forecast import Forecast, Prediction
-from .look import Look
-from .outcomes import Outcome
-from .verdict import Verdict
+if TYPE_CHECKING:  # for the types alone: the command line reads keys without torch
+    from ..measures.accuracy import Forgetting
+    from .forecast import Forecast, Prediction
+    from .look import Look
+    from .outcomes import Outcome
+    from .verdict import Verdict
 
 PREFIX = "eval_iimm"
 INTER = f"{PREFIX}_inter"

@@ -26,6 +26,7 @@ from test_report import (
 )
 from typer.testing import CliRunner
 
+import iimm_callbacks
 from iimm_callbacks import Forecaster, Outcome, append_outcome, cli, read_outcomes, sample
 from iimm_callbacks.cli import doctor
 from iimm_callbacks.cli.loading import load_model
@@ -269,7 +270,7 @@ def test_rescue_refuses_what_is_no_mix_of_the_two(rescued, tmp_path):
 @pytest.mark.parametrize("inside", ["", "sub"])
 def test_rescue_finds_out_before_the_sweep_that_it_cannot_write(tmp_path, monkeypatch, inside):
     (tmp_path / "afile").touch()
-    monkeypatch.setattr("iimm_callbacks.cli.rescuing.rescue_model", None)
+    monkeypatch.setattr("iimm_callbacks.rescue.sweep.rescue", None)
     monkeypatch.setattr("iimm_callbacks.cli.rescuing.load_model", None)
     to = tmp_path / "afile" / inside
     told = fails("rescue", "sample", "tuned", "sample:emoji_groups", "--to", to)
@@ -292,7 +293,7 @@ def test_off_target_folders_of_one_name_are_two_tasks(tmp_path, monkeypatch):
         seen["tasks"] = [task.name, *(t.name for t in off_target)]
         raise ValueError("seen")
 
-    monkeypatch.setattr("iimm_callbacks.cli.rescuing.rescue_model", stand_in)
+    monkeypatch.setattr("iimm_callbacks.rescue.sweep.rescue", stand_in)
     start = ["rescue", "sample", "sample"]
     folders = [tmp_path / name / "test" for name in ("food", "cars", "digits")]
     food, cars, digits = (["--off-target", folder] for folder in folders)
@@ -1017,3 +1018,45 @@ def test_the_installed_command_runs_and_helps_without_arguments():
 def test_wrong_commands_exit_with_1():
     assert "No such command 'measur'" in fails("measur")
     assert "Missing command" in fails("outcomes")
+
+
+HEAVY = ("torch", "transformers", "scipy", "matplotlib", "datasets", "numpy", "pyarrow", "PIL")
+LIGHT = """
+import sys
+from iimm_callbacks.cli import main
+sys.argv = ["iimm", *{arguments!r}]
+try:
+    main()
+except SystemExit:
+    pass
+print(sorted(set({heavy!r}) & set(sys.modules)), file=sys.stderr)
+"""
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--help"],
+        ["--version"],
+        ["measure", "--help"],
+        ["forecast", "sample"],
+        ["measure", "sample", "data", "--probe-size", "many"],
+        ["outcomes", "list"],
+    ],
+    ids=" ".join,
+)
+def test_what_needs_no_model_imports_nothing_large(arguments, own_store):
+    code = LIGHT.format(arguments=arguments, heavy=HEAVY)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.stderr.splitlines()[-1] == "[]"
+    assert "Traceback" not in done.stderr
+
+
+def test_the_check_of_what_is_imported_can_fail(own_store):
+    code = LIGHT.format(arguments=["doctor"], heavy=HEAVY)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert "torch" in done.stderr.splitlines()[-1]
+
+
+def test_the_version_is_that_of_the_package():
+    assert RUNNER.invoke(cli.app, ["--version"]).stdout.strip() == iimm_callbacks.__version__
