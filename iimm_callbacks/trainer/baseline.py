@@ -56,8 +56,7 @@ def earlier_journal(
         before: Of the run that trained this very module before, in this process.
         ended_as: Fingerprint of the model when that run ended.
     """
-    trained = before is not None and before.looked_at > 0
-    if before is not None and trained and model_fingerprint(model) == ended_as:
+    if before is not None and before.looked_at > 0 and model_fingerprint(model) == ended_as:
         return Journal.from_json(before.state_dict())
     return ranks.from_first(lambda: _journal_of_checkpoint(model, key))
 
