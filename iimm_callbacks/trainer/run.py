@@ -85,12 +85,8 @@ class GuardedRun(Settings):
         self.monitor, self._rescuer = monitor, rescuer
         self._amend_card()
         self._show(state, lambda: report.preflight_table(monitor.record()))
-        self._show(
-            state,
-            lambda: (
-                f"{monitor.plan}\n{baseline.counts_from(untouched, monitor)} {self.task.pairing()}"
-            ),
-        )
+        said = monitor.plan, baseline.counts_from(untouched, monitor), self.task.pairing()
+        self._show(state, lambda: report.page(*said))
         if state.is_world_process_zero and self.encode is None:
             baseline.warn_of_other_heads(model)
         self._emit(state, control, monitor.row())
