@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -63,13 +64,13 @@ def read_labels(
         )  # fmt: skip
     names = checked_class_names(name, given, own)
     known = own if own is not None else names
-    strange = [label for label in found if label not in known]
+    places = {label: place for place, label in enumerate(known)}
+    strange = [label for label in found if label not in places]
     if strange:
         raise ValueError(
             f"`dataset` of task {name!r}: labels must be among the {len(known)} class names "
             f"({_some(known)}), got {_some(strange)}"
         )
-    places = {label: place for place, label in enumerate(known)}
     return [places[label] for label in labels], names
 
 
@@ -120,7 +121,7 @@ def checked_class_names(name: str, given: Any, own: Sequence[str] | None) -> tup
             f"`class_names` of task {name!r} must hold at least 2 classes, got {len(names)}: "
             "IIMM compares images with the texts of wrong classes"
         )
-    doubles = [each for each in names if names.count(each) > 1]
+    doubles = [each for each, n in Counter(names).items() for _ in range(n) if n > 1]
     tell_doubles(f"`class_names` of task {name!r}", "more than once", doubles, len(names))
     return names
 

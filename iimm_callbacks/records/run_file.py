@@ -30,7 +30,6 @@ from .checks import (
     text,
     within,
 )
-from .rescue import check_rescue
 from .verdict import LEVELS, LIMIT_ON
 
 _LONGEST = 53  # of a task's name in that of a file
@@ -201,6 +200,38 @@ _LIMITS = object_of(
     {"max_forgetting": or_none(FRACTION), "limit_on": one_of(*LIMIT_ON), "confidence": FRACTION},
     rest=anything,
 )
+_MIX = object_of(
+    {
+        "alpha": FRACTION, "accuracy": FRACTION, "gain": DIFFERENCE, "gain_se": ERROR,
+        "forgetting": DIFFERENCE, "forgetting_se": ERROR, "worst": DIFFERENCE, "worst_se": ERROR,
+        "worst_task": text, "inside": flag,
+    },
+    rest=anything,
+)  # fmt: skip
+_RESCUE = object_of(
+    {
+        "mixes": list_of(_MIX), "alpha": FRACTION, "reason": text, "held_out": _MIX,
+        "limits": object_of(
+            {"max_forgetting": or_none(FRACTION), "limit_on": one_of(*LIMIT_ON)}, rest=anything
+        ),
+        "n_tensors": count, "applied": flag, "notes": list_of(text), "runtime": ERROR,
+    },
+    rest=anything,
+)  # fmt: skip
+
+
+def check_rescue(value: Any, name: str) -> dict[str, Any]:
+    """`Rescue.to_json` as a run file has it; a check as those of `checks`.
+
+    Raises:
+        ValueError: It is not that; the message names the field.
+    """
+    rescue: dict[str, Any] = _RESCUE(value, name)
+    if rescue["alpha"] not in [mix["alpha"] for mix in rescue["mixes"]]:
+        raise ValueError(f"`{name}` must hold the mix chosen, got none of α = {rescue['alpha']}")
+    return rescue
+
+
 _RECORD = {
     "task": text, "method": text, "off_target": list_of(text), "ended": text,
     "n_images": count, "n_classes": count, "failures": count, "looks_dropped": count,

@@ -24,7 +24,7 @@ from iimm_callbacks.models.heads import ClipAdapter
 from iimm_callbacks.models.tuning import prepare
 from iimm_callbacks.probing.probe import Probe
 from iimm_callbacks.records.look import Look
-from iimm_callbacks.records.rescue import check_rescue
+from iimm_callbacks.records.run_file import check_rescue
 from iimm_callbacks.records.verdict import Limits
 from iimm_callbacks.reports.tables import rescue_table
 from iimm_callbacks.rescue.counterparts import save_weights
