@@ -55,22 +55,15 @@ def rescue(
     from ..rescue.sweep import rescue as rescue_model
 
     limits = Limits(max_forgetting, limit_on)  # type: ignore[arg-type]  # it checks
-    if to is not None:
-        to = to.expanduser()
-        if to.exists() and (not to.is_dir() or any(to.iterdir())):
-            raise ValueError(f"`--to` must be a folder that is empty or new, got {str(to)!r}")
+    to = _empty_folder(to)
     with nullcontext() if to is None else folder_to_write(to, "--to"):
         others = None if off_target is None else _off_target(off_target, dataset, reading)
         model, untouched, processor, save = _load(base, tuned, reading)
+        task = _task(dataset, reading, reading.template, reading.task_name)
         found = rescue_model(
-            model,
-            untouched,
-            _task(dataset, reading, reading.template, reading.task_name),
-            others,
-            limits,
-            processor=processor,
-            batch_size=reading.batch_size,
-        )
+            model, untouched, task, others, limits,
+            processor=processor, batch_size=reading.batch_size,
+        )  # fmt: skip
         data = {"base": base, "tuned": tuned, "dataset": dataset, "to": None} | found.to_json()
         text = rescue_table(data | {"applied": None}, dataset)
         if to is not None and found.alpha > 0:
@@ -79,6 +72,15 @@ def rescue(
             save_run(json.loads(json.dumps(data)), to / "rescue.json")
             text += f"\nSaved to {to}, with the curve in rescue.json."
     return Answer(data, text, 0 if found.alpha > 0 else 2)
+
+
+def _empty_folder(to: Path | None) -> Path | None:
+    if to is None:
+        return None
+    to = to.expanduser()
+    if to.exists() and (not to.is_dir() or any(to.iterdir())):
+        raise ValueError(f"`--to` must be a folder that is empty or new, got {str(to)!r}")
+    return to
 
 
 def _off_target(off_target: Sequence[str], dataset: str, reading: Reading) -> list[Task]:

@@ -112,13 +112,7 @@ class Task:
         metric_kwargs: Mapping[str, Any] | None = None,
         metric_key: str | None = None,
     ) -> None:
-        if not isinstance(name, str) or not name.strip():
-            raise TypeError(f"`name` must be a non-empty string, got {name!r}")
-        check_utf8("`name`", name)
-        if probe_size is not None:
-            _check_whole("probe_size", probe_size, 2)
-        _check_whole("stream_size", stream_size, 2)
-        _check_whole("seed", seed, 0)
+        _check_settings(name, probe_size, stream_size, seed)
         self.name = name
         self.dataset = dataset
         self.probe_size = probe_size
@@ -126,14 +120,9 @@ class Task:
         self.columns = image_column, label_column
         given = None if templates is None else _given_templates(name, templates)
         self._source = open_source(
-            name,
-            dataset,
-            image_column,
-            label_column,
-            size=probe_size or TASK_PROBE_SIZE,
-            first=stream_size,
-            seed=seed,
-        )
+            name, dataset, image_column, label_column,
+            size=probe_size or TASK_PROBE_SIZE, first=stream_size, seed=seed,
+        )  # fmt: skip
         if len(self._source) < 2:
             raise ValueError(
                 f"`dataset` of task {name!r} must hold at least 2 images, got {len(self._source)}; "
@@ -146,9 +135,8 @@ class Task:
         self.class_names: tuple[str, ...] = names or ()
         default = "{}" if self.is_captions else "a photo of a {}."
         self.templates = (default,) if given is None else given
-        n_classes = len(self.class_names)
-        if self.is_captions:
-            n_classes = min(len(set(self._labels)), probe_size or TASK_PROBE_SIZE)
+        n_shown = min(len(set(self._labels)), probe_size or TASK_PROBE_SIZE)
+        n_classes = n_shown if self.is_captions else len(self.class_names)
         self.metric = as_metric(metric, metric_kwargs, metric_key, task=name, n_classes=n_classes)
 
     @classmethod
@@ -328,6 +316,16 @@ def check_tasks(task: Task, off_target: Sequence[Task]) -> None:
             f"`task` and `off_target` must have names of their own, got {doubles} more than once; "
             "they name the logged keys"
         )
+
+
+def _check_settings(name: Any, probe_size: Any, stream_size: Any, seed: Any) -> None:
+    if not isinstance(name, str) or not name.strip():
+        raise TypeError(f"`name` must be a non-empty string, got {name!r}")
+    check_utf8("`name`", name)
+    if probe_size is not None:
+        _check_whole("probe_size", probe_size, 2)
+    _check_whole("stream_size", stream_size, 2)
+    _check_whole("seed", seed, 0)
 
 
 def _check_whole(argument: str, value: Any, least: int) -> None:

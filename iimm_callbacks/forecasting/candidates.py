@@ -238,12 +238,8 @@ def blend(
     slopes = np.array([f.candidate.cost() for f in fits])
     costs = slopes - np.array([f.candidate.credit for f in fits])
     weights = _weights(misses, costs)  # [K]
-    # How well averaging does is judged with weights that have not seen the task either.
-    residuals, left_out = [], np.full(len(table.tasks), np.nan)
-    for t, rows in enumerate(inside):
-        blind = _weights(np.delete(misses, t, axis=1), costs)
-        left_out[rows] = np.sum([w * f.left_out[rows] for w, f in zip(blind, fits, strict=True)], 0)
-        residuals.append(table.target[rows] - left_out[rows])
+    left_out = _left_out(fits, inside, misses, costs, len(table.tasks))
+    residuals = [table.target[rows] - left_out[rows] for rows in inside]
     squares = np.array([np.mean(r**2) for r in residuals])  # [T]
     dof = max(len(tasks) - 1 - float(weights @ slopes), 1.0)
     reach = float(special.stdtrit(dof, (1 + coverage) / 2))
@@ -263,6 +259,17 @@ def blend(
         n_tasks=len(tasks),
         _fits=fits,
     )
+
+
+def _left_out(
+    fits: Sequence[_Fit], inside: Sequence[NDArray[np.intp]], misses: Floats, costs: Floats, n: int
+) -> Floats:
+    """[n] averages for each task's rows, by weights that have not seen the task either."""
+    left_out = np.full(n, np.nan)
+    for t, rows in enumerate(inside):
+        blind = _weights(np.delete(misses, t, axis=1), costs)
+        left_out[rows] = np.sum([w * f.left_out[rows] for w, f in zip(blind, fits, strict=True)], 0)
+    return left_out
 
 
 def _weights(misses: Floats, slopes: Floats) -> Floats:

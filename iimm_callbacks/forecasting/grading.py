@@ -152,17 +152,7 @@ def grade(
         ValueError: No run can be replayed.
     """
     runs = one_of_each_run(outcomes)
-    replays = []
-    forecasters: dict[str, Forecaster] = {}
-    for o in runs:
-        if not o.complete or not o.trajectory:
-            continue
-        others = [other for other in runs if other.task != o.task]
-        if o.task not in forecasters:
-            forecasters[o.task] = new().fit(others, base_rates=False)
-        replay = _replay(o, forecasters[o.task], others)
-        if replay is not None:
-            replays.append(replay)
+    replays = _replay_all(new, runs)
     if not replays:
         raise ValueError(
             "`outcomes` must hold complete runs with looks on at least 2 tasks, got "
@@ -190,6 +180,21 @@ def grade(
         if guarded
     ]
     return Grade(tuple(forecasts), tuple(guard), len(replays), len(runs) - len(replays))
+
+
+def _replay_all(new: Callable[[], Forecaster], runs: Sequence[Outcome]) -> list[_Replay]:
+    replays = []
+    forecasters: dict[str, Forecaster] = {}
+    for o in runs:
+        if not o.complete or not o.trajectory:
+            continue
+        others = [other for other in runs if other.task != o.task]
+        if o.task not in forecasters:
+            forecasters[o.task] = new().fit(others, base_rates=False)
+        replay = _replay(o, forecasters[o.task], others)
+        if replay is not None:
+            replays.append(replay)
+    return replays
 
 
 def _replay(o: Outcome, forecaster: Forecaster, others: Sequence[Outcome]) -> _Replay | None:

@@ -43,32 +43,11 @@ def judge(forecast: Forecast | None, observed: Forgetting | None, limits: Limits
     limit = limits.max_forgetting
     if limit is None:
         return Verdict("continue", None, "no limit set")
-    quantity = "forgetting" if limits.limit_on == "mean" else "worst"
-    candidates: list[tuple[float, str, bool]] = []
     borrowed = observed is None and forecast is not None and forecast.base_rate
-    if forecast is not None:
-        predicted: Prediction | None = getattr(forecast, quantity)
-        if predicted is not None:
-            text = (
-                f"forecast {limits.limit_on} forgetting {_points(predicted.point)} "
-                f"(90 % between {_points(predicted.low)} and {_points(predicted.high)})"
-            )
-            coming = forecast.next_look.get(quantity)
-            now = coming is None or coming.probability_above(limit) > _NEXT_LOOK
-            if forecast.base_rate:
-                text = f"borrowed {text}"
-                now = now and not borrowed
-            candidates.append((predicted.probability_above(limit), text, now))
-    if observed is not None:
-        drop = observed.mean if limits.limit_on == "mean" else observed.worst
-        above = float(special.ndtr((drop.value - limit) / max(drop.standard_error, 1e-12)))
-        real = drop.value > _NOISE * drop.standard_error
-        where = f" on {observed.worst_task!r}" if limits.limit_on == "worst" else ""
-        text = (
-            f"observed {limits.limit_on} forgetting{where} {_points(drop.value)} "
-            f"± {_points(drop.standard_error)}"
-        )
-        candidates.append((above if real else min(above, 0.5), text, True))
+    candidates = [
+        *_by_forecast(forecast, limits, limit, may_stop=not borrowed),
+        *_by_observed(observed, limits, limit),
+    ]
     if not candidates:
         return Verdict("continue", None, "nothing to judge by yet")
     probability, text, _ = max(candidates)
@@ -85,6 +64,41 @@ def judge(forecast: Forecast | None, observed: Forgetting | None, limits: Limits
         probability,
         f"{text}; limit {_points(limit)}, exceeded with probability {probability:.2f}",
     )
+
+
+# Probability of exceeding the limit, what it rests on, and whether it may stop the run now.
+_Candidate = tuple[float, str, bool]
+
+
+def _by_forecast(
+    forecast: Forecast | None, limits: Limits, limit: float, *, may_stop: bool
+) -> list[_Candidate]:
+    quantity = "forgetting" if limits.limit_on == "mean" else "worst"
+    predicted: Prediction | None = None if forecast is None else getattr(forecast, quantity)
+    if forecast is None or predicted is None:
+        return []
+    text = (
+        f"forecast {limits.limit_on} forgetting {_points(predicted.point)} "
+        f"(90 % between {_points(predicted.low)} and {_points(predicted.high)})"
+    )
+    coming = forecast.next_look.get(quantity)
+    now = coming is None or coming.probability_above(limit) > _NEXT_LOOK
+    text = f"borrowed {text}" if forecast.base_rate else text
+    return [(predicted.probability_above(limit), text, now and may_stop)]
+
+
+def _by_observed(observed: Forgetting | None, limits: Limits, limit: float) -> list[_Candidate]:
+    if observed is None:
+        return []
+    drop = observed.mean if limits.limit_on == "mean" else observed.worst
+    above = float(special.ndtr((drop.value - limit) / max(drop.standard_error, 1e-12)))
+    real = drop.value > _NOISE * drop.standard_error
+    where = f" on {observed.worst_task!r}" if limits.limit_on == "worst" else ""
+    text = (
+        f"observed {limits.limit_on} forgetting{where} {_points(drop.value)} "
+        f"± {_points(drop.standard_error)}"
+    )
+    return [(above if real else min(above, 0.5), text, True)]
 
 
 def recommend(forecasts: Mapping[str, Forecast], limits: Limits) -> str | None:

@@ -28,7 +28,7 @@ from ..models.wrappers import adapt
 from ..records.look import Learnable
 from . import ranks
 from .embedding import Run, at_once, embed_images
-from .share import ProbeTask, read_share
+from .share import ProbeTask, Share, read_share
 
 logger = logging.getLogger(__name__)
 
@@ -165,6 +165,28 @@ def _among(digests: Tensor, others: Tensor) -> Tensor:
     return torch.tensor([tuple(row) in known for row in digests.tolist()], dtype=torch.bool)
 
 
+def _show(
+    model: nn.Module, share: Share, dtype: torch.dtype | None, embeds: Tensor, run: Run
+) -> Exception | None:
+    """Fill this rank's rows of `embeds`; the first failure is returned, as in `Probe._show`."""
+    encoder, in_step, failure = share.encoder, is_sharded(model), None
+    for batch in share.batches:
+        inputs = None
+        try:
+            inputs = share.inputs(batch) if batch.positions and not failure else None
+        except Exception as error:
+            failure = error
+        if inputs is None:
+            if in_step:
+                encoder.embed_backbone(model, move(share.image, model))
+            continue
+        with autocast(model, dtype):
+            found = embed_images(model, encoder, inputs, at_once if in_step else run)
+            found = adapt(model, found)
+        embeds[batch.first : batch.first + len(found)] = found.detach().cpu().double()
+    return failure
+
+
 def embed_sample(
     model: nn.Module,
     core: nn.Module,
@@ -211,29 +233,11 @@ def embed_sample(
             progress=progress,
         )
     embeds = torch.zeros(len(share.tasks[0].labels), width, dtype=torch.float64)
-    failure: Exception | None = None
-    in_step = is_sharded(model)
-
-    def show() -> None:
-        nonlocal failure
-        for batch in share.batches:
-            inputs = None
-            try:
-                inputs = share.inputs(batch) if batch.positions and not failure else None
-            except Exception as error:
-                failure = error
-            if inputs is None:
-                if in_step:
-                    encoder.embed_backbone(model, move(share.image, model))
-                continue
-            with autocast(model, autocast_dtype):
-                found = embed_images(model, encoder, inputs, at_once if in_step else run)
-                found = adapt(model, found)
-            embeds[batch.first : batch.first + len(found)] = found.detach().cpu().double()
-
     try:
         with undisturbed(model):
-            inside_forward(model, core, show)
+            failure = inside_forward(
+                model, core, lambda: _show(model, share, autocast_dtype, embeds, run)
+            )
     except Exception as error:
         failure = error
     clear_device_cache()

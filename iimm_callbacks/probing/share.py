@@ -149,21 +149,7 @@ def read_share(
     reader = _Reader(tasks, encoder, cache_limit)
     digests = [torch.zeros(len(subset), 32, dtype=torch.float64) for subset in subsets]
 
-    def read() -> None:
-        with tqdm(
-            total=sum(len(b.positions) for b in batches),
-            desc="IIMM probe: preprocessing",
-            unit="image",
-            disable=None if progress else True,
-            leave=False,
-            delay=2,
-        ) as bar:
-            for batch in batches:
-                found = reader.read(batch)
-                digests[batch.task][batch.first : batch.first + len(found)] = found
-                bar.update(len(found))
-
-    ranks.together(read)
+    ranks.together(lambda: _read(reader, batches, digests, progress))
     sums = ranks.add_up(torch.cat(digests).flatten()).reshape(-1, 32)
     digests = list(torch.split(sums, [len(subset) for subset in subsets]))
     kept = [digest.any(1) for digest in digests]
@@ -177,15 +163,37 @@ def read_share(
         for task, subset, digest, mask in zip(tasks, subsets, digests, first, strict=True)
     ]
     for batch in batches:
-        rows = slice(batch.first, batch.first + len(batch.positions))
-        was_read, stays = kept[batch.task][rows], first[batch.task][rows]
-        if batch.inputs is not None and not torch.equal(was_read, stays):
-            batch.inputs = some_of(batch.inputs, stays[was_read].nonzero().flatten().tolist())
-        batch.positions = list(compress(batch.positions, stays.tolist()))
-        batch.first = int(first[batch.task][: batch.first].sum())
+        _keep(batch, kept[batch.task], first[batch.task])
     shown = [list(compress(s, mask.tolist())) for s, mask in zip(subsets, first, strict=True)]
     digests = [digest[mask] for digest, mask in zip(digests, first, strict=True)]
     return ranks.together(lambda: _finish(tasks, shown, digests, texts, batches, encoder))
+
+
+def _read(
+    reader: _Reader, batches: Sequence[Batch], digests: Sequence[Tensor], progress: bool
+) -> None:
+    with tqdm(
+        total=sum(len(b.positions) for b in batches),
+        desc="IIMM probe: preprocessing",
+        unit="image",
+        disable=None if progress else True,
+        leave=False,
+        delay=2,
+    ) as bar:
+        for batch in batches:
+            found = reader.read(batch)
+            digests[batch.task][batch.first : batch.first + len(found)] = found
+            bar.update(len(found))
+
+
+def _keep(batch: Batch, kept: Tensor, first: Tensor) -> None:
+    """Leave in a batch the `first` of each image; `kept` are those of its task that were read."""
+    rows = slice(batch.first, batch.first + len(batch.positions))
+    was_read, stays = kept[rows], first[rows]
+    if batch.inputs is not None and not torch.equal(was_read, stays):
+        batch.inputs = some_of(batch.inputs, stays[was_read].nonzero().flatten().tolist())
+    batch.positions = list(compress(batch.positions, stays.tolist()))
+    batch.first = int(first[: batch.first].sum())
 
 
 def _agree_on_subsets(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -120,33 +121,14 @@ def _off_target(record: dict[str, Any]) -> Picture:
     """Each off-target task's drop over the run, the worst first."""
     rows, metrics = record["looks"], record.get("metrics", {})
     first, last = rows[0], rows[-1]
-    drop = {
-        n: first[keys.accuracy_key(n)] - last[keys.accuracy_key(n)] for n in record["off_target"]
+    drops = {
+        n: [first[keys.accuracy_key(n)] - row[keys.accuracy_key(n)] for row in rows]
+        for n in record["off_target"]
     }
-    order = sorted(drop, key=lambda n: -drop[n])
+    order = sorted(drops, key=lambda n: -drops[n][-1])
     shown = order[:_MOST_TASKS]
-    n_rows = -(-len(shown) // 2)
-    figure, axes = new_figure(0.5 + 1.45 * n_rows, n_rows, 2)
-    steps = [row["step"] for row in rows]
-    lines = {n: in_points([first[keys.accuracy_key(n)] - r[keys.accuracy_key(n)] for r in rows])
-             for n in shown}  # fmt: skip
-    everything = np.concatenate([*lines.values(), [0.0]])
-    margin = 0.08 * max(float(np.ptp(everything)), 1.0)
-    for position, (axis, name) in enumerate(zip(axes, shown, strict=False)):
-        axis.plot(steps, lines[name], "o-", color=LIGHT["red" if drop[name] > 0 else "green"], ms=3)
-        axis.set_ylim(everything.min() - margin, everything.max() + margin)
-        axis.set_title(f"{label(name, 22)}  {points(drop[name])}")
-        if record["limits"]["limit_on"] == "worst":
-            _limit(axis, record)
-        _over_steps(axis, record, "")
-        axis.locator_params(nbins=4)
-        axis.tick_params(labelbottom=position // 2 == n_rows - 1, labelleft=position % 2 == 0)
-    for axis in axes[len(shown) :]:
-        axis.set_axis_off()
-    figure.supylabel("drop (points)", fontsize=11, color=LIGHT["quiet"])
-    figure.supxlabel("step", fontsize=11, color=LIGHT["quiet"])
     said = "; ".join(
-        f"{printable(n)}{own_metric(metrics, n)} {points(drop[n])} "
+        f"{printable(n)}{own_metric(metrics, n)} {points(drops[n][-1])} "
         f"({percent(first[keys.accuracy_key(n)])} to {percent(last[keys.accuracy_key(n)])})"
         for n in shown
     )
@@ -162,8 +144,32 @@ def _off_target(record: dict[str, Any]) -> Picture:
         f"Drop of {score_name(metrics, *order)} since before training, the worst first, one scale "
         "for all; the number is that of the last look. There is no forecast for single tasks."
         f"{more}",
-        figure,
+        _small_charts({n: drops[n] for n in shown}, record),
     )  # fmt: skip
+
+
+def _small_charts(drops: dict[str, list[float]], record: dict[str, Any]) -> Any:
+    """One small chart per task, two in a row, one scale for all."""
+    n_rows = -(-len(drops) // 2)
+    figure, axes = new_figure(0.5 + 1.45 * n_rows, n_rows, 2)
+    steps = [row["step"] for row in record["looks"]]
+    everything = in_points([*itertools.chain.from_iterable(drops.values()), 0.0])
+    margin = 0.08 * max(float(np.ptp(everything)), 1.0)
+    for position, (axis, (name, drop)) in enumerate(zip(axes, drops.items(), strict=False)):
+        colour = LIGHT["red" if drop[-1] > 0 else "green"]
+        axis.plot(steps, in_points(drop), "o-", color=colour, ms=3)
+        axis.set_ylim(everything.min() - margin, everything.max() + margin)
+        axis.set_title(f"{label(name, 22)}  {points(drop[-1])}")
+        if record["limits"]["limit_on"] == "worst":
+            _limit(axis, record)
+        _over_steps(axis, record, "")
+        axis.locator_params(nbins=4)
+        axis.tick_params(labelbottom=position // 2 == n_rows - 1, labelleft=position % 2 == 0)
+    for axis in axes[len(drops) :]:
+        axis.set_axis_off()
+    figure.supylabel("drop (points)", fontsize=11, color=LIGHT["quiet"])
+    figure.supxlabel("step", fontsize=11, color=LIGHT["quiet"])
+    return figure
 
 
 def _measure(record: dict[str, Any]) -> Picture:

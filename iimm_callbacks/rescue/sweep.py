@@ -177,11 +177,7 @@ def sweep(
     """
     limits, start = limits or Limits(), time.perf_counter()
     grid = _grid(alphas)
-    if limits.max_forgetting is None or not probe.off_target:
-        missing = "`max_forgetting`" if limits.max_forgetting is None else "off-target task"
-        raise ValueError(
-            f"`limits` and `off_target` must give a limit to keep to, got no {missing}"
-        )
+    _check_limit(limits, probe)
     mixture = ranks.together(lambda: Mixture(model, _load(base)))
     probe.prepare(model)
     final = 1.0
@@ -211,6 +207,14 @@ def sweep(
         tuple(mixture.notes),
         time.perf_counter() - start,
     )
+
+
+def _check_limit(limits: Limits, probe: Probe) -> None:
+    if limits.max_forgetting is None or not probe.off_target:
+        missing = "`max_forgetting`" if limits.max_forgetting is None else "off-target task"
+        raise ValueError(
+            f"`limits` and `off_target` must give a limit to keep to, got no {missing}"
+        )
 
 
 def _grid(alphas: Sequence[float]) -> list[float]:

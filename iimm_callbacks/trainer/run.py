@@ -208,8 +208,31 @@ class GuardedRun(Settings):
         **kwargs: Any,
     ) -> None:
         """Go on as if the run had never been interrupted, or switch the guard off and say so."""
-        self.monitor, model = None, kwargs["model"]
-        saved = state.stateful_callbacks.get(self._state_key)
+        model, saved = kwargs["model"], state.stateful_callbacks.get(self._state_key)
+        self.monitor = monitor = self._resumed_monitor(args, state, saved, **kwargs)
+        if monitor is None:
+            return
+        self._rescuer = self._resumed_rescuer(args, state, model)
+        if saved is None:
+            self._show(state, lambda: report.preflight_table(monitor.record()))
+            self._look(state, control, model)  # the untouched model's numbers are not of this step
+        elif (
+            saved.get("stopped")
+            and self.action != "warn"
+            and saved.get("limits") == asdict(self.limits)
+        ):
+            # Of a run that was killed after it had been stopped.
+            self._stop_reason = str(saved["stopped"])
+            control.should_training_stop = True
+        elif state.epoch == int(state.epoch or 0):
+            # A checkpoint of an epoch's last step may have been written before the look there.
+            event = "evaluate" if args.eval_strategy == "epoch" else None
+            self._look_if_due(state, control, model, "epoch" if self.every == "epoch" else event)
+
+    def _resumed_monitor(
+        self, args: TrainingArguments, state: TrainerState, saved: Any, **kwargs: Any
+    ) -> IIMMMonitor | None:
+        model = kwargs["model"]
         try:
             monitor = self._new_monitor(args, state, **kwargs)
             untouched = None
@@ -229,33 +252,23 @@ class GuardedRun(Settings):
                     state.global_step,
                     error,
                 )
-            return
-        self.monitor = monitor
-        self._rescuer = self._new_rescuer(args)
+            return None
+        return monitor
+
+    def _resumed_rescuer(
+        self, args: TrainingArguments, state: TrainerState, model: Any
+    ) -> Rescuer | None:
+        rescuer = self._new_rescuer(args)
         try:
-            if self._rescuer is not None:
-                self._rescuer.resume(model)
+            if rescuer is not None:
+                rescuer.resume(model)
         except Exception as error:
-            self._rescuer = None
             if self.strict:
                 raise
             if state.is_world_process_zero:
                 logger.warning("This run cannot be rescued at its end: %s", error)
-        if saved is None:
-            self._show(state, lambda: report.preflight_table(monitor.record()))
-            self._look(state, control, model)  # the untouched model's numbers are not of this step
-        elif (
-            saved.get("stopped")
-            and self.action != "warn"
-            and saved.get("limits") == asdict(self.limits)
-        ):
-            # Of a run that was killed after it had been stopped.
-            self._stop_reason = str(saved["stopped"])
-            control.should_training_stop = True
-        elif state.epoch == int(state.epoch or 0):
-            # A checkpoint of an epoch's last step may have been written before the look there.
-            event = "evaluate" if args.eval_strategy == "epoch" else None
-            self._look_if_due(state, control, model, "epoch" if self.every == "epoch" else event)
+            return None
+        return rescuer
 
     def _look_if_due(
         self, state: TrainerState, control: TrainerControl, model: Any, event: str | None = None
