@@ -67,7 +67,7 @@ def load(accelerator, settings):
     dtypes, runs = {"bf16": torch.bfloat16, "fp16": torch.float16}, sample.load_outcomes()
     monitor = IIMMMonitor(
         task,
-        sample.canaries(settings.task, probe_size=few or 128),
+        sample.canaries(settings.task, probe_size=16 if settings.smoke else None),
         limits=Limits(settings.max_forgetting),
         # What was learnt from a task must not forecast that task.
         outcomes=None if settings.model else [o for o in runs if o.task != settings.task],

@@ -7,13 +7,13 @@ Each scenario of a world size leaves what its ranks came back with in `<scenario
 
 import copy
 import logging
-import os
 import sys
-from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 import torch
 from conftest import make_dataset
+from forked import on_ranks
 from tiny import FAMILIES
 from torch import distributed
 
@@ -348,43 +348,17 @@ TWO = {
 SCENARIOS = {1: ANY, 2: ANY | SEVERAL | TWO, 3: ANY | SEVERAL, 7: ANY}
 
 
-def on_rank(rank, world, folder):
-    distributed.init_process_group(
-        "gloo",
-        init_method=f"file://{folder}/store-{world}",
-        rank=rank,
-        world_size=world,
-        timeout=timedelta(seconds=60),
-    )
-    for name, scenario in SCENARIOS[world].items():
-        torch.save(scenario(), folder / f"{name}-{world}-{rank}.pt")
-    distributed.destroy_process_group()
-
-
 def main():
     folder = Path(sys.argv[1])
     torch.set_num_threads(1)
     logging.getLogger("iimm_callbacks").setLevel(logging.WARNING)
-    failed = []
-    for world in WORLDS:
-        children = []
-        for rank in range(world):
-            child = os.fork()
-            if child == 0:
-                status = 1
-                try:
-                    on_rank(rank, world, folder)
-                    status = 0
-                except BaseException:
-                    import traceback
 
-                    traceback.print_exc()
-                finally:
-                    sys.stderr.flush()
-                    os._exit(status)
-            children.append(child)
-        failed += [(world, child) for child in children if os.waitpid(child, 0)[1]]
-    sys.exit(f"failed: {failed}" if failed else 0)
+    def run(world, rank):
+        for name, scenario in SCENARIOS[world].items():
+            torch.save(scenario(), folder / f"{name}-{world}-{rank}.pt")
+
+    for world in WORLDS:
+        on_ranks(world, partial(run, world), folder)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """What every rank of `test_ranks.py` runs: all scenarios in one launch, since a launch is slow.
 
-    torchrun --nproc-per-node 2 ranks_worker.py FOLDER SCENARIO...
+    python ranks_worker.py FOLDER SCENARIO...
 
 FOLDER holds the model, the processor and the data; each rank leaves `<scenario>-<rank>.pt` there.
 """
@@ -8,12 +8,12 @@ FOLDER holds the model, the processor and the data; each rank leaves `<scenario>
 import logging
 import sys
 from dataclasses import replace
-from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
 import torch
 from datasets import load_from_disk
+from forked import on_ranks
 from torch import distributed
 from transformers import CLIPModel, CLIPProcessor, Trainer, TrainingArguments
 from transformers.utils import logging as transformers_logging
@@ -149,16 +149,16 @@ def train(folder, scenario, output):
 
 
 def main():
-    """All scenarios that are named, on every rank."""
-    folder, names = FOLDER, sys.argv[2:]
-    torch.set_num_threads(1)
+    """All scenarios that are named, on both ranks."""
     logging.getLogger("iimm_callbacks").setLevel(logging.ERROR)
     transformers_logging.set_verbosity_error()
-    distributed.init_process_group("gloo", timeout=timedelta(seconds=20))
-    for name in names:
-        result = train(folder, name, folder / f"out-{name}-{distributed.get_rank()}")
-        torch.save(result, folder / f"{name}-{distributed.get_rank()}.pt")
-    distributed.destroy_process_group()
+
+    def run(rank):
+        for name in sys.argv[2:]:
+            result = train(FOLDER, name, FOLDER / f"out-{name}-{rank}")
+            torch.save(result, FOLDER / f"{name}-{rank}.pt")
+
+    on_ranks(2, run, FOLDER, seconds=20)
 
 
 if __name__ == "__main__":

@@ -7,11 +7,12 @@ Leaves what each rank came back with in `alone.pt`, `0.pt` and `1.pt`.
 
 import copy
 import sys
-from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 import torch
 from conftest import make_dataset
+from forked import on_ranks
 from tiny import FAMILIES
 from torch import distributed
 
@@ -66,16 +67,10 @@ def told(call):
     return "nothing"
 
 
-def work(path, world, rank):
-    torch.set_num_threads(1)
-    if world > 1:
-        distributed.init_process_group(
-            "gloo", init_method=f"file://{path}/store", rank=rank, world_size=world,
-            timeout=timedelta(seconds=60),
-        )  # fmt: skip
+def work(path, rank):
     base, model = copy.deepcopy(BASE), copy.deepcopy(TUNED)
     result = {"tuned": copy.deepcopy(model.state_dict())}
-    if world > 1:
+    if rank is not None:
         failing = copy.deepcopy(TUNED)
         result["error"] = told(lambda: sweep(failing, base, probe_of(FailsOnRank1), Limits(1.0)))
         result["after failure"] = failing.state_dict()
@@ -89,7 +84,7 @@ def work(path, world, rank):
         )
     found = sweep(model, base, probe_of(), Limits(1.0), alphas=[0.3, 0.6])
     result |= {"alpha": found.alpha, "mixes": found.mixes, "mixed": model.state_dict()}
-    torch.save(result, Path(path) / ("alone.pt" if world == 1 else f"{rank}.pt"))
+    torch.save(result, Path(path) / ("alone.pt" if rank is None else f"{rank}.pt"))
 
 
 if __name__ == "__main__":
@@ -102,8 +97,6 @@ if __name__ == "__main__":
                 parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
         if sweep(TUNED, BASE, probe_of(), Limits(1.0), alphas=[0.3, 0.6], apply=False).alpha:
             break
-    folder = sys.argv[1]
-    work(folder, 1, 0)
-    torch.multiprocessing.start_processes(
-        lambda rank: work(folder, 2, rank), nprocs=2, start_method="fork"
-    )
+    torch.set_num_threads(1)
+    work(sys.argv[1], None)
+    on_ranks(2, partial(work, sys.argv[1]), sys.argv[1])

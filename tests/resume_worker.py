@@ -7,6 +7,7 @@ from their last whole checkpoint until they finish, until there were `KILLS` kil
 a folder for each run, and one, `reference`, for a run in one piece.
 """
 
+import gc
 import json
 import logging
 import os
@@ -24,7 +25,7 @@ from transformers.utils import logging as transformers_logging
 
 from iimm_callbacks import IIMMCallback, ImageCollator, PromptClassifier, Task
 
-KILLS = 10
+KILLS = 6
 STEPS = 18
 
 
@@ -134,6 +135,7 @@ def finish(data, folder, restore, chance, seconds):
 def main():
     data, chance = Path(sys.argv[1]), random.Random(int(sys.argv[2]))
     torch.set_num_threads(1)
+    gc.freeze()  # else each `Trainer.train` walks all imports to collect garbage
     logging.getLogger("iimm_callbacks").setLevel(logging.ERROR)
     transformers_logging.set_verbosity_error()
     kills, run = 0, 0

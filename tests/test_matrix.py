@@ -268,6 +268,7 @@ def check_cell(cell, family, method, data, tmp_path):
         processor=processor,
         outcomes=records(classifier, method),
         max_forgetting=0.9,
+        every=4,
         max_overhead=None,
         verbose=False,
     )

@@ -9,18 +9,20 @@ import pytest
 import torch
 from ranks_worker import SCENARIOS, train
 
+pytestmark = pytest.mark.xdist_group("ranks")  # which share one launch
+
 WORKER = Path(__file__).parents[1] / "ranks_worker.py"
 
 
 @pytest.fixture(scope="module")
 def launched():
-    """Filled by the first test; one launch of torchrun serves all."""
+    """Filled by the first test; one launch serves all."""
     return {}
 
 
 @pytest.fixture
 def ranks(launched, tmp_path_factory, tiny_clip, processor, colours, shapes):
-    """Scenario -> what rank 0 and rank 1 came back with, under torchrun.
+    """Scenario -> what rank 0 and rank 1 came back with.
 
     A rank that waits for the other is ended by the workers' own timeout, and fails the test.
     """
@@ -32,8 +34,7 @@ def ranks(launched, tmp_path_factory, tiny_clip, processor, colours, shapes):
     colours.save_to_disk(folder / "colours")
     shapes.save_to_disk(folder / "shapes")
     names = [name for name in SCENARIOS if name != "batch-of-8"]
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += ["--nproc-per-node", "2", str(WORKER), str(folder), *names]
+    command = [sys.executable, str(WORKER), str(folder), *names]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-4000:]
