@@ -13,7 +13,7 @@ import typer
 
 from .. import __version__
 from . import demo, doctor, outcomes, rescuing, runs
-from .loading import SAMPLE, load_model, load_task, load_training
+from .loading import SAMPLE, check_name, load_model, load_task, load_training
 from .outcomes import Store, read_record
 from .shell import Answer, Commands, LimitOn, Reading, command
 
@@ -28,7 +28,6 @@ METHODS = ("full", "bitfit", "attention", "lora", "clip_adapter")
 
 app = typer.Typer(
     cls=Commands,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,  # the boxes of its help do not fit a screen
     invoke_without_command=True,
@@ -116,9 +115,9 @@ def main() -> None:
 @command(app, "measure")
 def measure(subject: Subject) -> Answer:
     """Measure IIMM; no training."""
+    data = _measure(subject).data
     from ..reports import tables
 
-    data = _measure(subject).data
     return Answer(data, tables.measured(data))
 
 
@@ -132,10 +131,10 @@ def forecast(
     store: Store = None,
 ) -> Answer:
     """Measure IIMM, forecast gain and forgetting."""
+    measured = _measure(subject, plan, method or METHODS, store)
     from ..guard.judging import recommend
     from ..reports import tables
 
-    measured = _measure(subject, plan, method or METHODS, store)
     data = measured.data | {"recommended": recommend(measured.forecasts, plan.limits())}
     return Answer(data, f"{tables.measured(data)}\n{tables.forecasts(data)}")
 
@@ -152,18 +151,18 @@ def preflight(
 ) -> Answer:
     """Exit with 0 go, 2 limit exceeded, 1 error.
 
-    For a job queue or CI. A mere warning is a go, and so is having nothing to judge by.
+    For a job queue or CI. A warning alone is a go, and so is having nothing to judge by.
     """
+    measured = _measure(subject, plan, [method], store)
     from ..guard.judging import judge
     from ..reports import tables
 
-    measured = _measure(subject, plan, [method], store)
     expected = measured.forecasts[method]
     verdict = judge(expected, None, plan.limits())
     if require_forecast and (expected.base_rate or verdict.exceed_probability is None):
         why = f"borrowed: {expected.basis}" if expected.base_rate else expected.basis
         raise ValueError(
-            "`--require-forecast` needs runs of this model on record to judge by, got none "
+            "`--require-forecast` needs saved runs of this model to judge by, got none "
             f"({why}); add some, or leave it out"
         )
     go = verdict.level != "stop"
@@ -184,19 +183,19 @@ def grade(
     ] = None,
     store: Store = None,
 ) -> Answer:
-    """Grade forecast and guard on the runs on record.
+    """Grade forecast and guard on the saved runs.
 
     Each run is replayed as if live, and forecast from the runs on other tasks.
     """
-    from ..forecasting.forecaster import Forecaster
-    from ..reports import tables
-
     chosen = limit or [0.02, 0.03, 0.05]
     checked = [_limits(x, limit_on, confidence) for x in chosen]
     path, found = read_record(store)
     if not found:
         raise ValueError(f"`--store` must hold outcomes to grade, got {path} without any")
     typer.echo(f"replaying {len(found)} runs", err=True)
+    from ..forecasting.forecaster import Forecaster
+    from ..reports import tables
+
     graded = (
         Forecaster()
         .grade(found, limits=chosen, limit_on=checked[0].limit_on, confidence=confidence)
@@ -221,12 +220,16 @@ def _measure(
     methods: Sequence[str] = (),
     store: Path | None = None,
 ) -> _Measured:
-    """The measure; with a plan, and the forecast of each method from the record."""
+    """The measure; with a plan, and the forecast of each method from the saved runs."""
+    check_name(subject.model, "MODEL")
+    check_name(subject.dataset, "DATASET", is_model=False)
+    if subject.train is not None:
+        check_name(subject.train, "--train", is_model=False)
+    record = [] if plan is None else _record(subject, store)
+    _check_methods(methods, record)
     from ..forecasting.forecaster import Forecaster
     from ..models.wrappers import model_fingerprint
 
-    record = [] if plan is None else _record(subject, store)
-    _check_methods(methods, record)
     task, split, model, probe = _open(subject)
     look = probe.look(model, 0, linear_probe=True)
     learnable = look.learnable
@@ -323,12 +326,12 @@ def _check_methods(methods: Sequence[str], record: Sequence[Outcome]) -> None:
 
 
 def _record(subject: Subject, store: Path | None) -> list[Outcome]:
-    """The runs to learn from: those on record, and of the shipped model what ships with it."""
+    """The runs to learn from: the saved ones, and for the shipped model what ships with it."""
     path, found = read_record(store)
     if subject.model == SAMPLE:
         from ..sample import load_outcomes
 
         found = found + load_outcomes()
     if not found:
-        typer.echo(f"no runs on record in {path}: base rates stand in, if there are any", err=True)
+        typer.echo(f"no saved runs in {path}: published averages are used", err=True)
     return found

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.live import Live
-from rich.table import Table
-from rich.text import Text
 
 from .shell import Answer, folder_to_write, no_bars_in_a_log
 
@@ -21,7 +18,6 @@ if TYPE_CHECKING:
     from ..trainer.callback import IIMMCallback
 
 _TASK = "handwritten_digits"
-_COLUMNS = ("step", "done", "IIMM", "gain", "forgetting", "forecast of the end", "P(exceed)")
 
 
 def demo(
@@ -31,93 +27,32 @@ def demo(
     """Fine-tune the shipped sample under guard: see it work.
 
     A small CLIP learns handwritten digits, offline, in under a minute; the guard stops it once it
-    is likely to forget more than 5 points of letters and emoji. Nothing goes on your record.
+    is likely to forget more than 5 points of letters and emoji. The run is not saved among yours.
     """
-    from ..records.run_file import save_run
-    from ..reports import terminal as report
+    from ..records.run_file import file_name
 
     started = time.perf_counter()
     folder = output.expanduser()
     with folder_to_write(folder, "--output"):
-        guard, outcomes = _guard(folder)
-        trainer = _trainer(guard, folder, steps)
-        with Looks(guard, Console(stderr=True)) as looks:
-            trainer.add_callback(looks.callback())
-            trainer.train()
+        guard, outcomes = _guard()
+        _trainer(guard, folder, steps).train()
         record = guard.record()
-        save_run(record, folder / "run.json")
         written, told = _report(record, folder, outcomes)
     seconds = time.perf_counter() - started
     data = {
         "output": str(folder),
-        "run_file": str(folder / "run.json"),
+        "run_file": str(folder / file_name(record["task"])),
         "report": None if written is None else str(written),
         "seconds": seconds,
         "record": record,
     }
-    lines = [told, f"It took {seconds:.0f} seconds. With your own data: iimm forecast --help."]
-    return Answer(data, f"{report.summary_table(record)}\n{report.page(*lines)}")
-
-
-class Looks:
-    """The looks of a guarded run as a table that grows while it trains; else a line for each.
-
-    Args:
-        guard: Whose looks. It is silent itself.
-        console: Where to show them; no terminal gets a table that is drawn over again.
-    """
-
-    def __init__(self, guard: IIMMCallback, console: Console) -> None:
-        self.guard = guard
-        self.console = console
-        self._live = Live(console=console, auto_refresh=False) if console.is_terminal else None
-        self._shown = 0
-
-    def __enter__(self) -> Looks:
-        if self._live:
-            self._live.start()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        if self._live:
-            self._live.stop()
-
-    def callback(self) -> Any:
-        """The `TrainerCallback` that shows them; it must come after the guard."""
-        from transformers import TrainerCallback
-
-        class ShowLooks(TrainerCallback):  # type: ignore[misc]  # transformers is untyped here
-            def on_train_begin(_, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-                self.update(0, state.max_steps)
-
-            def on_step_end(_, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-                self.update(state.global_step, state.max_steps)
-
-            on_train_end = on_step_end
-
-        return ShowLooks()
-
-    def update(self, step: int, total: int) -> None:
-        """Show what there is by now.
-
-        Args:
-            step: Optimizer steps done.
-            total: Of the whole training.
-        """
-        from ..reports import terminal as report
-
-        if self.guard.monitor is None:
-            return
-        record = self.guard.record()
-        if not self._shown:
-            self.console.print(Text(report.preflight_table(record)), soft_wrap=True)
-            self._shown = 1
-        if self._live:
-            self._live.update(looks_table(record, step, total), refresh=True)
-            return
-        for row in record["looks"][self._shown :]:
-            self.console.print(Text(report.look_line(row)), soft_wrap=True)
-        self._shown = len(record["looks"])
+    files = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+    lines = [
+        f"Written to {folder}: {', '.join(files)}",
+        told,
+        f"It took {seconds:.0f} seconds. With your own data: iimm forecast --help.",
+    ]
+    return Answer(data, "\n".join(line for line in lines if line))
 
 
 def sample_outcomes() -> list[Outcome]:
@@ -127,41 +62,7 @@ def sample_outcomes() -> list[Outcome]:
     return [run for run in sample.load_outcomes() if run.task != _TASK]
 
 
-def looks_table(record: dict[str, Any], step: int, total: int) -> Table:
-    """All looks so far, in points.
-
-    Args:
-        record: `IIMMCallback.record`.
-        step: Optimizer steps done.
-        total: Of the whole training.
-    """
-    table = Table(title=f"Looks while training: step {step} of {total}")
-    for column in _COLUMNS:
-        table.add_column(column, justify="right", no_wrap=True)
-    table.add_column("verdict", no_wrap=True)
-    for row in record["looks"]:
-        table.add_row(*map(str, _cells(row)), style="bold red" if row["level"] == "stop" else None)
-    return table
-
-
-def _cells(row: dict[str, Any]) -> list[Any]:
-    from ..records import keys
-    from ..reports import terminal as report
-
-    expected = report.forecast_in(row, "forgetting")
-    observed = [row.get(keys.observed_key(name)) for name in ("gain", "forgetting")]
-    return [
-        row["step"],
-        f"{row['share']:.0%}",
-        f"{row[keys.PREFIX]:.3f}",
-        *("" if value is None else report.points(value) for value in observed),
-        "" if expected is None else report.interval(expected),
-        f"{row[keys.EXCEED]:.2f}" if keys.EXCEED in row else "",
-        row["level"],
-    ]
-
-
-def _guard(folder: Path) -> tuple[IIMMCallback, list[Outcome]]:
+def _guard() -> tuple[IIMMCallback, list[Outcome]]:
     """The guard, and the runs that it learns from."""
     from .. import sample
     from ..data.tasks import Task
@@ -176,9 +77,6 @@ def _guard(folder: Path) -> tuple[IIMMCallback, list[Outcome]]:
         action="stop",
         max_overhead=None,  # so short a run would drop its looks to keep to the default
         outcomes=outcomes,
-        store=None,
-        run_file=folder / "run.json",
-        verbose=False,
     )
     return guard, outcomes
 
@@ -205,7 +103,7 @@ def _trainer(guard: IIMMCallback, folder: Path, steps: int) -> Trainer:
             report_to="none",
             remove_unused_columns=False,
             dataloader_pin_memory=torch.cuda.is_available(),
-            disable_tqdm=True,
+            disable_tqdm=not sys.stderr.isatty(),
         ),
         train_dataset=sample.load_dataset(_TASK, "train"),
         data_collator=ImageCollator(processor),
@@ -218,11 +116,10 @@ def _trainer(guard: IIMMCallback, folder: Path, steps: int) -> Trainer:
 def _report(
     record: dict[str, Any], folder: Path, outcomes: list[Outcome]
 ) -> tuple[Path | None, str]:
-    """The page, and where it is; without matplotlib the run file alone."""
+    """The page; without matplotlib none, and why."""
     from ..reports.page import write_report
 
     try:
-        written = write_report(record, folder, outcomes)
+        return write_report(record, folder, outcomes), ""
     except ImportError as error:
-        return None, f"Written to {folder}: run.json, and no report: {error}"
-    return written, f"Written to {folder}: run.json and the report, {written.name}"
+        return None, f"No report was written: {error}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -9,19 +10,62 @@ from typing import TYPE_CHECKING, Any
 from .shell import no_bars_in_a_log
 
 if TYPE_CHECKING:
-    from ..data.tasks import Task
-
-
-if TYPE_CHECKING:
     import torch
     from torch import nn
 
+    from ..data.tasks import Task
     from ..records.outcomes import Outcome
 
 SAMPLE = "sample"
 _SHIPPED = f"{SAMPLE}:"
 OPEN_CLIP = "open_clip:"
+_PATIENCE = 5.0  # seconds to wait for the Hub
 _IN_ONE_PIECE = ("hf-hub:", "local-dir:")  # open_clip's own prefixes, which hold a colon
+
+
+def check_name(name: str, argument: str, *, is_model: bool = True) -> None:
+    """Raise where there is no model or data set of this name; imports nothing large.
+
+    The Hub is asked once, for seconds and not for a minute: where it cannot be reached, this
+    process goes on with what it has kept.
+
+    Args:
+        name: As `load_model`, or as `load_task`.
+        argument: What it is called in errors.
+        is_model: Or a data set.
+
+    Raises:
+        ValueError: There is none.
+    """
+    from ..data import hub
+
+    if name.startswith(_SHIPPED) and not is_model:
+        from .. import sample
+
+        if name.removeprefix(_SHIPPED) not in sample.task_names():
+            choices = ", ".join(sample.task_names())
+            raise ValueError(f"`{argument}` must be {_SHIPPED} and one of {choices}, got {name!r}")
+    elif not (is_model and (name == SAMPLE or name.startswith(OPEN_CLIP))):
+        place = hub.local_name(name, argument)
+        if not Path(place).is_dir():
+            _ask_hub(place if is_model else place.partition(":")[0], argument, is_model)
+
+
+def _ask_hub(name: str, argument: str, is_model: bool) -> None:
+    from huggingface_hub import HfApi, constants, errors
+
+    if constants.HF_HUB_OFFLINE:
+        return
+    try:
+        HfApi().repo_info(name, repo_type="model" if is_model else "dataset", timeout=_PATIENCE)
+    except (errors.RepositoryNotFoundError, errors.HFValidationError) as error:
+        raise ValueError(
+            f"`{argument}` must be a folder or a name on the Hub, got {name!r}, which the Hub does "
+            "not have, or only for those who log in; check its spelling"
+        ) from error
+    except Exception:  # of the network, of whatever kind: what was downloaded can be read offline
+        constants.HF_HUB_OFFLINE = True
+        os.environ["HF_HUB_OFFLINE"] = "1"  # for what is imported after this
 
 
 def load_model(
@@ -108,9 +152,7 @@ def load_task(
     if name.startswith(_SHIPPED):
         from .. import sample
 
-        if own not in sample.task_names():
-            choices = ", ".join(sample.task_names())
-            raise ValueError(f"`{argument}` must be {_SHIPPED} and one of {choices}, got {name!r}")
+        check_name(name, argument, is_model=False)
         split = split or "test"
         dataset: Any = sample.load_dataset(own, split)
         templates = templates or sample.templates(own)
@@ -171,7 +213,7 @@ def load_recorded(source: str) -> list[Outcome]:
         if "schema_version" not in split.column_names:
             raise ValueError(
                 f"`SOURCE` must hold outcomes, got {source!r} with columns {split.column_names}; "
-                "share a record with `iimm outcomes export`"
+                "share saved runs with `iimm outcomes export`"
             )
     return [outcome for split in splits for outcome in from_dataset(split)]
 

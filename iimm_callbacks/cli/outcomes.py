@@ -1,4 +1,4 @@
-"""`iimm outcomes`: list, add, import, export and check the runs on record."""
+"""`iimm outcomes`: list, add, import, export and check the saved runs."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ if TYPE_CHECKING:
 
 Store = Annotated[
     Path | None,
-    typer.Option(help="Runs on record, or sample [default: the user's]", show_default=False),
+    typer.Option(help="Saved runs, or sample [default: the user's]", show_default=False),
 ]
 
 app = typer.Typer(
-    rich_markup_mode=None, help="Runs on record: list, add, import, export and check them."
+    rich_markup_mode=None, help="Saved runs: list, add, import, export and check them."
 )
 
 
@@ -35,7 +35,7 @@ def list_outcomes(
     task: Annotated[str, typer.Option(help="* matches anything")] = "*",
     store: Store = None,
 ) -> Answer:
-    """List the runs on record."""
+    """List the saved runs."""
     from ..reports import tables
 
     path, found = read_record(store)
@@ -100,7 +100,7 @@ def export(
     ] = False,
     store: Store = None,
 ) -> Answer:
-    """Write the record to a file, a folder or the Hub.
+    """Write the saved runs to a file, a folder or the Hub.
 
     What it writes, `iimm outcomes import` reads; a folder is one of `datasets`.
     """
@@ -133,7 +133,7 @@ def check(store: Store = None) -> Answer:
 
 
 def read_record(store: Path | None, argument: str = "--store") -> tuple[Path, list[Outcome]]:
-    """Where the record is, and the runs on it; that of the user need not be there yet.
+    """Where the saved runs are, and the runs; the user's store need not exist yet.
 
     Args:
         store: As ``--store``; ``None`` for the user's own.
@@ -169,7 +169,7 @@ def _existing(store: Path | None, argument: str = "--store") -> Path:
 def _no_outcomes(path: Path, argument: str, why: str) -> ValueError:
     return ValueError(
         f"`{argument}` must be a file or folder of outcomes, as `iimm outcomes export` writes "
-        f"them, got {path}, {why}; name another, or leave it out for your own record"
+        f"them, got {path}, {why}; name another, or leave it out for your own saved runs"
     )
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .loading import OPEN_CLIP, SAMPLE, first_line, load_model, load_task, task_name_of
+from .loading import OPEN_CLIP, SAMPLE, check_name, first_line, load_model, load_task, task_name_of
 from .shell import Answer, LimitOn, Reading, folder_to_write
 
 if TYPE_CHECKING:
@@ -49,13 +49,20 @@ def rescue(
     within it; then nothing is saved. --template is for DATASET; it and the off-target data sets are
     read from --split.
     """
-    from ..records.run_file import save_run
     from ..records.verdict import Limits
-    from ..reports.tables import rescue_table
-    from ..rescue.sweep import rescue as rescue_model
 
     limits = Limits(max_forgetting, limit_on)  # type: ignore[arg-type]  # it checks
     to = _empty_folder(to)
+    check_name(base, "BASE")
+    if not Path(tuned).expanduser().is_file():  # of weights
+        check_name(tuned, "TUNED")
+    check_name(dataset, "DATASET", is_model=False)
+    for name in off_target or ():
+        check_name(name, "--off-target", is_model=False)
+    from ..records.run_file import save_run
+    from ..reports.tables import rescue_table
+    from ..rescue.sweep import rescue as rescue_model
+
     with nullcontext() if to is None else folder_to_write(to, "--to"):
         others = None if off_target is None else _off_target(off_target, dataset, reading)
         model, untouched, processor, save = _load(base, tuned, reading)

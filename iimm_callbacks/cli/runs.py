@@ -36,13 +36,13 @@ def report(
 
     For a run in any state. The page, report.html, needs nothing beside it.
     """
+    run = run.expanduser()
+    record = read_run_file(run)
+    where, found = read_record(outcomes, "--outcomes")
     from ..reports.page import PICTURES, write_report
     from ..reports.past import past_runs
     from ..reports.terminal import page, summary_table
 
-    run = run.expanduser()
-    record = read_run_file(run)
-    where, found = read_record(outcomes, "--outcomes")
     folder = run.with_name(f"{run.stem}_report") if to is None else to.expanduser()
     with folder_to_write(folder, "--to"):
         written = write_report(record, folder, found)
@@ -77,15 +77,15 @@ def compare(
 
     Such as those of different methods and seeds.
     """
-    from ..reports.compare import check_format, compare_runs
-    from ..reports.terminal import page
-
     files = [path.expanduser() for path in run]
     if len(files) < 2:
         raise ValueError(f"`RUN.json` must be two or more to compare, got {files[0]} alone")
+    records = [read_run_file(path) for path in files]
+    from ..reports.compare import check_format, compare_runs
+    from ..reports.terminal import page
+
     to = to.expanduser()
     check_format(to, "--to")
-    records = [read_run_file(path) for path in files]
     with folder_to_write(to.parent, "--to"):
         data = compare_runs(records, to, names=_names(files))
     return Answer(data | {"written": str(to)}, f"{_tables(data)}\n{page(f'Written to {to}.')}")
@@ -105,7 +105,7 @@ def _names(files: Sequence[Path]) -> list[str]:
 def _tables(data: dict[str, Any]) -> str:
     from ..reports.compare import spread
     from ..reports.facts import QUANTITIES
-    from ..reports.terminal import page, points
+    from ..reports.terminal import level_words, page, points
 
     tasks = list(dict.fromkeys(row["task"] for row in data["runs"]))
     several = len(tasks) > 1
@@ -117,7 +117,7 @@ def _tables(data: dict[str, Any]) -> str:
         seed = "" if row["seed"] is None else str(row["seed"])
         values = ["none" if row[q] is None else points(row[q]) for q in QUANTITIES]
         about = (row["name"], *[row["task"]] * several, row["method"], seed, f"{row['share']:.0%}")
-        shown.add_row(*about, *values, row["level"])
+        shown.add_row(*about, *values, level_words(row["level"]))
     groups = _table(f"Mean of the runs that went to their last step{of}", *task, "method", "runs",
                     *_SHORT)  # fmt: skip
     for row in data["groups"]:

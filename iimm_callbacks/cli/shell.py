@@ -16,10 +16,17 @@ from pathlib import Path
 from typing import Annotated, Any, get_type_hints
 
 import typer
-from typer.core import TyperGroup
+from typer.core import TyperCommand, TyperGroup
 
 _AS_JSON = Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else")]
+_QUIET = Annotated[bool, typer.Option("--quiet", help="Show no progress")]
 _DEBUG = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error")]
+_GROUPS = {  # of options in the help; any other is of the output
+    "Data": "split template image_column label_column task_name probe_size seed train off_target"
+    " processor device batch_size",
+    "Recipe": "method learning_rate steps",
+    "Limit": "max_forgetting limit_on confidence require_forecast limit",
+}
 
 
 @dataclass(frozen=True)
@@ -35,6 +42,38 @@ class Answer:
     data: dict[str, Any]
     text: str
     exit_code: int = 0
+
+
+class Grouped(TyperCommand):
+    """A command whose help has its options in groups."""
+
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        """Arguments, then the groups in their order."""
+        groups = {name: names.split() for name, names in _GROUPS.items()}
+        found: dict[str, list[Any]] = {name: [] for name in ("Arguments", *groups, "Output")}
+        for parameter in self.get_params(ctx):
+            if (record := parameter.get_help_record(ctx)) is not None:
+                homes = (name for name, names in groups.items() if parameter.name in names)
+                is_argument = parameter.param_type_name == "argument"
+                found["Arguments" if is_argument else next(homes, "Output")].append(record)
+        for name, records in found.items():
+            if records:
+                with formatter.section(name):
+                    formatter.write_dl(records)
+
+
+class _NoTerminal:
+    """A stream that is no terminal, so that no library shows a progress bar on it."""
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def isatty(self) -> bool:
+        """Never."""
+        return False
 
 
 class Commands(TyperGroup):
@@ -69,7 +108,7 @@ def command(group: typer.Typer, name: str) -> Callable[[Callable[..., Answer]], 
     """Make a function that returns an `Answer` a command.
 
     A parameter whose type is a dataclass becomes a set of options, one for each field. Every
-    command also has ``--json`` and ``--debug``; nothing but its answer goes to stdout.
+    command also has ``--json``, ``--quiet`` and ``--debug``; nothing but its answer goes to stdout.
 
     Args:
         group: What the command belongs to.
@@ -82,10 +121,11 @@ def command(group: typer.Typer, name: str) -> Callable[[Callable[..., Answer]], 
     def register(function: Callable[..., Answer]) -> Any:
         sets, parameters = _options(function)
 
-        def run(as_json: bool, debug: bool, **given: Any) -> None:
+        def run(as_json: bool, quiet: bool, debug: bool, **given: Any) -> None:
             for parameter, kind in sets.items():
                 given[parameter] = kind(**{f.name: given.pop(f.name) for f in fields(kind)})
-            with contextlib.redirect_stdout(sys.stderr):
+            err = _NoTerminal(sys.stderr) if as_json or quiet else sys.stderr
+            with contextlib.redirect_stderr(err), contextlib.redirect_stdout(err):
                 answer = function(**given)
             data = json.dumps(_plain(answer.data), indent=1, allow_nan=False)
             typer.echo(data if as_json else _shown(answer.text))
@@ -95,7 +135,7 @@ def command(group: typer.Typer, name: str) -> Callable[[Callable[..., Answer]], 
         run.__doc__ = inspect.getdoc(function)
         run.__annotations__ = {p.name: p.annotation for p in parameters}
         run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-        group.command(name)(run)
+        group.command(name, cls=Grouped)(run)
         return function
 
     return register
@@ -113,7 +153,7 @@ def _options(function: Callable[..., Any]) -> tuple[dict[str, Any], list[inspect
             options += [(f.name, inner[f.name], f.default) for f in fields(hints[name])]
         else:
             options.append((name, hints[name], parameter.default))
-    options += [("as_json", _AS_JSON, False), ("debug", _DEBUG, False)]
+    options += [("as_json", _AS_JSON, False), ("quiet", _QUIET, False), ("debug", _DEBUG, False)]
     empty = inspect.Parameter.empty
     return sets, [
         inspect.Parameter(

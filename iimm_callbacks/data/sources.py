@@ -64,7 +64,7 @@ class _PairSource:
         for position in sorted({n * part // _COMPARED for part in range(_COMPARED)}):
             try:
                 label = self._pairs[position][1]
-            except Exception:  # one that cannot be read is told of by the probe
+            except Exception:  # the probe reports one that cannot be read
                 continue
             if label != targets[position]:
                 raise ValueError(
@@ -186,6 +186,12 @@ def open_source(
             "pick one, e.g. dataset['test']"
         )
     if hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__"):
+        for argument, column in (("image_column", image), ("label_column", label)):
+            if column is not None:
+                raise ValueError(
+                    f"`{argument}` of task {name!r} must be left out, got {column!r}: "
+                    f"{type(dataset).__name__} holds (image, label) pairs and has no columns"
+                )
         if len(dataset):
             _check_pair(name, dataset[0], 0)
         return _PairSource(name, dataset)

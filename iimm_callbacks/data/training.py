@@ -35,23 +35,24 @@ def training_task(train: Any, task: Task, *, given: bool = True) -> Task:
         ValueError: As `Task`.
     """
     if task.is_captions:
-        raise NoTrainingSetError("captions have no classes, and so no linear probe")
+        raise NoTrainingSetError("captions have no classes, so there is no linear probe")
     if isinstance(train, Task):
         _check_classes(train, task)
         return train
     if is_stream(train):
-        raise NoTrainingSetError("the training set is a stream, which is not read twice")
+        raise NoTrainingSetError("the training set is a stream, and a stream is read only once")
     if not given:
         _check_cheap(train)
     train = _as_pairs(train, task)
     names = None if _has_names(train, task) else task.class_names
+    image, label = task.columns if hasattr(train, "features") else (None, None)  # else pairs
     read = Task(
         task.name,
         train,
         templates=task.templates,
         class_names=names,
-        image_column=task.columns[0],
-        label_column=task.columns[1],
+        image_column=image,
+        label_column=label,
         seed=task.seed,
     )
     if read.is_captions:
@@ -86,7 +87,7 @@ def _check_cheap(train: Any) -> None:
     known = hasattr(train, "features") or hasattr(train, "targets") or isinstance(train, list)
     if not known:
         raise NoTrainingSetError(
-            f"the labels of the training set ({type(train).__name__}) cannot be told without "
+            f"the labels of the training set ({type(train).__name__}) cannot be read without "
             "reading every image; pass `train=`"
         )
 

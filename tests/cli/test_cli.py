@@ -2,6 +2,7 @@
 
 import inspect
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -13,6 +14,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+import typer
 from PIL import Image
 from test_pages import rescued_record
 from test_report import (
@@ -28,7 +30,7 @@ from typer.testing import CliRunner
 
 import iimm_callbacks
 from iimm_callbacks import Forecaster, Outcome, append_outcome, cli, read_outcomes, sample
-from iimm_callbacks.cli import doctor
+from iimm_callbacks.cli import doctor, loading, shell
 from iimm_callbacks.cli.loading import load_model
 from iimm_callbacks.models.wrappers import model_fingerprint
 from iimm_callbacks.probing.probe import Probe
@@ -381,7 +383,7 @@ def test_forecast_asks_the_forecaster_what_it_was_asked(store, model, fingerprin
     assert row["exceed_probability"] == pytest.approx(expected.worst.probability_above(0.2))
 
 
-def test_the_shipped_model_has_the_shipped_runs_on_record():
+def test_the_shipped_model_has_the_shipped_runs_saved():
     found = ask("forecast", "sample", *EMOJI, "--method", "full")
     (row,) = found["forecasts"].values()
     assert row["n_outcomes"] == len([o for o in sample.load_outcomes() if o.complete])
@@ -397,7 +399,7 @@ def test_base_rates_are_labelled_wherever_they_show(model):
     assert re.search(
         r"Choose \w+ \(borrowed\): of the methods that likely stay within 5.0", result.stdout
     )
-    assert "no runs on record" in result.stderr
+    assert "no saved runs" in result.stderr
     assert ask("forecast", model, *EMOJI, "--method", "full")["forecasts"]["full"]["base_rate"]
 
 
@@ -416,7 +418,7 @@ def test_preflight_exits_with_2_over_the_limit_and_with_0_below(store, model, fi
     warned = ask(*flight, *edge, "--require-forecast")
     assert (warned["go"], warned["verdict"]["level"]) == (True, "warn")
     shown = run(*flight, code=2).stdout
-    assert f"Verdict: no go (stop): {over['verdict']['reason']}." in shown
+    assert f"Verdict: no go (over the limit): {over['verdict']['reason']}." in shown
     assert run(*flight, *edge).stdout.splitlines()[-1].startswith("Verdict: go (warn): ")
 
 
@@ -425,7 +427,7 @@ def test_preflight_warns_on_what_is_borrowed_and_goes(model):
     found = ask(*flight)
     assert (found["go"], found["verdict"]["level"]) == (True, "warn")
     assert found["verdict"]["reason"].startswith("borrowed forecast mean forgetting")
-    assert "needs runs of this model on record" in fails(*flight, "--require-forecast")
+    assert "needs saved runs of this model" in fails(*flight, "--require-forecast")
 
 
 @pytest.mark.parametrize(
@@ -524,7 +526,7 @@ def test_an_open_clip_model_without_weights_is_refused(monkeypatch):
 
 @pytest.fixture
 def record(store):
-    """Three runs on record; the second was stopped."""
+    """Three saved runs; the second was stopped."""
     runs = [
         outcome("digits", 0.01, 0.2, recipe={"steps": 10}),
         outcome("letters", 0.06, 0.1, method="lora", complete=False, ended="stopped"),
@@ -645,7 +647,7 @@ def test_check_names_the_damaged_line(record, store):
 # --- what comes from anyone's data ---
 
 
-def test_names_on_record_are_listed_as_they_are_written_and_in_json_as_they_are(store):
+def test_names_saved_are_listed_as_they_are_written_and_in_json_as_they_are(store):
     hostile = replace(outcome("t", method="m"), task=HOSTILE, model="a\nb", ended="\x1b[31m[b]")
     append_outcome(store, hostile)
     append_outcome(store, replace(hostile, task="b", method=HOSTILE, complete=False))
@@ -680,7 +682,7 @@ def test_the_tables_of_forecasts_show_names_as_they_are_written(methods):
     assert not RAW & set(text)
     assert lines_with(text, r"m\x1b\n[b]", "+30.0 [+10.0, +50.0]")
     assert len(methods) == 1 or r"Choose m\x1b\n[b]: of the" in text.splitlines()[-1]
-    assert tables.verdict(data) == f"Verdict: go (continue): {SHOWN}."
+    assert tables.verdict(data) == f"Verdict: go (ok): {SHOWN}."
 
 
 def test_errors_and_tracebacks_are_shown_without_control_codes(tmp_path):
@@ -782,7 +784,7 @@ def test_report_writes_the_page_among_the_past_runs_of_its_model(tmp_path, store
     assert (found["n_past"], found["store"]) == (4, str(store))
     assert str(tmp_path / "run_report" / "past_gain.png") in found["pictures"]
     html = (tmp_path / "run_report" / "report.html").read_text(encoding="utf-8")
-    assert "4 complete runs of these very weights" in html
+    assert "4 complete runs of these weights" in html
     shown = run("report", path, "--outcomes", "sample", "--to", tmp_path / "here").stdout
     assert "Predicted and observed: digits (full)" in shown
     assert "Shown among 0 past runs of its model, of 150 in " in shown
@@ -1053,10 +1055,91 @@ def test_what_needs_no_model_imports_nothing_large(arguments, own_store):
 
 
 def test_the_check_of_what_is_imported_can_fail(own_store):
-    code = LIGHT.format(arguments=["doctor"], heavy=HEAVY)
+    code = "import numpy\n" + LIGHT.format(arguments=["--version"], heavy=HEAVY)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert "torch" in done.stderr.splitlines()[-1]
+    assert done.stderr.splitlines()[-1] == "['numpy']"
 
 
 def test_the_version_is_that_of_the_package():
     assert RUNNER.invoke(cli.app, ["--version"]).stdout.strip() == iimm_callbacks.__version__
+
+
+def test_options_are_grouped_in_the_help():
+    lines = run("forecast", "--help").stdout.splitlines()
+    groups = [line.rstrip(":") for line in lines if re.fullmatch(r"\w+:", line)]
+    assert groups == ["Arguments", "Data", "Recipe", "Limit", "Output"]
+    place = {name: next(i for i, x in enumerate(lines) if x == f"{name}:") for name in groups}
+    where = {
+        option: next(i for i, line in enumerate(lines) if f"--{option} " in line)
+        for option in ("split", "learning-rate", "max-forgetting", "json")
+    }
+    assert place["Data"] < where["split"] < place["Recipe"] < where["learning-rate"]
+    assert where["learning-rate"] < place["Limit"] < where["max-forgetting"]
+    assert where["max-forgetting"] < place["Output"] < where["json"]
+
+
+def test_the_shell_completes_commands(monkeypatch):
+    code = "from iimm_callbacks.cli import main; main()"
+    asked = {"_IIMM_COMPLETE": "complete_bash", "COMP_WORDS": "iimm fo", "COMP_CWORD": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=os.environ | asked, capture_output=True, text=True
+    )
+    assert done.stdout.split() == ["forecast"]
+
+
+@pytest.mark.parametrize("option", ["--json", "--quiet"])
+def test_no_library_takes_the_output_for_a_terminal(monkeypatch, option):
+    seen = []
+
+    def look():
+        seen.append(sys.stderr.isatty())
+        return shell.Answer({}, "done")
+
+    app = typer.Typer(cls=shell.Commands)
+    shell.command(app, "look")(look)
+    shell.command(app, "other")(look)
+    monkeypatch.setattr("typer.testing._NamedTextIOWrapper.isatty", lambda _: True, raising=False)
+    for arguments in (["look", option], ["look"]):
+        RUNNER.invoke(app, arguments)
+    assert seen[0] is False
+
+
+@pytest.mark.parametrize(
+    ("name", "argument", "is_model"),
+    [("./none", "MODEL", True), ("~/none", "DATASET", False), ("", "DATASET", False)],
+)
+def test_a_path_is_checked_before_anything_is_loaded(name, argument, is_model):
+    with pytest.raises(ValueError, match=f"`{argument}` must be a folder or a name on the Hub"):
+        loading.check_name(name, argument, is_model=is_model)
+
+
+def test_a_name_that_the_hub_lacks_is_an_error_and_a_hub_out_of_reach_none(monkeypatch):
+    from huggingface_hub import HfApi, constants, errors
+
+    asked = []
+
+    def ask(self, name, *, repo_type, timeout):
+        asked.append((name, repo_type))
+        if name == "org/none":
+            raise errors.HFValidationError("no such name")
+        raise ConnectionError("no network")
+
+    monkeypatch.setattr(HfApi, "repo_info", ask)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+    with pytest.raises(ValueError, match="got 'org/none', which the Hub does not have"):
+        loading.check_name("org/none", "MODEL")
+    loading.check_name("org/data:config", "DATASET", is_model=False)
+    assert asked == [("org/none", "model"), ("org/data", "dataset")]
+    assert constants.HF_HUB_OFFLINE is True  # what comes after asks no more
+    loading.check_name("org/other", "MODEL")
+    assert len(asked) == 2
+
+
+def test_a_column_of_a_folder_of_images_is_refused(model, colours, tmp_path):
+    for name in ("red", "blue"):
+        (tmp_path / "data" / name).mkdir(parents=True)
+        for i in range(2):
+            colours[i]["image"].save(tmp_path / "data" / name / f"{i}.png")
+    said = fails("measure", model, tmp_path / "data", "--label-column", "nolabel")
+    assert "`label_column` of task 'data' must be left out, got 'nolabel'" in said
