@@ -45,6 +45,24 @@ def state(record: dict[str, Any]) -> str:
     return f"{record['ended']}; {when}"
 
 
+def title(record: dict[str, Any]) -> str:
+    """What happened, in one line."""
+    last, limits = record["looks"][-1], record["limits"]
+    gain = last[keys.observed_key("gain")]
+    verb = "gained" if gain >= 0 else "lost"
+    text = f"{record['task']}: {verb} {100 * abs(gain):.1f} points"
+    mean = observed(last, "forgetting")
+    if mean is None:
+        return text
+    text += f", forgot {points(mean).removeprefix('+')}"
+    limit = limits["max_forgetting"]
+    if limit is None:
+        return text
+    value = mean if limits["limit_on"] == "mean" else last[keys.WORST]
+    worst = "" if limits["limit_on"] == "mean" else f" ({points(value)} on the worst task)"
+    return f"{text}{worst}, {'over' if value > limit else 'within'} the limit of {100 * limit:.3g}"
+
+
 def headline(record: dict[str, Any]) -> list[dict[str, str]]:
     """The few numbers to see first: each a name, a value and a note."""
     last, forecast = record["looks"][-1], record["forecast"]
@@ -143,7 +161,7 @@ def measure(record: dict[str, Any]) -> list[dict[str, str]]:
 
 
 def grade(record: dict[str, Any]) -> list[dict[str, str]]:
-    """One row per forecast quantity: its errors on the record, and by what it was made."""
+    """One row per forecast quantity: its errors on the saved runs, and by what it was made."""
     rows = []
     for name, found in record["forecast"]["evidence"].items():
         used = {k: v for k, v in found["predictors"].items() if v >= _LEAST_SHARE}

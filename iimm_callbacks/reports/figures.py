@@ -21,7 +21,7 @@ from .terminal import (
     standard_error,
 )
 
-_MANY = 10  # looks that an alternative text tells of
+_MANY = 10  # looks that an alternative text names
 _MOST_TASKS = 12  # that are drawn, the worst; the table has them all
 
 
@@ -68,26 +68,24 @@ def _outcome(record: dict[str, Any], name: str) -> Picture:
     steps = [row["step"] for row in rows]
     forecast = [row for row in rows if key in row]
     if forecast:
-        at = [row["step"] for row in forecast]
-        middle, low, high = (
-            in_points([r[key + e] for r in forecast]) for e in ("", "_low", "_high")
-        )
-        axis.fill_between(
-            at, low, high, color=LIGHT["blue"], alpha=0.22, lw=0, label="its 90 % interval"
-        )
-        axis.plot(at, middle, "--", color=LIGHT["blue"], lw=1.6, label="forecast of the end")
-        if len(forecast) == 1:  # a band has no width there
-            down, up = np.maximum(middle - low, 0), np.maximum(high - middle, 0)
-            axis.errorbar(at, middle, [down, up], fmt="o", color=LIGHT["blue"], mfc=LIGHT["paper"])
+        _band(axis, forecast, key)
     observed = in_points([row[keys.observed_key(name)] for row in rows])
     errors = in_points([standard_error(row, name) or 0.0 for row in rows])
     axis.errorbar(
-        steps, observed, errors, fmt="o-", color=LIGHT["ink"], ms=4.5, lw=1.4, elinewidth=1,
-        label="observed, mean ± SE" if name == "forgetting" else "observed ± SE",
+        steps, observed, errors, fmt=_points_or("o-", steps), color=LIGHT["ink"], ms=4.5, lw=1.4,
+        elinewidth=1, label="observed, mean ± SE" if name == "forgetting" else "observed ± SE",
     )  # fmt: skip
-    if name == "forgetting":
+    if name == "forgetting" and len(record["off_target"]) > 1:
         worst = in_points([row[keys.WORST] for row in rows])
-        axis.plot(steps, worst, ":", color=LIGHT["quiet"], lw=1.8, label="observed, worst task")
+        axis.plot(
+            steps,
+            worst,
+            _points_or(":", steps, "v"),
+            color=LIGHT["quiet"],
+            lw=1.8,
+            label="observed, worst task",
+        )
+    if name == "forgetting":
         _limit(axis, record)
     _over_steps(axis, record, f"{name} (points)")
     legend_above(axis)
@@ -99,6 +97,26 @@ def _outcome(record: dict[str, Any], name: str) -> Picture:
     return Picture(
         name, f"{name.capitalize()}: forecast and observed", alt,
         _outcome_caption(record, name, bool(forecast)), figure,
+    )  # fmt: skip
+
+
+def _points_or(line: str, steps: Sequence[float], marker: str = "o") -> str:
+    """The style of a line; of one or two looks their points, which are no curve."""
+    return line if len(steps) > 2 else marker
+
+
+def _band(axis: Any, forecast: list[dict[str, Any]], key: str) -> None:
+    """The forecast of the end at each look, with its interval."""
+    at, blue = [row["step"] for row in forecast], LIGHT["blue"]
+    middle, low, high = (in_points([r[key + e] for r in forecast]) for e in ("", "_low", "_high"))
+    if len(at) > 2:
+        axis.fill_between(at, low, high, color=blue, alpha=0.22, lw=0, label="its 90 % interval")
+        axis.plot(at, middle, "--", color=blue, lw=1.6, label="forecast of the end")
+        return
+    down, up = np.maximum(middle - low, 0), np.maximum(high - middle, 0)
+    axis.errorbar(
+        at, middle, [down, up], fmt="o", color=blue, mfc=LIGHT["paper"],
+        label="forecast of the end, 90 % interval",
     )  # fmt: skip
 
 
@@ -157,7 +175,7 @@ def _small_charts(drops: dict[str, list[float]], record: dict[str, Any]) -> Any:
     margin = 0.08 * max(float(np.ptp(everything)), 1.0)
     for position, (axis, (name, drop)) in enumerate(zip(axes, drops.items(), strict=False)):
         colour = LIGHT["red" if drop[-1] > 0 else "green"]
-        axis.plot(steps, in_points(drop), "o-", color=colour, ms=3)
+        axis.plot(steps, in_points(drop), _points_or("o-", steps), color=colour, ms=3)
         axis.set_ylim(everything.min() - margin, everything.max() + margin)
         axis.set_title(f"{label(name, 22)}  {points(drop[-1])}")
         if record["limits"]["limit_on"] == "worst":
@@ -184,8 +202,8 @@ def _measure(record: dict[str, Any]) -> Picture:
             min(r.get(keys.STANDARD_ERROR, 0.0), 2.0) if key == keys.PREFIX else 0.0 for r in rows
         ]
         axis.errorbar(
-            steps, [r[key] for r in rows], errors, fmt=style, color=LIGHT[colour], ms=5, lw=1.5,
-            label=words,
+            steps, [r[key] for r in rows], errors, fmt=_points_or(style, steps, style[0]),
+            color=LIGHT[colour], ms=5, lw=1.5, label=words,
         )  # fmt: skip
     _over_steps(axis, record, "cosine similarity", zero=False)
     legend_above(axis, 3)
@@ -206,7 +224,8 @@ def _probability(record: dict[str, Any]) -> Picture:
     figure, (axis,) = new_figure(3.2)
     rows = [row for row in record["looks"] if keys.EXCEED in row]
     steps = [row["step"] for row in rows]
-    axis.plot(steps, [row[keys.EXCEED] for row in rows], "o-", color=LIGHT["ink"], ms=4.5)
+    values = [row[keys.EXCEED] for row in rows]
+    axis.plot(steps, values, _points_or("o-", steps), color=LIGHT["ink"], ms=4.5)
     confidence = record["limits"]["confidence"]
     for at, words, colour in ((0.5, "warns", "amber"), (confidence, "may stop", "red")):
         axis.axhline(at, color=LIGHT[colour], ls=":", lw=1.6, label=f"{words} from {at:.2g}")

@@ -11,7 +11,6 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from .. import __version__
-from ..records import keys
 from ..records.outcomes import Outcome
 from ..records.run_file import check_run
 from . import facts
@@ -29,7 +28,7 @@ from .drawing import (
 from .figures import run_pictures
 from .past import ceiling_note, past_pictures, past_runs
 from .tables import mixed
-from .terminal import points, printable, score_name
+from .terminal import level_words, printable, score_name
 
 PAGE = "report.html"
 PICTURES = (
@@ -95,7 +94,7 @@ def render(template: str, context: dict[str, Any]) -> str:
     page = _environment().get_template(template)
     return page.render(
         context, colours=colours, style=style, signs=_SIGNS, level_colours=LEVEL,
-        version=__version__,
+        level_words=level_words, version=__version__,
     )  # fmt: skip
 
 
@@ -109,15 +108,11 @@ def shown(picture: Picture) -> dict[str, Any]:
 def _context(record: dict[str, Any], pictures: dict[str, Picture], n_past: int) -> dict[str, Any]:
     last, forecast = record["looks"][-1], record["forecast"]
     notes = [note for note in forecast["notes"] if note not in forecast["basis"]]
-    said = f"gain {points(last[keys.observed_key('gain')])} points"
-    if record["off_target"]:
-        mean = points(last[keys.observed_key("forgetting")])
-        said += f", mean forgetting {mean} points over {len(record['off_target'])} off-target tasks"
     metrics = record.get("metrics", {})
     return {
         "task": record["task"],
         "method": record["method"],
-        "said": said,
+        "title": facts.title(record),
         "mixed": mixed(record) is not None,
         "rescue": facts.rescue(record),
         "score": score_name(metrics, record["task"]),

@@ -180,7 +180,7 @@ def _told(name: str, runs: Sequence[Outcome], same: Sequence[Outcome], line: Lin
     values = [getattr(o, name) for o in runs]
     tasks = len({o.task for o in same})
     said = (
-        f"{len(runs)} complete runs of these very weights, from {points(min(values))} to "
+        f"{len(runs)} complete runs of these weights, from {points(min(values))} to "
         f"{points(max(values))}; {len(same)} of them, on {tasks} task{'s' * (tasks != 1)}, under "
         "this method."
     )

@@ -16,7 +16,9 @@ from test_untrusted import PLACES, change_at, json_values
 
 from iimm_callbacks import Outcome
 from iimm_callbacks.monitor import IIMMMonitor
+from iimm_callbacks.records import keys
 from iimm_callbacks.records.run_file import check_run
+from iimm_callbacks.reports import facts
 from iimm_callbacks.reports.compare import compare_runs
 from iimm_callbacks.reports.drawing import (
     BEHIND,
@@ -31,6 +33,7 @@ from iimm_callbacks.reports.drawing import (
     label,
     new_figure,
 )
+from iimm_callbacks.reports.figures import run_pictures
 from iimm_callbacks.reports.page import PICTURES, write_report
 from iimm_callbacks.reports.past import fit_line, past_runs
 from iimm_callbacks.reports.terminal import printable
@@ -139,8 +142,8 @@ def page(tmp_path_factory):
 
 def test_the_page_shows_forecast_and_observed_and_whether_they_agree(page):
     for words in (
-        "digits, method full",
-        "gain +41.5 points, mean forgetting +3.1 points over 2 off-target tasks",
+        "digits: gained 41.5 points, forgot 3.1, within the limit of 5",
+        "Method full. Verdict: ",
         "Run: finished; latest look after 50 of 50 steps (100% done).",
         "+30.0 [+10.0, +50.0] +41.5 ± 3.0 inside the interval",
         "+6.0 [-1.0, +13.0] +3.1 ± 1.1 inside the interval",
@@ -182,7 +185,7 @@ def test_the_grade_says_where_simpler_forecasts_were_better(tmp_path):
     page = report(record, tmp_path)
     assert page.shows("4.6 4.2 5.0 0.4 worse than the plain mean; 0.4 better than the zero-shot")
     assert page.shows("88% 8 runs, 4 tasks 30% mean 62%, IIMM 30%, zero-shot error 8%")
-    assert page.shows("learning rate lies outside the range on record")
+    assert page.shows("learning rate lies outside the range of the saved runs")
 
 
 def test_every_off_target_task_is_there_and_how_many_lost_more_than_the_limit(page):
@@ -465,8 +468,7 @@ def test_a_real_run_has_a_page_at_every_moment(
     tmp_path, tiny_clip, processor, colour_task, shape_task
 ):
     monitor = IIMMMonitor(
-        colour_task, [shape_task], processor=processor, progress=False, store=None,
-        outcomes=PAST,
+        colour_task, [shape_task], processor=processor, verbose=False, outcomes=PAST,
     )  # fmt: skip
     model = tiny_clip()
     monitor.begin(model, recipe={"steps": 2})
@@ -476,7 +478,7 @@ def test_a_real_run_has_a_page_at_every_moment(
     own = monitor.end(model, 2)
     page = report(monitor.record(), tmp_path, [own, *PAST])
     assert page.shows("Run: finished; latest look after 2 of 2 steps (100% done).")
-    assert page.shows("no complete run of these very weights")  # its own outcome is no past one
+    assert page.shows("no complete run of these weights")  # its own outcome is no past one
 
 
 # --- among past outcomes ---
@@ -520,7 +522,7 @@ def test_two_tasks_or_one_iimm_make_no_line(tmp_path):
 def test_only_runs_of_the_method_make_the_line(tmp_path):
     others = [outcome(f"t{i}", 0.3 + 0.1 * i, gain=-0.1 * i, method="lora") for i in range(3)]
     page = report(full_record(), tmp_path, [*PAST, *others], drawn=True)
-    assert page.shows("8 complete runs of these very weights, from -20.0 to +26.0; 5 of them, on 5")
+    assert page.shows("8 complete runs of these weights, from -20.0 to +26.0; 5 of them, on 5")
     assert page.shows("other methods (3)")
     assert page.shows("this method (5)")
     assert page.shows("Their line rises by 8.0 points per 0.1 of IIMM and explains 100.0 %")
@@ -565,6 +567,47 @@ def spoiled(evil):
     return record
 
 
+def test_each_cell_of_a_page_names_its_column_for_a_narrow_screen(tmp_path):
+    page = write_report(full_record(), tmp_path, []).read_text(encoding="utf-8")
+    tables = re.findall(r"<thead>(.*?)</thead>\s*<tbody>(.*?)</tbody>", page, re.DOTALL)
+    assert len(tables) >= 4
+    for head, body in tables:
+        columns = re.findall(r"<th [^>]*>(.*?)</th>", head)
+        for row in re.findall(r"<tr>(.*?)</tr>", body, re.DOTALL):
+            assert re.findall(r'<(?:th|td)[^>]* data-label="(.*?)"', row) == columns
+
+
+@pytest.mark.parametrize(
+    ("gain", "drop", "worst", "limits", "title"),
+    [
+        (0.325, 0.093, 0.2, (0.05, "mean"), "gained 32.5 points, forgot 9.3, over the limit of 5"),
+        (-0.01, -0.02, 0.0, (0.05, "mean"), "lost 1.0 points, forgot -2.0, within the limit of 5"),
+        (0.1, 0.02, 0.2, (0.05, "worst"),
+         "gained 10.0 points, forgot 2.0 (+20.0 on the worst task), over the limit of 5"),
+        (0.1, 0.02, 0.2, (None, "mean"), "gained 10.0 points, forgot 2.0"),
+        (0.1, None, None, (None, "mean"), "gained 10.0 points"),
+    ],
+)  # fmt: skip
+def test_the_title_says_what_happened(gain, drop, worst, limits, title):
+    row = {keys.observed_key("gain"): gain}
+    if drop is not None:
+        row |= {keys.observed_key("forgetting"): drop, keys.WORST: worst}
+    limits = dict(zip(("max_forgetting", "limit_on"), limits, strict=True))
+    assert facts.title({"task": "t", "looks": [row], "limits": limits}) == f"t: {title}"
+
+
+def test_two_looks_are_two_points_and_no_curve():
+    run = full_record()
+    assert len(run["looks"]) == 2
+    steps = [row["step"] for row in run["looks"]]
+    with drawing():
+        pictures = run_pictures(check_run(run))
+    lines = [x for p in pictures for axis in p.figure.axes for x in axis.get_lines()]
+    shown = [x for x in lines if list(x.get_xdata()) == steps]
+    assert len(shown) > 3
+    assert {x.get_linestyle() for x in shown} == {"None"}
+
+
 @pytest.mark.parametrize("evil", EVIL)
 def test_texts_are_shown_and_never_obeyed(tmp_path, page, evil):
     past = [outcome(evil, 0.3 + 0.1 * i, method=evil, ended=evil) for i in range(4)]
@@ -573,7 +616,8 @@ def test_texts_are_shown_and_never_obeyed(tmp_path, page, evil):
     obeys_nothing(shown)
     if printable(evil) == evil:
         assert evil in shown.text
-    assert f"{printable(evil)}, method {printable(evil)}" in shown.text
+    assert f"{printable(evil)}: gained 41.5 points" in shown.text
+    assert f"Method {printable(evil)}. " in shown.text
 
 
 def obeys_nothing(page):
