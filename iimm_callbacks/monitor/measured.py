@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import logging
 import time
 import uuid
-from collections.abc import Iterable, Mapping
+import weakref
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
+from tqdm.auto import tqdm
 
 from ..data.tasks import OFF_TARGET_PROBE_SIZE
 from ..forecasting.forecaster import Forecaster
@@ -26,13 +27,17 @@ from ..records import keys
 from ..records.forecast import Forecast
 from ..records.journal import Journal, Journaled, opening
 from ..records.ledger import Ledger
+from ..records.log import get_logger
 from ..records.outcomes import Outcome
 from ..records.store import as_outcomes
 from ..records.verdict import Limits
 from ..rescue.rescuer import Rescuer, is_exceeded
 from ..rescue.sweep import Rescue
+from .forgiving import Forgiving
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
+
+Verbose = bool | Literal["all"]
 
 
 class Measured(Journaled):
@@ -58,6 +63,10 @@ class Measured(Journaled):
         self.probe = probe
         self.limits = limits
         self._pace = pace
+        self.verbose: Verbose = True
+        self._model: weakref.ref[nn.Module] | None = None  # that `begin` was given
+        self._forgiving = Forgiving(strict=False)
+        self.named: list[str] = []  # off-target tasks that the user named
         self.method: str | None = None
         self.autocast_dtype: torch.dtype | None = None
         self.strict = False
@@ -94,7 +103,7 @@ class Measured(Journaled):
         """Leave the model with the mix of untouched and fine-tuned weights that gains most.
 
         Call it before `end`: the outcome stays that of the fine-tuned model, since that is what
-        the next run learns from; the curve goes on record beside it, as ``"rescue"``.
+        the next run learns from; the curve is saved beside it, as ``"rescue"``.
 
         Args:
             model: The model after training.
@@ -120,7 +129,7 @@ class Measured(Journaled):
         """Take the baseline of a run that was broken off and is tried anew: call it before `begin`.
 
         What was trained in between does not become the baseline; images that were preprocessed are
-        used again. It is one run, on record once.
+        used again. It is one run, saved once.
 
         Args:
             first: The monitor of that run, which is given up.
@@ -165,10 +174,16 @@ class Measured(Journaled):
         return True
 
     def row(self) -> dict[str, float]:
-        """The latest look's logged keys, Python floats only; empty where it failed."""
+        """The latest look's logged keys, Python floats only; empty where it failed.
+
+        Accuracies on single off-target tasks are among them where the user named the tasks.
+        """
         if self._failure is not None:
             return {}
-        return {k: v for k, v in self.history[-1].items() if k.startswith(keys.PREFIX)}
+        names = [task.name for task in self.probe.off_target if task.name not in self.named]
+        quiet = set(map(keys.accuracy_key, names))
+        found = self.history[-1].items()
+        return {k: v for k, v in found if k.startswith(keys.PREFIX) and k not in quiet}
 
     def record(self) -> dict[str, Any]:
         """The run so far as JSON-ready data: what `reports` shows and a file keeps."""
@@ -205,8 +220,36 @@ class Measured(Journaled):
         return self._journal
 
     def outcomes(self) -> list[Outcome]:
-        """The finished runs that there are now to learn from: those given, or on record."""
+        """The finished runs that there are now to learn from: those given, or saved."""
         return self._ledger.read() if self._outcomes is None else as_outcomes(self._outcomes)
+
+    def _trained(self, call: str) -> nn.Module:
+        """The model that `begin` was given."""
+        self._require_begun(call)
+        model = self._model() if self._model is not None else None
+        if model is None:
+            raise RuntimeError(f"`{call}` needs the model that `begin` was given: keep it")
+        return model
+
+    def _say(self, text: Callable[[], str]) -> None:
+        if self.verbose and ranks.world()[0] == 0:
+            self._forgiving("printing", lambda: tqdm.write(text()))
+
+    def _learn(self, resumed: Journal | None) -> int:
+        """Fit the forecaster; of a run that goes on, to what it learnt from when it began."""
+        outcomes = ranks.from_first(self.outcomes)  # files may differ between ranks
+        if resumed:
+            self.probe.check_fingerprints(resumed.fingerprints)
+            if len(outcomes) < resumed.n_outcomes:
+                logger.warning(
+                    "Of %d saved runs that this one learnt from when it began, %d are still "
+                    "there: forecasts from here on may differ from those of an uninterrupted run",
+                    resumed.n_outcomes,
+                    len(outcomes),
+                )
+            outcomes = outcomes[: resumed.n_outcomes]
+        self._forecaster.fit(outcomes)
+        return len(outcomes)
 
     def _first_look(
         self,
@@ -254,7 +297,7 @@ class Measured(Journaled):
         self.forecast, self.verdict = judged.forecast, judged.verdict
 
     def _keep(self, ended: str, complete: bool = False) -> Outcome:
-        """Put the run so far on disk, and what goes on record should it end here."""
+        """Put the run so far on disk, and what is saved should it end here."""
         assert self._journal is not None
         outcome = self._journal.outcome(complete, ended)
         if ranks.world()[0] == 0:
@@ -268,7 +311,7 @@ class Measured(Journaled):
         self._warned.add(kind)
         logger.warning(
             "The IIMM guard could not measure the model at step %d (%s: %s). Training goes on, "
-            "without numbers for this step; further failures of the kind are counted silently.",
+            "without numbers for this step; further failures of this kind are only counted.",
             step,
             kind,
             error,

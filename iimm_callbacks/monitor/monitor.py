@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import logging
 import math
 import time
+import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
@@ -25,60 +25,64 @@ from ..probing import ranks
 from ..probing.learnable import TrainingSet
 from ..probing.probe import Probe
 from ..records.checks import anything, dict_of
-from ..records.journal import Journal
-from ..records.ledger import Ledger
+from ..records.former import check_former
+from ..records.ledger import Ledger, Past
+from ..records.log import get_logger
 from ..records.outcomes import Outcome
 from ..records.verdict import Limits, Verdict
-from .measured import Measured
+from ..reports.lines import look_line, preflight_lines, saved_lines
+from ..reports.terminal import preflight_table, summary_table
+from .forgiving import Forgiving
+from .measured import Measured, Verbose
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
+
+_FORMER = {
+    "limits": "give the `Limits` as `max_forgetting`",
+    "store": "name the file as `outcomes`, or call `append_outcome` with the run's outcome",
+    "progress": "use `verbose`",
+}
 
 
 class IIMMMonitor(Measured):
     """Measures a run before, during and after training, and judges it against the limits.
 
-    For a training loop of one's own; `IIMMCallback` is the Trainer's shell around it. One monitor
-    guards one run. Of several ranks all must call `begin`, `is_due`, `check` and `end`, at the same
-    steps: each embeds a share of the images, and all have the same numbers and verdicts::
+    For your own training loop; `IIMMCallback` is a thin wrapper around it for the Trainer. One
+    monitor guards one run. All ranks must call `begin`, `step` and `end`, at the same steps: each
+    embeds a share of the images, and all have the same numbers and verdicts::
 
-        monitor = IIMMMonitor(task, off_target, limits=Limits(0.05))
+        monitor = IIMMMonitor(task, off_target, max_forgetting=0.05)
         monitor.begin(model, recipe={"learning_rate": 1e-5, "steps": total})
         for step in range(1, total + 1):
             ...  # train
-            if monitor.is_due(step, total):
-                verdict = monitor.check(model, step, total)
+            verdict = monitor.step(step)
+            if verdict is not None:
                 accelerator.log(monitor.row(), step=step)
                 if verdict.level == "stop":
                     break
-        outcome = monitor.end(model)
+        outcome = monitor.end()
 
-    To resume, hand its `state_dict` through the checkpoint: accelerate does so after
+    To resume, keep its `state_dict` in the checkpoint, as accelerate does after
     ``accelerator.register_for_checkpointing(monitor)``.
 
     Args:
         task: What is being learnt.
         off_target: What must not be forgotten. ``None``: the shipped sample tasks, as canaries.
-        limits: How much forgetting is too much.
+        max_forgetting: As `IIMMCallback`: a number, or `Limits`.
         every: When looks are due, see `schedule.check_every`; the guard also has from it when the
             next one will be.
-        max_overhead: As `IIMMCallback`; what the look before training shows goes by ``steps`` and
-            ``batch_size`` of the recipe.
-        outcomes: Finished runs to learn the forecast from: `Outcome` records, a JSON-lines file or
-            a `datasets.Dataset`. ``None``: those in `store`.
-        store: JSON-lines file that the run is added to when it ends; ``"default"``:
-            `store.default_store`; ``None``: none.
+        max_overhead: As `IIMMCallback`, by ``steps`` and ``batch_size`` of the recipe.
+        outcomes: As `IIMMCallback`: what the forecast learns from, and where the outcome goes.
         run_file: JSON file that holds the run's `record` from every look on; ``None``: none.
         method: Fine-tuning method; ``None``: recognised by `tuning.detect`.
         processor: See `encoders.find_encoder`.
         encode: See `encoders.find_encoder`.
         batch_size: Images in one forward pass of the probe; halved where memory does not suffice.
         cache_limit: See `Probe`.
-        progress: See `Probe`.
+        verbose: As `IIMMCallback`.
         autocast_dtype: See `Probe.look`.
         strict: Raise when a look fails; otherwise warn once and let the run go on.
-        train: What the run trains on, a `Task` or a data set that one can be made of: the linear
-            probe that the forecast of the gain rests on learns from a sample of it. ``None``: it is
-            cross-validated on the task's own probe images.
+        train: As `IIMMCallback`; there is no ``"auto"``.
 
     Attributes:
         verdict: The latest `Verdict`.
@@ -95,29 +99,30 @@ class IIMMMonitor(Measured):
     def __init__(
         self,
         task: Task,
-        off_target: Sequence[Task] | None = None,
+        off_target: Task | Sequence[Task] | None = None,
+        max_forgetting: float | Limits | None = 0.05,
         *,
-        limits: Limits | None = None,
         every: Every = None,
+        outcomes: str | Path | Iterable[Outcome] | Past | None = "default",
         max_overhead: float | None = 0.05,
-        outcomes: str | Path | Iterable[Outcome] | None = None,
-        store: str | Path | None = "default",
         run_file: str | Path | None = None,
         method: str | None = None,
         processor: Any = None,
         encode: EncodePair | None = None,
         batch_size: int = 64,
         cache_limit: int = 2**31,
-        progress: bool = True,
         autocast_dtype: torch.dtype | None = None,
-        strict: bool = False,
         train: Any = None,
+        strict: bool = False,
+        verbose: Verbose = True,
+        **former: Any,
     ) -> None:
-        if off_target is None:
-            from ..sample import default_off_target
+        from ..sample import off_target_tasks
 
-            off_target = default_off_target(task)
+        check_former("IIMMMonitor", former, _FORMER)
+        is_named, off_target = off_target is not None, off_target_tasks(task, off_target)
         check_tasks(task, off_target)
+        verbose = former.get("progress", verbose)
         probe = Probe(
             task,
             off_target,
@@ -125,15 +130,19 @@ class IIMMMonitor(Measured):
             encode=encode,
             batch_size=batch_size,
             cache_limit=cache_limit,
-            progress=progress,
+            progress=bool(verbose),
             train=None if train is None else TrainingSet(train),
         )
-        limits = limits or Limits()
+        limits = Limits.of(former.get("limits", max_forgetting))
         pace = Pace(every, max_overhead, guarded=limits.max_forgetting is not None)
-        super().__init__(probe, limits, pace, Ledger(store, run_file), outcomes)
+        past = Past.of(outcomes, **{k: former[k] for k in former if k == "store"})
+        super().__init__(probe, limits, pace, Ledger(past.store, run_file), past.runs)
+        self.verbose = verbose
+        self.named = [t.name for t in off_target] if is_named else []
         self.method = method
         self.autocast_dtype = autocast_dtype
         self.strict = strict
+        self._forgiving = Forgiving(strict)
 
     def begin(
         self,
@@ -162,6 +171,7 @@ class IIMMMonitor(Measured):
             raise RuntimeError("`begin` was called already; make a new IIMMMonitor for every run")
         began = time.perf_counter()
         resumed = self._journal
+        is_new = resumed is None or not resumed.history
         self._size_probe(recipe or {}, resumed)
         self.probe.prepare(model)
         n_outcomes = self._learn(resumed)
@@ -193,23 +203,35 @@ class IIMMMonitor(Measured):
         self._pace.budget.began(seconds, self.probe.seconds or journal.baseline.runtime)
         self._began = time.perf_counter()
         self._keep("interrupted")
+        self._model = weakref.ref(model)
+        if is_new:
+            self._say(lambda: preflight_lines(self.record(), self.plan))
+            if self.verbose == "all":
+                self._say(lambda: preflight_table(self.record()))
         return self.verdict
 
-    def _learn(self, resumed: Journal | None) -> int:
-        """Fit the forecaster; of a run that goes on, to what it learnt from when it began."""
-        outcomes = ranks.from_first(self.outcomes)  # files may differ between ranks
-        if resumed:
-            self.probe.check_fingerprints(resumed.fingerprints)
-            if len(outcomes) < resumed.n_outcomes:
-                logger.warning(
-                    "Of %d finished runs that this one learnt from when it began, %d are still on "
-                    "record: forecasts from here on may differ from those of a run in one piece",
-                    resumed.n_outcomes,
-                    len(outcomes),
-                )
-            outcomes = outcomes[: resumed.n_outcomes]
-        self._forecaster.fit(outcomes)
-        return len(outcomes)
+    def step(self, step: int, training_loss: float | None = None) -> Verdict | None:
+        """Call it after each optimizer step: it looks at the model where a look is due.
+
+        Args:
+            step: Optimizer steps done, from 1 on.
+            training_loss: As `check`.
+
+        Returns:
+            The verdict of the look; None where none was due.
+
+        Raises:
+            RuntimeError: `begin` was not called, or its recipe has no ``steps``.
+            Exception: As `check`.
+        """
+        total = self._require_begun("step").start.recipe.get("steps")
+        if not isinstance(total, int):
+            raise RuntimeError(
+                "`step` needs the number of steps: call `begin(model, recipe={'steps': total})`"
+            )
+        if not self.is_due(step, total):
+            return None
+        return self.check(self._trained("step"), step, total, training_loss)
 
     def is_due(self, step: int, total_steps: int, event: str | None = None) -> bool:
         """Whether to `check` now: by the schedule, and within `max_overhead`.
@@ -248,7 +270,7 @@ class IIMMMonitor(Measured):
             model: The model as it trains.
             step: Optimizer steps done.
             total_steps: Of the whole training.
-            training_loss: The latest, where it is known; it goes on record.
+            training_loss: The latest, where it is known; it is saved.
 
         Returns:
             The verdict.
@@ -281,11 +303,14 @@ class IIMMMonitor(Measured):
             if training_loss is not None and math.isfinite(training_loss):
                 judged.row["training_loss"] = float(training_loss)
             self._note(journal, judged)
+            self._say(lambda: look_line(journal.history[-1]))
         self._pace.budget.took(time.perf_counter() - started, part)
         self._keep("interrupted")
         return self.verdict
 
-    def end(self, model: nn.Module, step: int | None = None, *, ended: str = "") -> Outcome:
+    def end(
+        self, model: nn.Module | None = None, step: int | None = None, *, ended: str = ""
+    ) -> Outcome:
         """Look at the model once more, if it has trained since the last look; record the run.
 
         The outcome is added to the store. A store that cannot be written is warned of. A run that
@@ -293,8 +318,9 @@ class IIMMMonitor(Measured):
         killed.
 
         Args:
-            model: The model after training.
-            step: Optimizer steps done; ``None``: the latest that `is_due` or `check` was told.
+            model: The model after training; ``None``: the one that `begin` was given.
+            step: Optimizer steps done; ``None``: the latest that `step`, `is_due` or `check` was
+                told.
             ended: Why training ended before its last step; empty: it did not, or did so unguarded.
 
         Returns:
@@ -307,7 +333,7 @@ class IIMMMonitor(Measured):
         now, total = self._now
         now = now if step is None else step
         if not self.has_seen(now):
-            self.check(model, now, total)
+            self.check(self._trained("end") if model is None else model, now, total)
         # Numbers of an earlier step are no outcome, where the last look failed.
         complete = self._failure is None and now >= total and not ended
         if isinstance(self._failure, NotFiniteError):
@@ -319,4 +345,6 @@ class IIMMMonitor(Measured):
             complete, self.ended = False, "finished, as a later phase of its training"
         outcome = self._keep(self.ended, complete)
         self._ledger.close()
+        self._say(lambda: summary_table(self.record()))
+        self._say(lambda: saved_lines(self._ledger.run_file, self._ledger.path))
         return outcome

@@ -2,17 +2,50 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import weakref
+from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from .log import get_logger
 from .outcomes import Outcome
 from .run_file import save_run, sweep
-from .store import append_outcome, default_store, read_outcomes
+from .store import append_outcome, as_outcomes, default_store, read_outcomes
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
+
+
+@dataclass(frozen=True)
+class Past:
+    """The runs that a run learns from, and the store that its own outcome is added to.
+
+    Attributes:
+        runs: `Outcome` records, or a file or data set of them; ``None``: those in `store`.
+        store: As `Ledger`.
+    """
+
+    runs: str | Path | Iterable[Outcome] | None
+    store: str | Path | None
+
+    @classmethod
+    def of(cls, outcomes: str | Path | Iterable[Outcome] | Past | None, **former: Any) -> Past:
+        """From `outcomes` of `IIMMCallback`, and from `store`, if that was given apart.
+
+        Raises:
+            TypeError: `outcomes` holds something else.
+        """
+        if isinstance(outcomes, Past):
+            return outcomes
+        is_store = outcomes is None or isinstance(outcomes, str | Path)
+        runs = None if is_store else as_outcomes(outcomes)
+        if "store" in former:
+            default = outcomes is None or (isinstance(outcomes, str) and outcomes == "default")
+            return cls(None if default else runs or outcomes, former["store"])
+        if outcomes is None:
+            return cls([], None)
+        return cls(runs, outcomes if is_store else None)  # type: ignore[arg-type]  # a path
 
 
 class Ledger:
@@ -41,7 +74,7 @@ class Ledger:
         try:
             return read_outcomes(self.path) if self.path.exists() else []
         except (OSError, ValueError, KeyError) as error:
-            logger.warning("The outcomes in %s cannot be learnt from: %s", self.path, error)
+            logger.warning("The saved runs in %s cannot be read: %s", self.path, error)
             return []
 
     def draft(self, outcome: Outcome, record: dict[str, Any] | None = None) -> None:
@@ -60,7 +93,7 @@ class Ledger:
             save_run(record, self.run_file)
         except (OSError, ValueError) as error:
             if not self._warned:
-                logger.warning("The IIMM run file %s is not up to date: %s", self.run_file, error)
+                logger.warning("The run file %s is not up to date: %s", self.run_file, error)
             self._warned = True
 
     def close(self) -> None:
@@ -79,4 +112,4 @@ def _write(path: Path | None, drafts: list[Outcome], pid: int) -> None:
     try:
         append_outcome(path, drafts[0])
     except (OSError, ValueError) as error:
-        logger.warning("This run's outcome is not on record: %s", error)
+        logger.warning("The outcome of this run was not saved: %s", error)

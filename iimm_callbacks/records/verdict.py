@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from numbers import Real
-from typing import Literal
+from typing import Any, Literal
 
 LIMIT_ON = ("mean", "worst")
 LEVELS = ("continue", "warn", "stop")
@@ -48,6 +48,11 @@ class Limits:
         # What numpy made of them, JSON would not hold.
         object.__setattr__(self, "max_forgetting", None if limit is None else float(limit))
         object.__setattr__(self, "confidence", float(self.confidence))
+
+    @classmethod
+    def of(cls, limit: float | Limits | None, **former: Any) -> Limits:
+        """`limit` itself, or as `max_forgetting`; `former` are other fields, given apart."""
+        return replace(limit if isinstance(limit, Limits) else cls(limit), **former)
 
 
 @dataclass(frozen=True)

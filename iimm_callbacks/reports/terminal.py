@@ -21,6 +21,8 @@ from rich.text import Text
 from ..records import keys
 
 _WIDTH = 96
+_FEW = 4  # off-target tasks that are named
+_LEVELS = {"continue": "ok", "warn": "warn", "stop": "over the limit"}
 # What moves the cursor, ends a line, turns the writing direction or is half a character.
 _UNPRINTABLE = re.compile(
     r"[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]"
@@ -85,39 +87,22 @@ def forecast_lines(forecast: dict[str, Any]) -> list[str]:
     lines = wrap(printable(". ".join(sentences)) + ".", _WIDTH)
     for name, found in forecast["evidence"].items():
         predictors = [f"{k} {v:.0%}" for k, v in found["predictors"].items() if v >= 0.1]
+        simpler = (("error_of_mean", "predicting the mean"),
+                   ("error_of_zero_shot", "zero-shot error"))  # fmt: skip
         beside = [
-            f"{points(found[key]).removeprefix('+')} by {words}"
-            for key, words in (("error_of_mean", "the plain mean"),
-                               ("error_of_zero_shot", "zero-shot error"))
-            if found[key] is not None
-        ]  # fmt: skip
+            f"{words}: {_size(found[key])}" for key, words in simpler if found[key] is not None
+        ]
         also = f" ({', '.join(beside)})" if beside else ""
-        whose = " of other models," if found.get("left_out") == "model" else ""
+        unit = "model" if found.get("left_out") == "model" else "task"
         same = any(k.startswith("other runs of the same task") for k in found["predictors"])
-        seen = ", but with other runs of that task known" if same else ""
+        seen = ", with other runs of that task known" if same else ""
         text = (
-            f"{name}: by {', '.join(predictors) or 'many predictors'}; off by "
-            f"{points(found['error']).removeprefix('+')} points on {found['n_tasks']} tasks{whose} "
-            f"left out in turn{also}{seen}; 90 % intervals held {found['coverage']:.0%}"
+            f"{name}: from {', '.join(predictors) or 'many predictors'}; leave-one-{unit}-out "
+            f"error {_size(found['error'])} points over {found['n_tasks']} tasks{also}{seen}; "
+            f"90 % intervals covered {found['coverage']:.0%}"
         )
         lines += wrap(printable(text), _WIDTH, initial_indent="  ", subsequent_indent="    ")
     return lines
-
-
-def look_line(row: dict[str, Any]) -> str:
-    """One look during training, on one line."""
-    parts = [
-        f"IIMM step {row['step']} ({row['share']:.0%}): {row[keys.PREFIX]:.3f}",
-        f"gain {points(row[keys.observed_key('gain')])}",
-    ]
-    if keys.observed_key("forgetting") in row:
-        parts.append(f"forgetting {points(row[keys.observed_key('forgetting')])}")
-    ahead = forecast_in(row, "forgetting")
-    if ahead is not None and row["share"] < 1:
-        parts.append(f"forecast {interval(ahead)}")
-    if keys.EXCEED in row:
-        parts.append(f"P(exceed) {row[keys.EXCEED]:.2f}")
-    return page(" | ".join([*parts, row["level"]]))
 
 
 def summary_table(record: dict[str, Any]) -> str:
@@ -133,9 +118,10 @@ def summary_table(record: dict[str, Any]) -> str:
     table = Table(
         title=f"Predicted and observed: {record['task']} ({record['method']})", width=_WIDTH
     )
-    for column in ("in points", "predicted before training", "observed"):
-        table.add_column(column, justify="left" if column == "in points" else "right")
     forecast = record["forecast"]
+    predicted = "predicted, borrowed" if forecast["base_rate"] else "predicted before training"
+    for column in ("in points", predicted, "observed"):
+        table.add_column(column, justify="left" if column == "in points" else "right")
     metrics = record.get("metrics", {})
     gain, own = points(last[keys.observed_key("gain")]), own_metric(metrics, record["task"])
     table.add_row(f"gain{own}", interval(forecast.get("gain")), gain)
@@ -144,18 +130,43 @@ def summary_table(record: dict[str, Any]) -> str:
         worst = points(last[keys.WORST])
         table.add_row("forgetting, mean", interval(forecast.get("forgetting")), mean)
         table.add_row("forgetting, worst", interval(forecast.get("worst")), worst)
-    for name in record["off_target"]:
+    shown, n_more = most_forgotten(record)
+    for name in shown:
         key = keys.accuracy_key(name)
         change = f"{percent(first[key])} -> {percent(last[key])}"
         table.add_row(f"  {name}{own_metric(metrics, name)}", "", change)
+    if n_more:
+        table.add_row(f"  {n_more} tasks that lost less", "", "")
     notes = [f"Run: {record['ended']}."]
     if last["reason"] not in record["ended"]:
-        notes = [f"{notes[0]} Last verdict: {last['level']} ({last['reason']})."]
+        notes = [f"{notes[0]} Last verdict: {level_words(last['level'])} ({last['reason']})."]
     if record["looks_dropped"]:
         notes.append(f"{record['looks_dropped']} looks were dropped to keep to `max_overhead`.")
     if record["failures"]:
         notes.append(f"{record['failures']} looks failed; see the warning above.")
     return page(table, *notes)
+
+
+def most_forgotten(record: dict[str, Any]) -> tuple[list[str], int]:
+    """Off-target tasks to name, those with the largest drop where they are many; and how many not.
+
+    Args:
+        record: `IIMMCallback.record`.
+    """
+    names = list(record["off_target"])
+    if len(names) <= _FEW:
+        return names, 0
+    first, last = (
+        {name: row[keys.accuracy_key(name)] for name in names}
+        for row in (record["looks"][0], record["looks"][-1])
+    )
+    worst = sorted(names, key=lambda name: last[name] - first[name])[:_FEW]
+    return worst, len(names) - _FEW
+
+
+def level_words(level: str) -> str:
+    """A verdict's level in words: a run that only warns, or has finished, does not "stop"."""
+    return _LEVELS.get(level, level)
 
 
 def plot_run(record: dict[str, Any], path: str | Path) -> None:
@@ -239,7 +250,7 @@ def page(*parts: Table | str) -> str:
             continue
         with console.capture() as capture:
             console.print(part)
-        shown.append(capture.get().rstrip())
+        shown.append("\n".join(line.rstrip() for line in capture.get().splitlines()))
     return "\n".join(shown)
 
 
@@ -280,7 +291,7 @@ def own_metric(metrics: Mapping[str, str], task: str) -> str:
 
 
 def standard_error(row: dict[str, Any], name: str) -> float | None:
-    """Of what a look observed, a fraction; None where it is not on record."""
+    """Of what a look observed, a fraction; None where it is not saved."""
     errors = row.get("standard_errors")
     found = errors.get(name) if isinstance(errors, dict) else None
     real = isinstance(found, int | float) and not isinstance(found, bool) and 0 <= found < math.inf
@@ -316,6 +327,10 @@ def _limit(record: dict[str, Any]) -> tuple[str, str]:
 def points(fraction: float) -> str:
     """A fraction in points, with its sign."""
     return f"{100 * fraction:+.1f}"
+
+
+def _size(fraction: float) -> str:
+    return points(fraction).removeprefix("+")
 
 
 def percent(fraction: float) -> str:

@@ -10,6 +10,7 @@ Nothing here touches the network or writes a cache.
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -147,12 +148,17 @@ def canaries(except_for: str, probe_size: int | None = None) -> list[Task]:
     return [_first_images(name) for name in names]
 
 
-def default_off_target(task: Task) -> list[Task]:
-    """The canaries for a task that was given no off-target tasks.
+def off_target_tasks(task: Task, given: Task | Sequence[Task] | None) -> list[Task]:
+    """The off-target tasks that were given, as a list; ``None``: the canaries.
 
     Raises:
-        ValueError: Its images are sounds or videos: the shipped tasks are pictures.
+        ValueError: None were given, and the images of the task are sounds or videos: the shipped
+            tasks are pictures.
     """
+    from ..data.tasks import as_tasks
+
+    if given is not None:
+        return as_tasks(given)
     if (found := task.kind()) != "image":
         raise ValueError(
             f"`off_target` must be given for a task of {found}s, got None: the shipped tasks are "
@@ -171,7 +177,7 @@ def _first_images(name: str) -> Task:
 
 
 def load_outcomes() -> list[Outcome]:
-    """The runs on record of the shipped model: what `examples/study/run.py` wrote."""
+    """The saved runs of the shipped model: what `examples/study/run.py` wrote."""
     from ..records.store import read_outcomes
 
     return read_outcomes(OUTCOMES)

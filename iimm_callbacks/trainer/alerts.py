@@ -1,8 +1,7 @@
-"""Alerts to trackers, and what a tracker, a terminal or a user's function may break."""
+"""Alerts to trackers."""
 
 from __future__ import annotations
 
-import logging
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -11,6 +10,7 @@ from typing import Any
 from transformers.integrations import TrackioCallback, WandbCallback
 
 from ..records.verdict import Verdict
+from ..reports.terminal import level_words
 from . import host
 
 _SEVERITY = {"continue": "INFO", "warn": "WARN", "stop": "ERROR"}
@@ -29,7 +29,7 @@ def due(task: str, verdict: Verdict, before: str) -> list[tuple[str, Callable[[]
         task: Name of the task that is being learnt, for the title.
         verdict: At this look.
         before: Level of the verdict at the look before; ``"continue"`` at the first look, so that
-            this one is told of only where there is something to tell.
+            the first one gives an alert only if it is no "continue".
 
     Returns:
         Pairs of a tracker's name and a call that sends it the alert. The call raises what the
@@ -40,7 +40,7 @@ def due(task: str, verdict: Verdict, before: str) -> list[tuple[str, Callable[[]
         return []
     trainer = host.find_trainer()
     callbacks = trainer.callback_handler.callbacks if trainer else []
-    title = f"IIMM guard, {verdict.level}: {task}"[:_LONGEST_TITLE]
+    title = f"IIMM guard, {level_words(verdict.level)}: {task}"[:_LONGEST_TITLE]
     alert = (title, verdict.reason, _SEVERITY[verdict.level])
     return [
         (name, partial(send, *alert))
@@ -64,40 +64,3 @@ def _to_trackio(title: str, text: str, severity: str) -> None:
         return
     if trackio.context_vars.current_run.get() is not None:
         trackio.alert(title=title, text=text, level=trackio.AlertLevel[severity])
-
-
-logger = logging.getLogger(__name__)
-
-
-class Forgiving:
-    """Calls functions of others: trackers, the terminal, what a user handed over.
-
-    Args:
-        strict: Let exceptions through; otherwise they cost one warning for each kind of call.
-    """
-
-    def __init__(self, strict: bool) -> None:
-        self.strict = strict
-        self._warned: set[str] = set()
-
-    def __call__(self, what: str, do: Callable[[], Any]) -> Any:
-        """`do()`, or None where it raises.
-
-        Args:
-            what: Who is called, for the warning.
-            do: Calls it.
-        """
-        try:
-            return do()
-        except Exception as error:
-            if self.strict:
-                raise
-            if what not in self._warned:
-                logger.warning(
-                    "IIMM guard: %s raised %s: %s. Training goes on; more of it is not told.",
-                    what,
-                    type(error).__name__,
-                    error,
-                )
-            self._warned.add(what)
-            return None

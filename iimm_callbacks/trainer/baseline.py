@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 from pathlib import Path
 
@@ -20,8 +19,9 @@ from ..models.wrappers import (
 from ..monitor import IIMMMonitor
 from ..probing import ranks
 from ..records.journal import Journal
+from ..records.log import get_logger
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 
 def other_baseline(
@@ -71,20 +71,24 @@ def _journal_of_checkpoint(model: nn.Module, key: str) -> Journal | None:
         saved = TrainerState.load_from_json(file).stateful_callbacks.get(key)
         return None if saved is None else Journal.from_json(saved["attributes"])
     except (OSError, KeyError, TypeError, ValueError) as error:
-        logger.warning("What %s tells of the guard cannot be read: %s", file, error)
+        logger.warning("The guard's state in %s cannot be read: %s", file, error)
         return None
+
+
+AS_IT_IS = "Gain and forgetting count from the model as it is now."
 
 
 def counts_from(untouched: nn.Module | None, monitor: IIMMMonitor) -> str:
     """The baseline in words; `untouched` as `other_baseline` gave it."""
-    baseline = "the model as it is now" if untouched is None else "`base_model`"
     if monitor.is_later_phase:
-        baseline = "the untouched model of an earlier run, which trained this one"
-    return f"Gain and forgetting count from {baseline}."
+        return "Gain and forgetting count from the untouched model of the earlier run."
+    if untouched is not None:
+        return "Gain and forgetting count from `base_model`."
+    return AS_IT_IS
 
 
 def warn_of_other_heads(model: nn.Module) -> None:
-    """Tell of parameters that train outside of the dual encoder, which no look shows."""
+    """Warn of parameters that train outside of the dual encoder, which no look shows."""
     outside = trains_outside(model)
     if outside and find_own_head(model) is None:
         logger.warning(

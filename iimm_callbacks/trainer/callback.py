@@ -2,30 +2,32 @@
 
 from __future__ import annotations
 
-import logging
 import math
 import weakref
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from ..data.tasks import Task, check_tasks
+from ..data.tasks import Task, as_tasks, check_tasks
 from ..guard.pace import Budget
 from ..guard.schedule import Every, check_every
 from ..models.encoders import EncodePair
+from ..monitor.forgiving import Forgiving
+from ..monitor.measured import Verbose
 from ..records import keys
+from ..records.former import check_former
+from ..records.ledger import Past
+from ..records.log import get_logger
 from ..records.outcomes import Outcome
-from ..records.store import as_outcomes
 from ..records.verdict import Limits
 from . import host
-from .alerts import Forgiving
 from .run import GuardedRun
-from .settings import Action, check
+from .settings import FORMER, Action, check_action, pick
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 
 class IIMMCallback(GuardedRun, TrainerCallback):  # type: ignore[misc]  # transformers is untyped here
@@ -51,61 +53,59 @@ class IIMMCallback(GuardedRun, TrainerCallback):  # type: ignore[misc]  # transf
     eval_iimm_forgetting_forecast           final mean drop, forecast; also ..._low, ..._high
     eval_iimm_exceed_probability            probability of exceeding the limit
     eval_iimm_runtime                       seconds that the look took
-    eval_iimm_<off-target task>_accuracy    zero-shot accuracy on that task
+    eval_iimm_<off-target task>_accuracy    zero-shot accuracy on that task, if you named it
     ======================================  ====================================================
 
-    A number that there is none of (no forecast, no off-target task, no limit) is not logged.
+    A number that does not exist (no forecast, no off-target task, no limit) is not logged.
 
     Args:
-        task: What is being learnt.
-        off_target: What must not be forgotten. ``None``: the shipped sample tasks, as canaries.
-        max_forgetting: Limit on the drop of off-target accuracy, a fraction in (0, 1]; ``None``:
-            only measure.
-        limit_on: ``"mean"`` or ``"worst"`` off-target task.
-        confidence: Probability of exceeding the limit from which to stop, in [0.5, 1). For the
-            forecast's sake it stops only once the next look is likely over the limit, see
-            `guard.judging.judge`; that may be so before training.
-        action: ``"warn"``; ``"stop"`` to also stop training; or a callable that receives the
-            `Verdict` of every look and returns True to stop.
-        on_exceed: ``"rescue"``: where the observed forgetting is over the limit when training ends,
-            leave the model with the mix of untouched and fine-tuned weights that gains most
-            within it, see `rescue.sweep.rescue`; the fine-tuned weights go to a file in the output
-            folder, and checkpoints hold them. Costs a copy of the weights that train in the memory
-            of each process, and as much on disk where checkpoints are written; with adapters
-            nothing. At the end it takes as long as eleven looks.
+        task: The task that the model is fine-tuned on.
+        off_target: The task or tasks that must not be forgotten. ``None``: the shipped sample
+            tasks, as canaries. ``[]``: none, only the gain is measured.
+        max_forgetting: Limit on the mean drop of off-target accuracy, a fraction in (0, 1]; or
+            `Limits`, with ``limit_on="worst"`` or another ``confidence``. ``None``: only measure.
+        action: What to do over the limit. ``"warn"``; ``"stop"``: stop training, see
+            `guard.judging.judge`, maybe before the first step; ``"rescue"``: at the end leave the
+            model with the mix of untouched and fine-tuned weights that gains most within the
+            limit, see `rescue.sweep.rescue`; or a callable that receives the `Verdict` of every
+            look and returns True to stop. ``"rescue"`` keeps the fine-tuned weights in a file in
+            the output folder, costs a copy of the weights that train in the memory of each
+            process, as much on disk where checkpoints are written (with adapters nothing), and
+            takes as long as eleven looks at the end.
         every: When to look: ``None`` for 5, 10, 20, 30, 50, 70 and 100 % of the steps, a number of
-            steps, a fraction, ``"epoch"`` or ``"evaluate"``. The last step is always looked at.
-        max_overhead: Share of the wall time that looks may take, the last one apart: they show
-            fewer images to keep to it, see `guard.pace`, and six are
-            taken whatever they cost where there is a limit. ``None``: all images, every time.
-        outcomes: Finished runs to learn the forecast from: `Outcome` records, a JSON-lines file or
-            a `datasets.Dataset`. ``None``: those in `store`. Without any the limit applies to what
-            is observed, and to what that makes likely for the end.
-        store: JSON-lines file that this run is added to when it ends; ``"default"``: that of
-            `store.default_store`, in the user's cache folder; ``None``: none.
-        run_file: JSON file that has all that was measured, from every look on; ``"default"``:
-            ``iimm_<task>.json`` in the output folder; ``None``: none.
-        base_model: The untouched model, for a model that has been trained already, as in a second
-            phase or from a checkpoint that was written without the guard: the model, its Hub name
-            or folder, or a function that returns it. Gain and forgetting count from it. To rescue
-            with, too: then nothing is kept for that. ``None``: the model as training begins.
-        report: Write the run as a web page with pictures when it ends, into the folder
-            ``iimm_<task>_report`` in the output folder; needs matplotlib.
-        card: Where the Trainer writes a model card, such as to push it, add a section with the
-            numbers and a `model-index` entry for every task.
-        method: Fine-tuning method; ``None``: recognised by `tuning.detect`.
-        processor: ``None``: the Trainer's `processing_class`, else that of the `PromptClassifier`,
-            else the one saved with the model. For open_clip the pair (transform, tokenizer).
-        encode: ``(encode_images, encode_texts)`` for a model without feature functions.
-        batch_size: Images in one forward pass of the probe; halved where memory does not suffice.
-        cache_limit: Bytes of preprocessed probe images kept in memory, on each rank.
+            steps, a fraction, ``"epoch"`` or ``"evaluate"``. The last step always has a look.
+        outcomes: The saved runs that the forecast learns from, and where this run's outcome goes.
+            ``"default"``: the store in the user's cache folder, see `store.default_store`; a path:
+            that JSON-lines file, read and added to; `Outcome` records or a `datasets.Dataset` of
+            them: learn from these and save nothing; ``None``: neither. Without any run the limit
+            applies to what is observed, and to what that makes likely for the end.
+        max_overhead: Share of the wall time that looks may take, without the last one: they show
+            fewer images to stay within it, see `guard.pace`; with a limit, six looks are taken
+            whatever they cost. ``None``: all images, every time.
         train: What the run trains on, for the linear probe that the forecast of the gain rests on:
             a `Task` or a data set that one can be made of; ``"auto"``: the Trainer's, where its
             images and labels can be read as the task's are; ``None``: the probe is cross-validated
             on the task's own probe images.
+        base_model: The untouched model, for a model that has been trained already, as in a second
+            phase or from a checkpoint that was written without the guard: the model, its Hub name
+            or folder, or a function that returns it. Gain and forgetting count from it, and a
+            rescue mixes with it. ``None``: the model as training begins.
+        processor: ``None``: the Trainer's `processing_class`, else that of the `PromptClassifier`,
+            else the one saved with the model. For open_clip the pair (transform, tokenizer).
+        encode: ``(encode_images, encode_texts)`` for a model without feature functions.
+        batch_size: Images in one forward pass of the probe; halved when memory runs out.
+        cache_limit: Bytes of preprocessed probe images kept in memory, on each rank.
+        report: Write the run as a web page with pictures when it ends, into the folder
+            ``iimm_<task>_report`` in the output folder; needs matplotlib.
+        card: Where the Trainer writes a model card, such as to push it, add a section with the
+            numbers and a `model-index` entry for every task.
         strict: Raise when a look during training fails, or `action`, a tracker or the terminal
             raises; otherwise that costs one warning each, never the run.
-        verbose: Print the tables.
+        verbose: Print five lines before training, one for each look and predicted beside observed
+            at the end; ``"all"``: also both terms of IIMM, the linear probe, and what the forecast
+            rests on.
+        former: Arguments of the release before: each works, with a warning that says what replaces
+            it.
 
     Attributes:
         monitor: The `IIMMMonitor` of the latest run, with its history, forecast and verdict.
@@ -120,60 +120,52 @@ class IIMMCallback(GuardedRun, TrainerCallback):  # type: ignore[misc]  # transf
     def __init__(
         self,
         task: Task,
-        off_target: Sequence[Task] | None = None,
-        *,
-        max_forgetting: float | None = 0.05,
-        limit_on: Literal["mean", "worst"] = "mean",
-        confidence: float = 0.8,
+        off_target: Task | Sequence[Task] | None = None,
+        max_forgetting: float | Limits | None = 0.05,
         action: Action = "warn",
-        on_exceed: Literal["rescue"] | None = None,
+        *,
         every: Every = None,
+        outcomes: str | Path | Iterable[Outcome] | None = "default",
         max_overhead: float | None = 0.05,
-        outcomes: str | Path | Iterable[Outcome] | None = None,
-        store: str | Path | None = "default",
-        run_file: str | Path | None = "default",
+        train: Any = "auto",
         base_model: nn.Module | str | Path | Callable[[], nn.Module] | None = None,
-        report: bool = False,
-        card: bool = True,
-        method: str | None = None,
         processor: Any = None,
         encode: EncodePair | None = None,
         batch_size: int = 64,
         cache_limit: int = 2**31,
-        train: Any = "auto",
+        report: bool = False,
+        card: bool = True,
         strict: bool = False,
-        verbose: bool = True,
+        verbose: Verbose = True,
+        **former: Any,
     ) -> None:
-        check_tasks(task, off_target or ())
+        check_former("IIMMCallback", former, FORMER)
+        self.off_target = None if off_target is None else as_tasks(off_target)
+        check_tasks(task, self.off_target or ())
         check_every(every)
         Budget(max_overhead)
-        check(action, on_exceed, max_forgetting, off_target)
-        self.task = task
-        self.off_target = off_target
-        self.limits = Limits(max_forgetting, limit_on, confidence)
-        self.action = action
-        self.on_exceed = on_exceed
-        self.every = every
-        self.max_overhead = max_overhead
-        reread = outcomes is None or isinstance(outcomes, str | Path)
-        self.outcomes = outcomes if reread else as_outcomes(outcomes)
-        self.store = store
-        self.run_file = run_file
-        self.base_model = base_model
+        self.limits = Limits.of(max_forgetting, **pick(former, "limit_on", "confidence"))
+        self.rescues = check_action(action, self.limits, self.off_target, **former)
         if report:  # better told now than at the end of a run
             from ..reports.drawing import require_matplotlib
 
             require_matplotlib()
-        self.report = report
-        self.card = card
-        self.method = method
+        self.task = task
+        self.action = action
+        self.every = every
+        self.past = Past.of(outcomes, **pick(former, "store"))
+        self.max_overhead = max_overhead
+        self.train = train
+        self.base_model = base_model
         self.processor = processor
         self.encode = encode
         self.batch_size = batch_size
         self.cache_limit = cache_limit
-        self.train = train
+        self.report = report
+        self.card = card
         self.strict = strict
         self.verbose = verbose
+        self.former = former
         super().__init__()
 
     def on_train_begin(
@@ -253,8 +245,8 @@ class IIMMCallback(GuardedRun, TrainerCallback):  # type: ignore[misc]  # transf
                 self._look(state, control, kwargs["model"])
             if self.monitor.history[-1]["step"] == step and not self.monitor.is_mixed:
                 row = self.monitor.row()
-                if chooses:
-                    row = {key: value for key, value in row.items() if key == wanted}
+                if chooses and row:  # else the look failed
+                    row = pick(self.monitor.history[-1], wanted)
                 if chooses or host.searches_by_own_objective():
                     metrics.update(row)
         in_run = self._model is not None and self.outcome is None  # whether the guard is on or off

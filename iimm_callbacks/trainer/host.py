@@ -102,7 +102,7 @@ def first_in_line(callback: TrainerCallback) -> Callable[[], None]:
         others = [other for other in handler.callbacks if other is not callback]
         if len(others) == len(handler.callbacks):
             return  # it was taken away in between
-        # A new list: the hook that is running goes through the old one, and skips nobody.
+        # A new list: the hook that is running goes through the old one, and skips none.
         handler.callbacks = [*others[:to], callback, *others[to:]]
 
     move(0)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import weakref
 from collections.abc import Callable
 from dataclasses import asdict
@@ -17,20 +16,21 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 from ..models.undisturbed import undisturbed
 from ..models.wrappers import find_untouched, model_fingerprint
 from ..monitor import IIMMMonitor
+from ..monitor.forgiving import Forgiving
 from ..probing import ranks
+from ..records.log import get_logger
 from ..records.outcomes import Outcome
 from ..records.run_file import file_name
 from ..records.verdict import LEVELS, Verdict
-from ..reports import terminal as report
 from ..reports.card import update_card
 from ..reports.tables import rescue_table
+from ..reports.terminal import page
 from ..rescue.rescuer import Rescuer, rescue_at_end
 from . import alerts, baseline, host
-from .alerts import Forgiving
 from .amended import amend_cards
-from .settings import Settings
+from .settings import Settings, pick
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 
 class GuardedRun(Settings):
@@ -84,9 +84,11 @@ class GuardedRun(Settings):
         verdict = monitor.begin(model, recipe=host.recipe(args, state), untouched=untouched)
         self.monitor, self._rescuer = monitor, rescuer
         self._amend_card()
-        self._show(state, lambda: report.preflight_table(monitor.record()))
-        said = monitor.plan, baseline.counts_from(untouched, monitor), self.task.pairing()
-        self._show(state, lambda: report.page(*said))
+        counts_from = baseline.counts_from(untouched, monitor)
+        if self.verbose == "all" or counts_from != baseline.AS_IT_IS:
+            self._show(state, lambda: page(counts_from))
+        if self.verbose == "all":
+            self._show(state, lambda: page(self.task.pairing()))
         if state.is_world_process_zero and self.encode is None:
             baseline.warn_of_other_heads(model)
         self._emit(state, control, monitor.row())
@@ -113,7 +115,6 @@ class GuardedRun(Settings):
         self._ended_as = model_fingerprint(model)
         self._card_of_checkpoints(state)
         record = monitor.record()
-        self._show(state, lambda: report.summary_table(record))
         if "rescue" in record:
             score = record["metrics"].get(self.task.name, "accuracy")
             self._show(state, lambda: rescue_table(record["rescue"], self.task.name, score))
@@ -123,6 +124,7 @@ class GuardedRun(Settings):
 
             outcomes = monitor.outcomes()
             self._forgiving("the report", lambda: write_report(record, folder, outcomes))
+            self._show(state, lambda: page(f"Report: {folder}"))
 
     def _step_back(self) -> None:
         """To the place in the line of callbacks that `host.first_in_line` took us from."""
@@ -148,7 +150,7 @@ class GuardedRun(Settings):
         return f"IIMMCallback/{self.task.name}"
 
     def _new_rescuer(self, args: TrainingArguments) -> Rescuer | None:
-        if self.on_exceed is None:
+        if not self.rescues:
             return None
         return Rescuer(host.output_dir(args), self._file_stem, self.base_model)
 
@@ -156,27 +158,26 @@ class GuardedRun(Settings):
         self, args: TrainingArguments, state: TrainerState, **kwargs: Any
     ) -> IIMMMonitor:
         finds_training_set = isinstance(self.train, str) and self.train == "auto"
-        run_file = self.run_file
+        run_file = self.former.get("run_file", "default")
         if run_file == "default":
             run_file = host.output_dir(args) / file_name(self.task.name)
         monitor = IIMMMonitor(
             self.task,
             self.off_target,
-            limits=self.limits,
+            self.limits,
             every=self.every,
             max_overhead=self.max_overhead,
-            outcomes=self.outcomes,
-            store=self.store,
+            outcomes=self.past,
             run_file=run_file,
-            method=self.method,
             processor=self.processor or kwargs.get("processing_class"),
             encode=self.encode,
             batch_size=self.batch_size,
             cache_limit=self.cache_limit,
-            progress=self.verbose and state.is_world_process_zero,
+            verbose=self.verbose,
             autocast_dtype=host.autocast_dtype(args),
             strict=self.strict,
             train=None if finds_training_set else self.train,
+            **pick(self.former, "method"),
         )
         if finds_training_set:
             monitor.probe.train = host.training_set(kwargs.get("train_dataloader"))
@@ -189,7 +190,7 @@ class GuardedRun(Settings):
         self._held = host.HeldStep(state, model)
         if not host.can_hold_step(args):
             raise RuntimeError(
-                f"{self._stop_reason}. It ends in this error because DeepSpeed, optimizers that "
+                f"{self._stop_reason}. It ends with this error because DeepSpeed, optimizers that "
                 "step in backward, and fp16 without gradient clipping cannot be stopped otherwise "
                 "before the first step"
             )
@@ -214,14 +215,13 @@ class GuardedRun(Settings):
             return
         self._rescuer = self._resumed_rescuer(args, state, model)
         if saved is None:
-            self._show(state, lambda: report.preflight_table(monitor.record()))
             self._look(state, control, model)  # the untouched model's numbers are not of this step
         elif (
             saved.get("stopped")
-            and self.action != "warn"
+            and self.action not in ("warn", "rescue")
             and saved.get("limits") == asdict(self.limits)
         ):
-            # Of a run that was killed after it had been stopped.
+            # The run was stopped, and then killed.
             self._stop_reason = str(saved["stopped"])
             control.should_training_stop = True
         elif state.epoch == int(state.epoch or 0):
@@ -288,7 +288,6 @@ class GuardedRun(Settings):
         loss = losses[-1] if losses else None
         verdict = monitor.check(model, step, state.max_steps, loss)
         if len(monitor.history) > looks:
-            self._show(state, lambda: report.look_line(monitor.history[-1]))
             self._emit(state, control, monitor.row())
             self._act(state, control, verdict, alarm, may_stop=may_stop)
         else:
@@ -334,7 +333,7 @@ class GuardedRun(Settings):
         self._card_of_checkpoints(state)
 
     def _card_of_checkpoints(self, state: TrainerState) -> None:
-        """Checkpoints are pushed with the card in the output folder; nobody writes one for them."""
+        """Checkpoints have no card of their own: they are pushed with that of the output folder."""
         trainer = host.find_trainer() if self.card and state.is_world_process_zero else None
         if trainer is not None and trainer.args.push_to_hub:
             self._update_card(Path(trainer.args.output_dir) / "README.md", self.monitor)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,59 +11,71 @@ from torch import nn
 from ..data.tasks import Task
 from ..guard.schedule import Every
 from ..models.encoders import EncodePair
-from ..records.outcomes import Outcome
+from ..monitor.measured import Verbose
+from ..records.ledger import Past
 from ..records.verdict import Limits, Verdict
 
-Action = Literal["warn", "stop"] | Callable[[Verdict], Any]
+Action = Literal["warn", "stop", "rescue"] | Callable[[Verdict], Any]
+FORMER = {
+    "limit_on": "use `max_forgetting=Limits(0.05, limit_on=...)`",
+    "confidence": "use `max_forgetting=Limits(0.05, confidence=...)`",
+    "on_exceed": "use `action='rescue'`",
+    "store": "name the file as `outcomes`, or call `append_outcome` with `guard.outcome`",
+    "run_file": "the file is always `iimm_<task>.json` in the output folder",
+    "method": "it is recognized from the model",
+}
 
 
 class Settings:
     """What a run is guarded by."""
 
     task: Task
-    off_target: Sequence[Task] | None
+    off_target: list[Task] | None
     limits: Limits
     action: Action
-    on_exceed: Literal["rescue"] | None
+    rescues: bool
     every: Every
+    past: Past
     max_overhead: float | None
-    outcomes: str | Path | Iterable[Outcome] | None
-    store: str | Path | None
-    run_file: str | Path | None
+    train: Any
     base_model: nn.Module | str | Path | Callable[[], nn.Module] | None
-    report: bool
-    card: bool
-    method: str | None
     processor: Any
     encode: EncodePair | None
     batch_size: int
     cache_limit: int
-    train: Any
+    report: bool
+    card: bool
     strict: bool
-    verbose: bool
+    verbose: Verbose
+    former: dict[str, Any]
 
 
-def check(
+def pick(given: Mapping[str, Any], *names: str) -> dict[str, Any]:
+    """What of these names is there."""
+    return {name: given[name] for name in names if name in given}
+
+
+def check_action(
     action: Action,
-    on_exceed: str | None,
-    max_forgetting: float | None,
+    limits: Limits,
     off_target: Sequence[Task] | None,
-) -> None:
-    """Raise where the settings leave nothing to act on."""
-    if action not in ("warn", "stop") and not callable(action):
+    on_exceed: str | None = None,
+    **_: Any,
+) -> bool:
+    """Whether a run over its limit is rescued; raises where there is nothing to act on."""
+    if action not in ("warn", "stop", "rescue") and not callable(action):
         raise TypeError(
-            f"`action` must be 'warn', 'stop' or a callable of the verdict, got {action!r}"
+            f"`action` must be 'warn', 'stop', 'rescue' or a callable of the verdict, got "
+            f"{action!r}"
         )
     if on_exceed not in (None, "rescue"):
         raise ValueError(f"`on_exceed` must be 'rescue' or None, got {on_exceed!r}")
     unguarded = off_target is not None and len(off_target) == 0
-    if max_forgetting is None or unguarded:
-        missing = "no `max_forgetting`" if max_forgetting is None else "no `off_target` task"
-        if action == "stop":
-            raise ValueError(
-                f"`action='stop'` has nothing to judge by: {missing}; give one, or use 'warn'"
-            )
-        if on_exceed == "rescue":
-            raise ValueError(
-                f"`on_exceed='rescue'` has no limit to keep to: {missing}; give one, or None"
-            )
+    rescues = on_exceed == "rescue" or action == "rescue"
+    if (limits.max_forgetting is None or unguarded) and (rescues or action == "stop"):
+        missing = "`max_forgetting`" if limits.max_forgetting is None else "`off_target` task"
+        raise ValueError(
+            f"`action={'rescue' if rescues else 'stop'!r}` needs a limit to keep to, got no "
+            f"{missing}; give one, or use 'warn'"
+        )
+    return rescues

@@ -3,6 +3,7 @@
 import gc
 import json
 import math
+import re
 from dataclasses import replace
 
 import pytest
@@ -18,7 +19,7 @@ from iimm_callbacks.monitor import IIMMMonitor
 def make_monitor(colour_task, shape_task, processor):
     def build(**settings):
         off_target = settings.pop("off_target", [shape_task])
-        settings = {"processor": processor, "progress": False} | settings
+        settings = {"processor": processor, "verbose": False} | settings
         return IIMMMonitor(colour_task, off_target, **settings)
 
     return build
@@ -83,7 +84,7 @@ def test_the_loop_ends_at_the_weights_it_had_without_the_guard(tiny_clip, make_m
 
 def test_a_wrecked_model_is_told_from_the_untouched_one(tiny_clip, make_monitor):
     model = tiny_clip()
-    monitor = make_monitor(limits=Limits(max_forgetting=0.05))
+    monitor = make_monitor(max_forgetting=Limits(0.05))
     # What the untouched model says of the shapes counts as right.
     look = monitor.probe.look
 
@@ -215,7 +216,7 @@ def test_a_run_that_goes_on_does_not_learn_from_what_ended_since(
         other = replace(outcome, run=f"r{i}", task=f"t{i}", task_fingerprint=f"{i}")
         return replace(other, iimm=0.3 + 0.05 * i)
 
-    outcome = train(tiny_clip(), make_monitor(store=None)).end(tiny_clip())
+    outcome = train(tiny_clip(), make_monitor(outcomes=None)).end(tiny_clip())
     for i in range(4):
         append_outcome(own_store, past(i))
     monitor = make_monitor()
@@ -230,9 +231,7 @@ def test_a_run_that_goes_on_does_not_learn_from_what_ended_since(
     assert known == [4, 4, 5]
 
 
-def test_a_run_that_fails_before_its_first_look_is_on_record_too(
-    tiny_clip, make_monitor, own_store
-):
+def test_a_run_that_fails_before_its_first_look_is_saved_too(tiny_clip, make_monitor, own_store):
     monitor = make_monitor()
     monitor.begin(tiny_clip())
     del monitor
@@ -270,3 +269,51 @@ def test_a_failing_look_raises_if_strict(tiny_clip, make_monitor):
     monitor.begin(tiny_clip())
     with pytest.raises(ValueError, match="got Module"):
         monitor.check(nn.Module(), 1, 10)
+
+
+def test_a_loop_needs_two_calls_and_prints_what_the_callback_prints(
+    tiny_clip, make_monitor, processor, colour_task, tmp_path, capsys
+):
+    model, monitor = tiny_clip(), make_monitor(verbose=True, every=2, run_file=tmp_path / "r.json")
+    monitor.begin(model, recipe={"steps": 6})
+    verdicts = {step: monitor.step(step) for step in range(1, 7)}
+    assert [step for step, verdict in verdicts.items() if verdict is not None] == [2, 4, 6]
+    assert verdicts[6] is monitor.verdict
+    assert monitor.end().complete
+    printed = capsys.readouterr().out
+    assert printed.startswith("IIMM before training: colours (full)\n")
+    assert [printed.count(f"IIMM step {step} (") for step in range(1, 7)] == [0, 1, 0, 1, 0, 1]
+    assert printed.count("Predicted and observed: colours (full)") == 1
+    assert f"Report: iimm report {tmp_path / 'r.json'}" in printed
+
+
+def test_without_the_number_of_steps_a_loop_is_told_to_give_it(tiny_clip, make_monitor):
+    monitor, model = make_monitor(), tiny_clip()
+    monitor.begin(model)
+    with pytest.raises(RuntimeError, match=re.escape("recipe={'steps': total}")):
+        monitor.step(1)
+
+
+def test_a_terminal_that_is_gone_costs_a_warning(tiny_clip, make_monitor, monkeypatch, caplog):
+    def gone(*_):
+        raise BrokenPipeError("the reader is gone")
+
+    monkeypatch.setattr("iimm_callbacks.monitor.measured.tqdm.write", gone)
+    monitor, model = make_monitor(verbose=True, every=1), tiny_clip()
+    monitor.begin(model, recipe={"steps": 2})
+    assert monitor.step(1) is not None
+    assert caplog.text.count("the reader is gone") == 1
+
+
+def test_canaries_are_not_logged_one_by_one(tiny_clip, make_monitor, shape_task, monkeypatch):
+    named = make_monitor()
+    monkeypatch.setattr("iimm_callbacks.sample.canaries", lambda **_: [shape_task])
+    canary = make_monitor(off_target=None)
+    for monitor in (named, canary):
+        model = tiny_clip()
+        monitor.begin(model)
+    key = "eval_iimm_shapes_accuracy"
+    assert key in named.row()
+    assert key not in canary.row()
+    assert canary.history[0][key] == named.history[0][key]  # it is in the run file
+    assert canary.row().keys() | {key} == named.row().keys()

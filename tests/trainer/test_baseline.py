@@ -14,7 +14,7 @@ from iimm_callbacks.models.tuning import prepare
 @pytest.fixture
 def guard(colour_task, shape_task):
     def build(**settings):
-        settings = {"max_overhead": None, "verbose": False, "store": None} | settings
+        settings = {"max_overhead": None, "verbose": False, "outcomes": None} | settings
         return IIMMCallback(colour_task, [shape_task], **settings)
 
     return build
@@ -120,7 +120,7 @@ def test_a_second_phase_counts_from_the_base_model(
 
 
 def test_what_the_run_counts_from_is_said(make_trainer, guard, tuned, tiny_clip, capsys):
-    make_trainer([guard(verbose=True)], max_steps=1).train()
+    make_trainer([guard(verbose="all")], max_steps=1).train()
     assert "count from the model as it is now." in capsys.readouterr().out
     make_trainer([guard(verbose=True, base_model=tiny_clip())], model=tuned, max_steps=1).train()
     assert "count from `base_model`." in capsys.readouterr().out

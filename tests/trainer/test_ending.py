@@ -13,7 +13,7 @@ from iimm_callbacks.records.run_file import read_run
 def guard(colour_task, shape_task):
     def build(**settings):
         return IIMMCallback(
-            colour_task, [shape_task], max_forgetting=0.01, store=None, verbose=False, **settings
+            colour_task, [shape_task], max_forgetting=0.01, outcomes=None, verbose=False, **settings
         )
 
     return build
@@ -25,7 +25,7 @@ def test_a_run_over_its_limit_is_rescued_also_when_resumed(
 ):
     monkeypatch.setattr(monitor, "is_exceeded", lambda *_: True)
     settings = {"max_steps": 20, "learning_rate": 3e-3, "save_strategy": "steps", "save_steps": 10}
-    callback = guard(on_exceed="rescue")
+    callback = guard(action="rescue")
     trainer = make_trainer([callback], model=prepare(tiny_clip(), method), **settings)
     trainer.train()
     record = read_run(tmp_path / "out" / "iimm_colours.json")
@@ -33,9 +33,7 @@ def test_a_run_over_its_limit_is_rescued_also_when_resumed(
     assert record["rescue"]["mixes"][-1]["gain"] == pytest.approx(last["eval_iimm_gain_observed"])
     assert record["rescue"]["mixes"][0]["gain"] == 0
     assert callback.outcome.final_accuracy == last["eval_iimm_accuracy"]  # of what was trained
-    again = make_trainer(
-        [guard(on_exceed="rescue")], model=prepare(tiny_clip(), method), **settings
-    )
+    again = make_trainer([guard(action="rescue")], model=prepare(tiny_clip(), method), **settings)
     again.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-10"))
     for one, other in zip(trainer.model.parameters(), again.model.parameters(), strict=True):
         assert torch.equal(one, other)
@@ -47,16 +45,14 @@ def test_evaluated_after_a_rescue_the_model_is_not_given_the_numbers_of_another(
     monkeypatch.setattr(monitor, "is_exceeded", lambda *_: True)
     for alpha, shown in ((0.5, False), (1.0, True)):
         monkeypatch.setattr("iimm_callbacks.rescue.sweep.choose", lambda *_, a=alpha: (a, "so"))
-        trainer = make_trainer(
-            [guard(on_exceed="rescue")], max_steps=4, metric_for_best_model="iimm"
-        )
+        trainer = make_trainer([guard(action="rescue")], max_steps=4, metric_for_best_model="iimm")
         trainer.train()
         assert ("eval_iimm" in trainer.evaluate()) == shown
 
 
 def test_a_run_within_its_limit_is_left_as_trained(make_trainer, guard, monkeypatch):
     monkeypatch.setattr(monitor, "is_exceeded", lambda *_: False)
-    plain, guarded = make_trainer([]), make_trainer([guard(on_exceed="rescue")])
+    plain, guarded = make_trainer([]), make_trainer([guard(action="rescue")])
     for trainer in (plain, guarded):
         trainer.train()
     for one, other in zip(plain.model.parameters(), guarded.model.parameters(), strict=True):
@@ -68,7 +64,7 @@ def test_a_failing_rescue_warns_and_leaves_the_model_as_trained(
 ):
     monkeypatch.setattr(monitor, "is_exceeded", lambda *_: True)
     monkeypatch.setattr("iimm_callbacks.rescue.sweep.choose", lambda *_: 1 / 0)
-    plain, guarded = make_trainer([]), make_trainer([guard(on_exceed="rescue")])
+    plain, guarded = make_trainer([]), make_trainer([guard(action="rescue")])
     for trainer in (plain, guarded):
         trainer.train()
     assert caplog.text.count("The model could not be rescued and is as trained") == 1
@@ -77,10 +73,10 @@ def test_a_failing_rescue_warns_and_leaves_the_model_as_trained(
 
 
 def test_a_rescue_needs_a_limit(colour_task):
-    with pytest.raises(ValueError, match="no limit to keep to: no `off_target` task"):
-        IIMMCallback(colour_task, [], on_exceed="rescue")
-    with pytest.raises(ValueError, match="got 'retry'"):
-        IIMMCallback(colour_task, on_exceed="retry")
+    with pytest.raises(ValueError, match="a limit to keep to, got no `off_target` task"):
+        IIMMCallback(colour_task, [], action="rescue")
+    with pytest.raises(TypeError, match="got 'retry'"):
+        IIMMCallback(colour_task, action="retry")
 
 
 def test_the_report_is_written_at_the_end_if_asked_for(make_trainer, guard, tmp_path):

@@ -213,9 +213,16 @@ def clock(max_overhead, in_look=0, in_step=0):
     return inject
 
 
-def below_a_file(run, name):
+def store_below_a_file(run):
     (run.folder / "file").write_text("")
-    run.settings[name] = run.folder / "file" / "below"
+    run.settings["outcomes"] = run.folder / "file" / "below"
+
+
+def folder_in_the_way(run):
+    path = run.folder / "out" / "iimm_colours.json"
+    if path.is_file():  # of the run without the fault
+        path.unlink()
+    path.mkdir(parents=True, exist_ok=True)
 
 
 def full_disk(run, prefix):
@@ -379,11 +386,9 @@ FAULTS = {
     "disk full, run file": Fault(
         lambda run: full_disk(run, "iimm_colours"), "No space left", lost="run file"),
     "disk full, store": Fault(lambda run: full_disk(run, "outcomes"), "No space", lost="store"),
-    "run file below a file": Fault(
-        lambda run: below_a_file(run, "run_file"), "is not up to date", lost="run file"),
-    "store below a file": Fault(
-        lambda run: below_a_file(run, "store"), "is not on record", lost="store"),
-    "store cannot be locked": Fault(no_locks, "is not on record", lost="store"),
+    "a folder for a run file": Fault(folder_in_the_way, "is not up to date", lost="run file"),
+    "store below a file": Fault(store_below_a_file, "was not saved", lost="store"),
+    "store cannot be locked": Fault(no_locks, "was not saved", lost="store"),
     "a setting that JSON has not": Fault(
         lambda run: run.arguments.update(learning_rate=np.float32(1e-3)), **OTHER),
     # Clocks
@@ -476,13 +481,13 @@ def verdicts(looks):
 
 def on_disk(trainer, guard, tmp_path, own_store):
     """The run file, if there is one, and what is in the store once the run is over."""
-    # What ended in an exception is put on record when it goes; the Trainer has it for its card.
+    # What ended in an exception is saved when it goes; the Trainer has it for its card.
     guard.monitor = None
     vars(trainer).pop("create_model_card", None)
     gc.collect()
     path = tmp_path / "out" / "iimm_colours.json"
     outcomes = read_outcomes(own_store) if own_store.exists() else []
-    return read_run(path) if path.exists() else None, [o for o in outcomes if o != RUN]
+    return read_run(path) if path.is_file() else None, [o for o in outcomes if o != RUN]
 
 
 def unforeseen(row):
@@ -497,7 +502,7 @@ CLEAN = []  # rows of a run that nothing goes wrong in
 def test_a_fault_costs_one_warning(start, name, caplog, tmp_path, own_store):
     fault = FAULTS[name]
     if not CLEAN:
-        CLEAN.extend(timeless(seen(start(store=None)[0])))
+        CLEAN.extend(timeless(seen(start(outcomes=None)[0])))
     plain, _, plain_error = start(fault.inject, guarded=False)
     caplog.clear()
     trainer, guard, error = start(fault.inject)
@@ -538,7 +543,7 @@ def test_a_fault_costs_one_warning(start, name, caplog, tmp_path, own_store):
         assert [look["step"] for look in record["looks"]] == list(fault.steps)
         assert saved["ended"] == ("running" if disk_full or error else fault.ended)
         assert saved["n_images"] == 32 - fault.left_out
-    assert (saved is None) == (name == "run file below a file")
+    assert (saved is None) == (name == "a folder for a run file")
     assert not list(tmp_path.rglob("*.unfinished"))
     assert len(outcomes) == (fault.lost != "store")
     for outcome in outcomes:

@@ -102,7 +102,8 @@ def test_resumed_a_stopped_run_ends_at_its_best_model_and_is_rescued_all_the_sam
         "eval_steps": 2, "load_best_model_at_end": True, "metric_for_best_model": "eval_loss",
         "greater_is_better": True, "output_dir": str(tmp_path / "out"),
     }  # fmt: skip
-    whole, again = (guard(action="stop", every=2, on_exceed="rescue") for _ in range(2))
+    with pytest.warns(FutureWarning, match="use `action='rescue'`"):
+        whole, again = (guard(action="stop", every=2, on_exceed="rescue") for _ in range(2))
     make_trainer([whole], **settings).train()
     checkpoint = str(tmp_path / "out" / "checkpoint-4")
     make_trainer([again], **settings).train(resume_from_checkpoint=checkpoint)

@@ -9,8 +9,6 @@ import pytest
 import torch
 from ranks_worker import SCENARIOS, train
 
-pytestmark = pytest.mark.xdist_group("ranks")  # which share one launch
-
 WORKER = Path(__file__).parents[1] / "ranks_worker.py"
 
 
@@ -96,7 +94,7 @@ def test_a_stop_that_one_rank_asks_for_before_training_holds_both(ranks, tiny_cl
         assert_same_weights(rank["weights"], tiny_clip().state_dict())
 
 
-def test_a_look_too_dear_for_one_rank_is_taken_by_none(ranks):
+def test_a_look_too_slow_for_one_rank_is_taken_by_none(ranks):
     for rank in ranks["clock"]:
         assert rank["history"] == [0, 6]
         assert rank["dropped"] == 5

@@ -1,4 +1,4 @@
-"""Resumed, repeated and searched runs: which model is the untouched one, and what is on record."""
+"""Resumed, repeated and searched runs: which model is the untouched one, and what is saved."""
 
 import json
 import re
@@ -15,6 +15,7 @@ from iimm_callbacks.guard.judging import judge_look
 from iimm_callbacks.models.wrappers import model_fingerprint
 from iimm_callbacks.probing.probe import Probe
 from iimm_callbacks.records.journal import Journal
+from iimm_callbacks.records.ledger import Past
 
 SAVING = {"max_steps": 6, "save_strategy": "steps", "save_steps": 3}
 KEY = "IIMMCallback/colours"
@@ -95,7 +96,7 @@ def test_the_base_model_does_not_pass_for_the_frozen_part_of_the_tuned_one(
     trainer.train(resume_from_checkpoint=make_checkpoint(make_trainer, frozen(), tmp_path))
     monitor = late.monitor
     again = IIMMMonitor(
-        late.task, late.off_target, processor=trainer.processing_class, store=None, progress=False
+        late.task, late.off_target, processor=trainer.processing_class, outcomes=None, verbose=False
     )
     again.begin(trainer.model)
     assert again.row()["eval_iimm_inter"] == monitor.row()["eval_iimm_inter"]
@@ -277,7 +278,7 @@ def journal():
 def state(journal, colour_task, shape_task, processor, tiny_clip):
     if not journal:
         monitor = IIMMMonitor(
-            colour_task, [shape_task], processor=processor, store=None, progress=False
+            colour_task, [shape_task], processor=processor, outcomes=None, verbose=False
         )
         model = tiny_clip()
         monitor.begin(model, recipe={"steps": 2})
@@ -342,7 +343,7 @@ def test_each_call_of_train_is_a_run_and_all_count_from_the_untouched_model(
     assert steps(callback) == [0, 3, 6]
     assert second.zero_shot_accuracy == first.zero_shot_accuracy
     assert callback.monitor.history[0]["eval_iimm"] == looks[0]["eval_iimm"]
-    assert "count from the untouched model of an earlier run" in capsys.readouterr().out
+    assert "count from the untouched model of the earlier run" in capsys.readouterr().out
     assert [o.run for o in read_outcomes(own_store)] == [first.run, second.run]
     assert first.run != second.run
     # Its gain is not that of its own steps, so nothing may be learnt from it.
@@ -382,13 +383,13 @@ def test_a_model_loaded_from_a_checkpoint_counts_from_that_runs_start(
 def test_tried_again_after_an_exception_the_baseline_is_the_untouched_model(
     make_trainer, guard, tiny_clip, own_store
 ):
-    callback = guard(outcomes=[])
+    callback = guard(outcomes=Past([], own_store))
     trainer = make_trainer([callback, Interrupt(5)], max_steps=6)
     with pytest.raises(KeyboardInterrupt):
         trainer.train()
     trainer.train()
     assert callback.outcome.model_fingerprint == model_fingerprint(tiny_clip())
-    alone = guard(outcomes=[])
+    alone = guard(outcomes=Past([], own_store))
     make_trainer([alone], max_steps=6).train()
     assert timeless(callback)[0] == timeless(alone)[0]
     assert steps(callback) == [0, 3, 6]
@@ -434,7 +435,7 @@ def test_tried_again_nothing_of_the_first_try_is_left(
         return look(self, model, step, autocast_dtype, **settings)
 
     monkeypatch.setattr(Probe, "look", failing)
-    callback = guard(every=4, on_exceed="rescue")
+    callback = guard(every=4, action="rescue")
     folders = [tmp_path / "one", tmp_path / "two"]
     broken = make_trainer([callback, Interrupt(5)], output_dir=str(folders[0]))
     with pytest.raises(KeyboardInterrupt):

@@ -1,7 +1,7 @@
 """What trackers have of a guarded run, read back with their own means; alerts; all offline.
 
-Each tracker is optional: README has the command that installs them all, in an environment of its
-own, because comet_ml patches what else is imported.
+Each tracker is optional: .ci/README.md has the command that installs them all, in their own
+environment, because comet_ml patches what else is imported.
 """
 
 import importlib
@@ -45,8 +45,8 @@ BEST = {
 LEVELS = ["continue", "warn", "warn", "stop", "continue", "warn", "warn"]  # at steps 0 to 6
 ALERTS = [  # where it is another than before
     ("IIMM guard, warn: colours", "because 1", "WARN"),
-    ("IIMM guard, stop: colours", "because 3", "ERROR"),
-    ("IIMM guard, continue: colours", "because 4", "INFO"),
+    ("IIMM guard, over the limit: colours", "because 3", "ERROR"),
+    ("IIMM guard, ok: colours", "because 4", "INFO"),
     ("IIMM guard, warn: colours", "because 5", "WARN"),
 ]
 
@@ -306,7 +306,7 @@ def test_a_resumed_run_alerts_only_of_what_is_new(tracked, scripted, stand_in, t
         trainer.args.max_steps = 4 if resume else 2
         trainer.train(resume_from_checkpoint=resume)
     titles = [title for title, *_ in stand_in.sent]
-    assert titles == ["IIMM guard, warn: colours", "IIMM guard, stop: colours"]
+    assert titles == ["IIMM guard, warn: colours", "IIMM guard, over the limit: colours"]
 
 
 def test_no_alert_without_the_trainers_tracker_or_an_open_run(tracked, scripted, stand_in):
