@@ -31,8 +31,7 @@ from accelerate.utils import set_seed
 from torch.utils.data import DataLoader
 from transformers import AutoModel, AutoProcessor, HfArgumentParser, get_linear_schedule_with_warmup
 
-from iimm_callbacks import IIMMMonitor, ImageCollator, Limits, PromptClassifier, sample
-from iimm_callbacks.reports import terminal as report
+from iimm_callbacks import IIMMMonitor, ImageCollator, PromptClassifier, sample
 
 
 @dataclass
@@ -68,10 +67,9 @@ def load(accelerator, settings):
     monitor = IIMMMonitor(
         task,
         sample.canaries(settings.task, probe_size=16 if settings.smoke else None),
-        limits=Limits(settings.max_forgetting),
+        settings.max_forgetting,
         # What was learnt from a task must not forecast that task.
-        outcomes=None if settings.model else [o for o in runs if o.task != settings.task],
-        store="default" if settings.model else None,  # the sample is a toy: not on your record
+        outcomes="default" if settings.model else [o for o in runs if o.task != settings.task],
         run_file=Path(settings.output_dir) / "run.json",  # the first process writes it
         processor=processor,
         autocast_dtype=dtypes.get(accelerator.mixed_precision),
@@ -95,14 +93,6 @@ def save_checkpoint(accelerator, settings, step):
         os.replace(settings.checkpoints / "unfinished", settings.checkpoints / f"step-{step}")
         for path in older:
             shutil.rmtree(path)
-
-
-def log_look(accelerator, monitor, step, loss):
-    loss = accelerator.reduce(loss.detach(), "mean").item()
-    look = monitor.history[-1]
-    if look["step"] == step:  # else it failed: the guard has warned, and training goes on
-        accelerator.log({"loss": loss, **monitor.row()}, step=step)
-        accelerator.print(report.look_line(look), f"| loss {loss:.2f}")
 
 
 def finetune(accelerator, settings):
@@ -133,7 +123,6 @@ def finetune(accelerator, settings):
     recipe = {"optimizer": "adamw", "schedule": "linear", "batch_size": settings.batch_size}
     recipe |= {"learning_rate": settings.learning_rate, "steps": settings.steps}
     verdict = monitor.begin(model, recipe=recipe)
-    accelerator.print(report.preflight_table(monitor.record()))
     if step == 0:
         accelerator.log(monitor.row(), step=0)
     while step < settings.steps and verdict.level != "stop":
@@ -147,16 +136,17 @@ def finetune(accelerator, settings):
             schedule.step()
             optimizer.zero_grad()
             step += 1
-            if monitor.is_due(step, settings.steps):
-                verdict = monitor.check(model, step, settings.steps)
-                log_look(accelerator, monitor, step, loss)
+            looked = monitor.step(step)  # None where no look was due; it prints a line
+            if looked is not None:
+                verdict = looked
+                mean = accelerator.reduce(loss.detach(), "mean").item()
+                accelerator.log({"loss": mean, **monitor.row()}, step=step)
             if step == settings.steps or verdict.level == "stop":  # the same for all processes
                 break
             if settings.save_steps and step % settings.save_steps == 0:  # after the look
                 save_checkpoint(accelerator, settings, step)
     stopped = f"stopped at step {step}: {verdict.reason}" if step < settings.steps else ""
-    monitor.end(model, step, ended=stopped)
-    accelerator.print(report.summary_table(monitor.record()))
+    monitor.end(ended=stopped)
     weights = accelerator.get_state_dict(model)
     accelerator.unwrap_model(model).dual_encoder.save_pretrained(
         Path(settings.output_dir) / "model",

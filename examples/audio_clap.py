@@ -165,7 +165,7 @@ def finetune(settings):
         max_forgetting=settings.max_forgetting,
         action=settings.action,
         max_overhead=None,  # this run is so short that every look would be dropped
-        store=None,  # a toy: leave it out to have your runs on record, for the next forecast
+        outcomes=None,  # a toy: leave it out to save your runs and forecast from them
     )
     model = prepare(model, settings.method)
     lessons = make_sounds(SIGNALS, 480, rate, seed=4)

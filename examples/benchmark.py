@@ -173,7 +173,9 @@ def run_row(settings):
 
     train([])  # warm up
     bare = train([])
-    guard = IIMMCallback(sample.load_task(name), sample.canaries(name), store=None, verbose=False)
+    guard = IIMMCallback(
+        sample.load_task(name), sample.canaries(name), outcomes=None, verbose=False
+    )
     guarded = train([guard])
     budget, last = guard.monitor._pace.budget, guard.monitor.history[-1]["eval_iimm_runtime"]
     looks = budget.before + budget.spent - last

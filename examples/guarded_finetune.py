@@ -10,11 +10,11 @@
 
 Offline and about a minute on two cores with the shipped sample. Prints the measure, the forecast
 and the verdict before training, a line per look, and predicted against observed at the end; writes
-`run.json`, `predicted_vs_observed.png` and the tuned model to the output folder. The forecast rests
-on the sample's recorded runs *on its other tasks* (examples/study made them); for a model of your
-own, on your own runs, which are put on record as you go. Several processes each take a share of the
-probe; the first one prints and writes. After a kill `--resume` goes on to the very numbers of a run
-in one piece.
+the run file `iimm_<task>.json`, `predicted_vs_observed.png` and the tuned model to the output
+folder. The forecast learns from the sample's saved runs *on its other tasks* (examples/study made
+them); for your own model, from your own runs, which are saved as you go. Several processes each
+embed a share of the probe; the first one prints and writes. After a kill `--resume` goes on to the
+same numbers as an uninterrupted run.
 """
 
 import sys
@@ -55,7 +55,7 @@ class Settings:
     train_split: str = field(default="train", metadata={"help": "Split to train on"})
     test_split: str = field(default="test", metadata={"help": "Split to probe"})
     template: str = field(default="a photo of a {}.", metadata={"help": "Prompt for `dataset`"})
-    outcomes: str = field(default="", metadata={"help": "JSON lines; default: all on record"})
+    outcomes: str = field(default="", metadata={"help": "JSON lines; default: saved runs"})
     max_forgetting: float = field(default=0.05, metadata={"help": "Limit, a fraction"})
     action: str = field(default="warn", metadata={"help": "warn or stop"})
     steps: int = field(default=100, metadata={"help": "Optimizer steps"})
@@ -123,8 +123,6 @@ def finetune(settings, outcomes):
         max_forgetting=settings.max_forgetting,
         action=settings.action,
         outcomes=outcomes,
-        store="default" if settings.model else None,  # the sample is a toy: not on your record
-        run_file=Path(settings.output_dir) / "run.json",
         max_overhead=None,  # this run is so short that every look would be dropped
     )
     arguments = TrainingArguments(
@@ -160,7 +158,7 @@ def finetune(settings, outcomes):
 
 def main(argv=None):
     (settings,) = HfArgumentParser(Settings).parse_args_into_dataclasses(argv)
-    outcomes = settings.outcomes or None
+    outcomes = settings.outcomes or "default"
     if not settings.outcomes and not settings.model:
         # What was learnt from a task must not forecast that task.
         outcomes = [o for o in sample.load_outcomes() if o.task != settings.task]
@@ -169,7 +167,7 @@ def main(argv=None):
     if trainer.is_world_process_zero():
         plot_run(guard.record(), folder / "predicted_vs_observed.png")
         classifier.dual_encoder.save_pretrained(folder / "model")
-        print(f"Written to {folder}: run.json, predicted_vs_observed.png, model")
+        print(f"Written to {folder}: predicted_vs_observed.png, model")
 
 
 if __name__ == "__main__":

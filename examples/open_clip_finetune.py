@@ -87,7 +87,7 @@ def finetune(settings):
         action=settings.action,
         processor=processor,  # here, since the Trainer's `processing_class` takes no pair
         max_overhead=None,  # this run is so short that every look would be dropped
-        store=None,  # a toy: leave it out to have your runs on record, for the next forecast
+        outcomes=None,  # a toy: leave it out to save your runs and forecast from them
     )
     arguments = TrainingArguments(
         output_dir=settings.output_dir,

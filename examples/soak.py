@@ -27,7 +27,7 @@ data set raised may be missing. Exits with 1 if anything else was lost. Five min
     │ the training raises                       │ 17    │
     └───────────────────────────────────────────┴───────┘
     101 runs ended as if nothing had been: same weights, losses, 464 looks and verdicts, and one
-    outcome each (put on record 128 times).
+    outcome each (saved 128 times).
     0 runs lost something.
 
 Not among them, since it is known to lose something: a picture that cannot be read, twice in a row,
@@ -60,8 +60,9 @@ from iimm_callbacks import IIMMCallback, ImageCollator, PromptClassifier, Task, 
 from iimm_callbacks.monitor import monitor as monitor_module
 from iimm_callbacks.probing.probe import Probe
 from iimm_callbacks.records import ledger as ledger_module
+from iimm_callbacks.records.ledger import Past
 from iimm_callbacks.records.outcomes import one_of_each_run
-from iimm_callbacks.records.run_file import read_run
+from iimm_callbacks.records.run_file import file_name, read_run
 from iimm_callbacks.records.store import read_outcomes
 
 STEPS = 16
@@ -228,9 +229,9 @@ def attempt(world, spec, folder, faults, beats):
         action=pager if spec.action == "call" else spec.action,
         every=spec.every,
         max_overhead=None,  # else the looks would depend on the clock
-        outcomes=[o for o in world.outcomes if o.task != spec.task],
-        store=folder.parent / "outcomes.jsonl",
-        run_file=folder / "run.json",
+        outcomes=Past(
+            [o for o in world.outcomes if o.task != spec.task], folder.parent / "outcomes.jsonl"
+        ),
         batch_size=16,
         cache_limit=0,  # so that pictures are read at every look
     )
@@ -286,7 +287,7 @@ def fork(function, log):
     except BaseException:
         traceback.print_exc()
     finally:
-        gc.collect()  # a run that was broken off puts itself on record
+        gc.collect()  # a run that was broken off saves itself
         sys.stdout.flush()
         os._exit(code)
 
@@ -376,7 +377,7 @@ class Soak:
             seen = log.read_text().split("\n")[:-1]
             self.counts.update(seen)
             struck.update(seen)
-            problems += damage(folder / "run.json")
+            problems += damage(folder / file_name(spec.task))
             if code == 0 and not again:
                 break
             if code == 0:
@@ -394,7 +395,7 @@ class Soak:
             self.counts["looks"] += len(result["record"]["looks"])
             problems += differences(result, reference, struck)
             problems += self.misrecorded(result["outcome"], attempts)
-            if DISK not in seen and read_run(folder / "run.json") != result["record"]:
+            if DISK not in seen and read_run(folder / file_name(spec.task)) != result["record"]:
                 problems.append("the run file lags behind")
             (folder / "result.pt").unlink()
         self.lost += [f"{folder.name}: {problem}" for problem in problems]
@@ -409,7 +410,7 @@ class Soak:
         counts = [asdict(o) for o in one_of_each_run(store) if o.run == outcome["run"]]
         self.counts["lines"] += len(found)
         if counts != [outcome]:
-            return [f"{len(counts)} outcomes count, of {len(found)} on record"]
+            return [f"{len(counts)} outcomes count, of {len(found)} saved"]
         return [] if len(found) <= attempts else [f"{len(found)} outcomes of {attempts} attempts"]
 
     def report(self, seconds):
@@ -421,7 +422,7 @@ class Soak:
         console.print(table)
         console.print(
             f"{counts['runs'] - counts['lost']} runs ended as if nothing had been: same weights, "
-            f"losses, {counts['looks']} looks and verdicts, and one outcome each (put on record "
+            f"losses, {counts['looks']} looks and verdicts, and one outcome each (saved "
             f"{counts['lines']} times).",
             f"{counts['lost']} runs lost something.",
             *self.lost,

@@ -48,9 +48,29 @@ def pytest_addoption(parser):
     parser.addoption("--notebook", action="store_true", help="run examples/story.ipynb, a minute")
 
 
+# What a fixture of these takes long to make, one worker makes once.
+IN_ONE_PLACE = (
+    "test_demo.py", "test_kill.py", "test_package.py", "test_probe_ranks.py", "test_public_api.py",
+    "test_ranks.py", "test_rescue.py",
+)  # fmt: skip
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """Any worker takes any test, but all of these files one worker; they come first."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Scheduling(LoadScopeScheduling):
+        def _split_scope(self, nodeid):
+            path = nodeid.split("::")[0]
+            return path if path.endswith(IN_ONE_PLACE) else nodeid
+
+    return Scheduling(config, log)
+
+
 @pytest.fixture(autouse=True)
 def own_store(tmp_path, monkeypatch):
-    """Guarded runs are put on record in the user's cache folder otherwise."""
+    """Guarded runs are saved in the user's cache folder otherwise."""
     path = tmp_path / "store" / "outcomes.jsonl"
     monkeypatch.setenv("IIMM_CALLBACKS_STORE", str(path))
     return path

@@ -250,7 +250,7 @@ def sharded_run(kind):
     model = shard(copy.deepcopy(bare), kind)
     task = colour_task()
     monitor = IIMMMonitor(
-        task, [shape_task()], processor=processor, store=None, progress=False,
+        task, [shape_task()], processor=processor, outcomes=None, verbose=False,
         batch_size=5, every=2, max_overhead=None,
     )  # fmt: skip
     model.train()

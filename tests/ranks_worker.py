@@ -48,7 +48,7 @@ class FailsOnRank1(Probe):
 
 
 class SlowClockOnRank1(Probe):
-    """One rank takes its looks for far dearer than the other does."""
+    """One rank takes its looks for far slower than the other does."""
 
     def look(self, model, step, autocast_dtype=None, **settings):
         seen = super().look(model, step, autocast_dtype, **settings)
@@ -108,7 +108,7 @@ def train(folder, scenario, output):
     callbacks = []
     if settings is not None:
         store = output / "store.jsonl"
-        settings = {"max_overhead": None, "verbose": False, "store": store} | settings
+        settings = {"max_overhead": None, "verbose": False, "outcomes": store} | settings
         callbacks = [IIMMCallback(task, [shapes], **settings)]
         monitor.Probe = probe
     arguments = {

@@ -57,7 +57,12 @@ def train(data, folder, restore):
     # Every name of the schedule: steps, epochs (of 12 steps), evaluations.
     every = {"0": 2, "1": "epoch", "2": "evaluate", "3": None}[folder.name[-1]]
     guard = IIMMCallback(
-        task, [shapes], every=every, max_overhead=None, store=folder / "store.jsonl", verbose=False
+        task,
+        [shapes],
+        every=every,
+        max_overhead=None,
+        outcomes=folder / "store.jsonl",
+        verbose=False,
     )
     arguments = TrainingArguments(
         output_dir=str(folder),

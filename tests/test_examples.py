@@ -8,6 +8,7 @@ import os
 import re
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,7 @@ from iimm_callbacks import read_outcomes, sample
 from iimm_callbacks.records import keys
 
 ROOT = Path(__file__).parent.parent
+RUN_FILE = "iimm_handwritten_digits.json"
 CONFIGS = ROOT / "examples" / "accelerate_configs"
 ACCELERATE = ("-m", "accelerate.commands.launch", "--config_file", CONFIGS / "cpu_2.yaml")
 
@@ -56,9 +58,9 @@ def python(tmp_path):
     return run
 
 
-def read_looks(folder):
+def read_looks(folder, name="run.json"):
     """The looks in a run file, without what the clock says."""
-    looks = json.loads((folder / "run.json").read_text())["looks"]
+    looks = json.loads((folder / name).read_text())["looks"]
     clock = ("time", "eval_iimm_runtime")
     return [{k: v for k, v in look.items() if k not in clock} for look in looks]
 
@@ -80,8 +82,8 @@ def test_the_guarded_finetune_writes_its_record_picture_and_model(
         ["--smoke", "--method", method, "--task", "printed_digits", "--output_dir", "out"]
     )
     written = {p.name for p in (tmp_path / "out").iterdir()}
-    assert written >= {"run.json", "predicted_vs_observed.png", "model"}
-    run = json.loads((tmp_path / "out" / "run.json").read_text())
+    assert written >= {"iimm_printed_digits.json", "predicted_vs_observed.png", "model"}
+    run = json.loads((tmp_path / "out" / "iimm_printed_digits.json").read_text())
     assert [look["step"] for look in run["looks"]] == [0, 1, 2, 3, 4, 6, 8]
     assert run["method"] == method
     printed = capsys.readouterr().out
@@ -104,7 +106,7 @@ def test_the_guarded_finetune_takes_a_model_and_a_data_set_of_ones_own(
     example("guarded_finetune").main(
         ["--smoke", "--model", "model", "--dataset", "data", "--output_dir", "out"]
     )
-    run = json.loads((tmp_path / "out" / "run.json").read_text())
+    run = json.loads((tmp_path / "out" / "iimm_data.json").read_text())
     assert run["task"] == "data"
     assert run["forecast"]["basis"].startswith("base rates: ")
     (outcome,) = read_outcomes(own_store)
@@ -116,14 +118,14 @@ def test_the_guarded_finetune_goes_on_from_the_last_complete_checkpoint(example,
     main, out = example("guarded_finetune").main, tmp_path / "out"
     run = ["--smoke", "--output_dir", "out", "--save_steps", "3"]
     main(run)
-    looks, weights = read_looks(out), read_weights(out)
+    looks, weights = read_looks(out, RUN_FILE), read_weights(out)
     # As a kill leaves it that comes while the last checkpoint is written.
     (out / "checkpoint-8" / "trainer_state.json").write_text('{"best_global')
-    (out / "run.json").unlink()
+    (out / RUN_FILE).unlink()
     with pytest.raises(SystemExit, match="checkpoint-6 is of another run: --resume it"):
         main(run)
     main([*run, "--resume"])
-    assert read_looks(out) == looks
+    assert read_looks(out, RUN_FILE) == looks
     assert_same_weights(read_weights(out), weights)
 
 
@@ -158,17 +160,17 @@ def test_the_examples_run_on_two_processes_and_a_stop_stops_both(example, python
         "import json, os, pathlib, sys\n"
         f"sys.path.insert(0, {str(ROOT / 'examples')!r})\n"
         "import accelerate_loop, guarded_finetune\n"
+        "guarded_finetune.main(['--smoke', '--output_dir', 'trainer'])\n"
         "record = accelerate_loop.main(sys.argv[1:]).record()\n"
         "folder = pathlib.Path('rank-' + os.environ['RANK'])\n"
         "folder.mkdir()\n"
         "(folder / 'run.json').write_text(json.dumps(record))\n"
-        "guarded_finetune.main(['--smoke', '--output_dir', 'trainer'])\n"
     )
     printed = python(*ACCELERATE, "worker.py", *run, "two")
     assert printed.count("Processes: 2") == 1
     for of_both in ("IIMM before training", "Predicted and observed", "Written to"):
         assert printed.count(of_both) == 2
-    trained = json.loads((tmp_path / "trainer" / "run.json").read_text())
+    trained = json.loads((tmp_path / "trainer" / RUN_FILE).read_text())
     assert [look["step"] for look in trained["looks"]] == [0, 1, 2, 3, 4, 6, 8]
     assert (trained["recipe"]["batch_size"], trained["ended"]) == (2 * 32, "finished")
     alone, first, second = (read_looks(tmp_path / n) for n in ("alone", "rank-0", "rank-1"))
@@ -332,18 +334,39 @@ def test_the_benchmark_prints_every_figure(example, capsys):
 @no_pin_memory
 def test_the_readme_runs(monkeypatch, tmp_path, capsys):
     monkeypatch.chdir(tmp_path)
+    for folder, name in (
+        ("flowers/train", "arrow_directions"), ("flowers/test", "arrow_directions"),
+        ("cars", "printed_digits"), ("pets", "emoji_groups"),
+    ):  # fmt: skip
+        task = sample.load_task(name)
+        for position, image in enumerate(task.images(range(40))):
+            (label,) = task.labels([position])
+            path = tmp_path / folder / task.class_names[label] / f"{position}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            image.save(path)
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    assert len(blocks) == 4
     names = {}
-    for block in blocks:
-        exec(compile(block.replace("max_steps=100", "max_steps=4"), "README.md", "exec"), names)
-    assert "Predicted and observed: digits (full)" in capsys.readouterr().out
-    assert len(names["runs"]) == 1
+    hub, loop = (
+        block.replace("openai/clip-vit-base-patch32", str(sample.model_path()))
+        .replace("max_steps=100", "max_steps=4")
+        .replace("sample.load_task(", "few(")
+        for block in blocks
+    )
+    exec(compile(hub, "README.md", "exec"), names)
+    assert "Predicted and observed: test (full)" in capsys.readouterr().out
+    assert names["guard"].outcome.complete
+    names["few"] = partial(sample.load_task, probe_size=32)
+    exec(compile(loop, "README.md", "exec"), names)
+    assert "Predicted and observed: printed_digits (full)" in capsys.readouterr().out
+    assert names["outcome"].recipe["steps"] == 8
 
 
 def test_ci_runs_the_readmes_test_commands():
-    pattern = re.search(r"grep '(.*)' README.md", (ROOT / ".ci" / "run").read_text())[1]
-    commands = re.findall(f"{pattern}.*$", (ROOT / "README.md").read_text(), re.MULTILINE)
+    run = (ROOT / ".ci" / "run").read_text()
+    pattern, *files = re.search(r"grep -h '(.*)' (README.md) (.ci/README.md)", run).groups()
+    text = "\n".join((ROOT / file).read_text() for file in files)
+    commands = re.findall(f"{pattern}.*$", text, re.MULTILINE)
+    assert len(re.findall(f"{pattern}.*$", (ROOT / "README.md").read_text(), re.MULTILINE)) == 1
     assert ["ruff" in command for command in commands] == [True, False, False, False]
     assert ["constraints-oldest" in command for command in commands] == [False, True, False, False]
     assert ["test-open-clip" in command for command in commands] == [False, False, True, False]

@@ -1,7 +1,7 @@
 """Every model family under every fine-tuning method: real guarded Trainer runs of tiny models.
 
-What each cell came to is in `matrix.json`, and in the README's table that is made from it. A cell
-that comes to something else fails; `pytest tests/test_matrix.py --record-matrix` records anew.
+What each cell came to is in `matrix.json`, and in the table of models/README.md. A cell that comes
+to something else fails; `pytest tests/test_matrix.py --record-matrix` records anew.
 """
 
 import contextlib
@@ -27,7 +27,7 @@ from iimm_callbacks.models.wrappers import find_dual_encoder, model_fingerprint
 from iimm_callbacks.records import keys
 
 FAMILIES = dict(tiny.FAMILIES)
-with contextlib.suppress(ModuleNotFoundError):  # an environment of its own: see the README
+with contextlib.suppress(ModuleNotFoundError):  # an environment of its own: see .ci/README.md
     import tiny_open_clip
 
     FAMILIES |= tiny_open_clip.FAMILIES
@@ -227,7 +227,7 @@ def test_a_model_without_a_joint_space_is_refused_by_name_with_the_reason(name, 
 
 
 def test_the_readme_shows_what_these_tests_saw(pytestconfig):
-    readme = Path(__file__).parents[1] / "README.md"
+    readme = Path(__file__).parents[1] / "iimm_callbacks" / "models" / "README.md"
     text, table = readme.read_text(), render(json.loads(RECORD.read_text()))
     if pytestconfig.getoption("record_matrix"):
         shown = re.escape(START) + ".*" + re.escape(END)
@@ -237,7 +237,7 @@ def test_the_readme_shows_what_these_tests_saw(pytestconfig):
 
 
 def render(recorded):
-    """The README's table: a tick where it trains, else a number and below it the reason."""
+    """The table of models/README.md: a tick where it trains, else the reason below the table."""
     notes = []
 
     def cell(outcome):

@@ -3,7 +3,7 @@
     OMP_NUM_THREADS=1 python examples/study/compare_heads.py    # about four minutes on one core
 
 The same images as `linear_probe.py`: fitted to the training images of the ten shipped tasks, scored
-on the test images that the accuracies on record are of. Mean absolute error in points, against
+on the test images that the saved accuracies are of. Mean absolute error in points, against
 means over a task's runs. "Ratio": accuracies 1 - r·(1 - accuracy), r the ratio of summed errors
 (1 - tuned)/(1 - head) over the other nine tasks, mean over full, attention and LoRA. "80 %":
 without ratio and with it, mean over five draws of 80 % of the training images. Expected output:

@@ -7,7 +7,7 @@ Prints what `iimm grade` prints in short, beside the aims that this project has 
 whether each was met. Ends with exit code 0 either way: a missed aim is a result. Expected output:
 GRADES.txt.
 
-The first runs of a model are graded with its world left out: no outcome of the sample on record nor
+The first runs of a model are graded with its world left out: no outcome of the sample saved nor
 in the prior; for a published pair, its task left out of all three models.
 """
 
@@ -25,7 +25,7 @@ from iimm_callbacks.forecasting.base_rates import load_base_rates
 from iimm_callbacks.forecasting.grading import SHARES
 from iimm_callbacks.forecasting.runs import about
 
-TASKS = (0, 1, 2, 3, 5, 9)  # on record
+TASKS = (0, 1, 2, 3, 5, 9)  # with saved runs
 DRAWS = 2  # of which tasks these are
 OLD_WIDTH = 17.8  # points to each side, of the gain with nine tasks before there was a probe
 DURING = {0.1: 0.75, 0.2: 0.6, 0.3: 0.5}  # share of the steps -> of the plain mean's error
@@ -180,7 +180,7 @@ def simple_rules(o, known, quantity, base_rates):
 
 
 def curve(outcomes):
-    """[(tasks on record, quantity) -> (errors, inside, half widths, rules' errors, outcomes)]."""
+    """[(saved tasks, quantity) -> (errors, inside, half widths, rules' errors, outcomes)]."""
     rng = np.random.default_rng(0)
     names, base_rates = sorted({o.task for o in outcomes}), load_base_rates()
     found = {}
@@ -215,7 +215,7 @@ def curve_rows(found):
             values = [g[3].get(name, math.nan) for g in graded]
             if not np.isnan(values).any():  # a rule that always has something to say
                 rules[name] = np.mean(values)
-        what = f"{n_known} tasks on record, {quantity}"
+        what = f"{n_known} tasks with saved runs, {quantity}"
         if rules:
             best = min(rules, key=rules.get)
             rows.append(
@@ -238,7 +238,7 @@ def first_rows(found):
     for n_known, aim in ((0, 3.5), (9, 2.8)):
         graded = found[n_known, "gain"]
         error = 100 * np.mean([g[0] for g in graded])
-        prior = "none of the sample's on record nor in the prior" if n_known == 0 else "nine tasks"
+        prior = "none of the sample's saved nor in the prior" if n_known == 0 else "nine tasks"
         rows.append(Row(f"gain, all methods, {prior}: error ≤ {aim}", f"{error:.2f}", error <= aim))
         for method in ("full", "lora", "attention"):
             pairs = [(g[5].point, g[4].gain) for g in graded if g[4].method == method]

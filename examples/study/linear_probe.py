@@ -5,7 +5,7 @@
 
 Embeds training and test images of the ten shipped tasks with the untouched model, fits the probe
 to the training images, and compares its accuracy on the test images with the accuracies after
-fine-tuning on record. Means over a task's runs. Expected output: LINEAR_PROBE.txt.
+saved fine-tunes. Means over a task's runs. Expected output: LINEAR_PROBE.txt.
 
 The mean of other tasks is that of the gain under the same method, added to zero-shot accuracy.
 Test images are those of `Outcome.final_accuracy`. Ten tasks of one small model, all of whose

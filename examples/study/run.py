@@ -29,6 +29,7 @@ from transformers import (
 
 from iimm_callbacks import IIMMCallback, ImageCollator, PromptClassifier, read_outcomes, sample
 from iimm_callbacks.models.tuning import prepare
+from iimm_callbacks.records.ledger import Past
 
 # Gentle and harsh: what the shipped sample bears without and with heavy losses.
 LEARNING_RATES = {
@@ -79,8 +80,7 @@ def run(job):
         off_target,
         max_forgetting=None,  # it only watches
         max_overhead=None,
-        outcomes=[],
-        store=output,
+        outcomes=Past([], output),
         verbose=False,
     )
     with tempfile.TemporaryDirectory() as folder:
@@ -142,7 +142,7 @@ def main(argv=None):
 
 
 def outcomes_of(jobs, workers):
-    """Outcomes as they come. A worker that dies ends the study; what is done is on record."""
+    """Outcomes as they come. A worker that dies ends the study; what is done is saved."""
     if workers == 1:
         yield from map(run, jobs)
         return

@@ -8,7 +8,6 @@ a sorted list of paths is all there is to do.
 
 from __future__ import annotations
 
-import logging
 import os
 import re
 from collections.abc import Iterator
@@ -16,6 +15,8 @@ from functools import cache
 from pathlib import Path
 
 from PIL import Image
+
+from ..records.log import get_logger
 
 # Words of names of splits: a folder of each, or a "train" beside folders that are all such.
 SPLITS = ("train", "training", "test", "testing", "val", "valid", "validation", "dev", "eval")
@@ -27,7 +28,7 @@ _BESIDE_SPLITS = (
 # Told by Pillow, but not read; and EPS by another program only, which it would start.
 _UNREAD = ("BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF")
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 
 class ImageFolder:

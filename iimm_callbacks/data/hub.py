@@ -38,8 +38,8 @@ def load(
 
     Raises:
         TypeError: `split` is of another type.
-        ValueError: There is no such data set, configuration or split, it cannot be had offline, it
-            needs code of its own, or a folder has no configurations or revisions.
+        ValueError: There is no such data set, configuration or split, it is not available
+            offline, it needs code of its own, or a folder has no configurations or revisions.
     """
     import datasets
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import logging
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-logger = logging.getLogger(__name__)
+from ..records.log import get_logger
+
+logger = get_logger(__name__)
 
 _WORDNET = re.compile(r"n\d{8}")
 _NUMBERED = re.compile(r"(\d{2,})[._ -]+(\D.*)")  # such as "001.Black_footed_Albatross"
@@ -337,7 +338,7 @@ def _given_names(name: str, given: Any) -> tuple[str, ...]:
         if not isinstance(each, str):
             raise TypeError(
                 f"{what} must be strings, got {each!r:.80} ({type(each).__name__}) for class "
-                f"{position}; write the name as it should stand in a prompt"
+                f"{position}; write the name as it should read in a prompt"
             )
         if not each.strip():
             raise ValueError(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import replace
@@ -11,13 +10,14 @@ from typing import Any
 
 import numpy as np
 
+from ..records.log import get_logger
 from .labels import are_classes
 
 STREAM_SIZE = 4096  # examples read, eight for each of a default probe
 
 Label = int | str | tuple[str, ...]  # of a class, a caption, several captions
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 
 def is_stream(dataset: Any) -> bool:

@@ -13,11 +13,11 @@ from PIL import Image
 
 from . import hub
 from .folders import ImageFolder
-from .labels import as_listed, check_utf8, read_labels
+from .labels import check_utf8, read_labels
 from .metrics import as_metric
 from .sources import as_image, kind, open_source
 from .streams import STREAM_SIZE
-from .templates import expand
+from .templates import given_templates
 
 TASK_PROBE_SIZE = 512
 OFF_TARGET_PROBE_SIZE = 256
@@ -118,7 +118,7 @@ class Task:
         self.probe_size = probe_size
         self.seed = seed
         self.columns = image_column, label_column
-        given = None if templates is None else _given_templates(name, templates)
+        given = None if templates is None else given_templates(name, templates)
         self._source = open_source(
             name, dataset, image_column, label_column,
             size=probe_size or TASK_PROBE_SIZE, first=stream_size, seed=seed,
@@ -168,7 +168,7 @@ class Task:
         Raises:
             TypeError: `split` is of another type, or as `Task`.
             ValueError: There is no such data set, configuration or split (tells which there are),
-                it cannot be had offline, it needs code of its own, several splits and none is
+                it is not available offline, it needs code of its own, several splits and none is
                 named, a configuration or revision of a folder that has none, or as `Task`.
         """
         loaded = hub.load(name, split, config=config, revision=revision, streaming=streaming)
@@ -290,6 +290,11 @@ class Task:
         return [template.replace("{}", name) for name in names for template in self.templates]
 
 
+def as_tasks(off_target: Task | Sequence[Task]) -> list[Task]:
+    """One task or several, as a list."""
+    return [off_target] if isinstance(off_target, Task) else list(off_target)
+
+
 def check_tasks(task: Task, off_target: Sequence[Task]) -> None:
     """Raise unless these tasks can guard one another.
 
@@ -331,18 +336,3 @@ def _check_settings(name: Any, probe_size: Any, stream_size: Any, seed: Any) -> 
 def _check_whole(argument: str, value: Any, least: int) -> None:
     if not isinstance(value, int) or isinstance(value, bool) or value < least:
         raise ValueError(f"`{argument}` must be an integer of at least {least}, got {value!r}")
-
-
-def _given_templates(name: str, templates: Any) -> tuple[str, ...]:
-    what = f"`templates` of task {name!r}"
-    if not isinstance(templates, str):
-        templates = as_listed(what, "a template or a list of them", templates)
-    expanded = expand(templates)
-    for template in expanded or ("",):
-        if not isinstance(template, str) or template.count("{}") != 1:
-            raise ValueError(
-                f"{what} must each have exactly one '{{}}' for the class name, got {template!r}; "
-                "write e.g. 'a photo of a {}.', or 'clip:imagenet'"
-            )
-        check_utf8(what, template)
-    return expanded

@@ -14,6 +14,9 @@ from collections.abc import Iterable
 from difflib import get_close_matches
 from functools import cache
 from pathlib import Path
+from typing import Any
+
+from .labels import as_listed, check_utf8
 
 _PREFIX = "clip:"
 
@@ -89,3 +92,28 @@ def _lists() -> dict[str, tuple[str, tuple[str, ...]]]:
     file = Path(__file__).parent / "clip_prompts" / "templates.json"
     lists = json.loads(file.read_text(encoding="utf-8"))["lists"]
     return {key: (entry["section"], tuple(entry["templates"])) for key, entry in lists.items()}
+
+
+def given_templates(name: str, templates: Any) -> tuple[str, ...]:
+    """The templates that a task was given, checked; the name of a set is expanded.
+
+    Args:
+        name: Of the task, for errors.
+        templates: As `Task`.
+
+    Raises:
+        TypeError: They are no strings.
+        ValueError: One has no place for the class name, or there is no set of this name.
+    """
+    what = f"`templates` of task {name!r}"
+    if not isinstance(templates, str):
+        templates = as_listed(what, "a template or a list of them", templates)
+    expanded = expand(templates)
+    for template in expanded or ("",):
+        if not isinstance(template, str) or template.count("{}") != 1:
+            raise ValueError(
+                f"{what} must each have exactly one '{{}}' for the class name, got {template!r}; "
+                "write e.g. 'a photo of a {}.', or 'clip:imagenet'"
+            )
+        check_utf8(what, template)
+    return expanded

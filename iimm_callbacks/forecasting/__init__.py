@@ -1,1 +1,1 @@
-"""Outcomes on record -> forecasts, and how good they are."""
+"""Saved outcomes -> forecasts, and how good they are."""

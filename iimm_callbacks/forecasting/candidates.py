@@ -33,7 +33,7 @@ _SHARPNESS, _PENALTY = 0.5, float(np.log(4))
 
 @dataclass(frozen=True)
 class Table:
-    """Runs on record, as columns of length n.
+    """Saved runs, as columns of length n.
 
     Attributes:
         tasks, methods, models: [n] names.
@@ -208,7 +208,7 @@ def blend(
     them; otherwise those on all runs, and only pooled candidates are fitted.
 
     Args:
-        table: Runs on record.
+        table: Saved runs.
         candidates: To choose from; those that cannot be fitted to the table are left out.
         method: That is asked about.
         coverage: Of the intervals whose past coverage is counted.

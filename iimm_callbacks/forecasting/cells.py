@@ -88,7 +88,8 @@ def describe_ask(
     Args:
         ask: The run.
         quantity: As `describe`.
-        cells: On record: where the budget of `ask` is unknown, the model's usual one is taken.
+        cells: Of the saved runs. Where the budget of `ask` is unknown, the model's usual one is
+            taken.
         more: As `describe`, of None.
     """
     probe, seen = ask.linear_probe_accuracy, _seen(ask.recipe, False)

@@ -66,7 +66,11 @@ class Estimates:
         """
         pooled = self._pooled(runs, ask, quantity, share)
         if quantity == "worst" and runs.other_off_target:
-            return None, None, ["the worst of other off-target tasks says little of these"]
+            return (
+                None,
+                None,
+                ["no forecast of the worst task: saved runs used others"],
+            )
         if not runs.own:
             return (*_of_pool(pooled, ask, quantity), [])
         table, question, rows = tabulate(runs, ask, quantity, share)
@@ -157,7 +161,7 @@ class Estimates:
             return None
         error = seen[quantity][1]
         point, scale = fitted.predict(question)
-        # The scatter about the lines holds the sampling noise of the runs on record; what this
+        # The scatter about the lines holds the sampling noise of the saved runs; what this
         # run's looks have beyond it comes on top.
         noises = [noise for run in rows if (noise := run.noise_at(quantity, share)) is not None]
         usual = float(np.mean(np.square(noises))) if noises else error**2
@@ -203,7 +207,7 @@ class Estimates:
         return features, asked
 
     def _left_out(self, runs: Runs, ask: Ask, quantity: str, rows: list[Run]) -> Floats | None:
-        """[n] forecast before training of each run on record, its own task left out."""
+        """[n] forecast before training of each saved run, its own task left out."""
         values = [
             self._left_out_of(runs, ask, quantity, m) for m in {r.outcome.method for r in rows}
         ]

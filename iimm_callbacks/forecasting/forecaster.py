@@ -1,4 +1,4 @@
-"""Measurement + method + outcomes on record (+ what was seen so far) -> forecast with intervals.
+"""Measurement + method + saved outcomes (+ what was seen so far) -> forecast with intervals.
 
 No coefficients of the paper are published, so every forecast is fitted on recorded outcomes, and
 says which, how many, by which predictors and with which error. Without any it is absent, with the
@@ -18,17 +18,17 @@ from ..measures.measure import Measurement
 from ..records.forecast import QUANTITIES, Forecast, Prediction
 from ..records.outcomes import Outcome, one_of_each_run
 from .estimates import Estimates, Sight
-from .runs import Ask, Run, Runs, choose, name_on_record
+from .runs import Ask, Run, Runs, choose, saved_name
 
 if TYPE_CHECKING:
     from .grading import Grade
 
 
 class Forecaster:
-    """Learns from outcomes on record how runs end, and says how well it does.
+    """Learns from saved outcomes how runs end, and says how well it does.
 
     Where the model has runs on fewer than 3 tasks, they are pooled with those of all other models
-    on record and the ones that ship, published runs of CLIP and the sample's (see `pooling`): the
+    saved and the ones that ship, published runs of CLIP and the sample's (see `pooling`): the
     first gain rests on the linear probe, and own runs count from the first one on.
 
     From 3 tasks on, the candidates before training are that pooled forecast, the plain mean of the
@@ -45,7 +45,7 @@ class Forecaster:
         >>> none = Forecaster().fit([], base_rates=False)
         >>> none.predict(Measurement(0.4, 0.2, 0.6, 0.01, 512, 10),
         ...     method="full", zero_shot_accuracy=0.3, model="1f").basis
-        'no forecast: no complete run of this model is on record'
+        'no forecast: no complete run of this model is saved'
     """
 
     def __init__(self) -> None:
@@ -54,7 +54,7 @@ class Forecaster:
         self._estimates = Estimates([], [])
 
     def fit(self, outcomes: Iterable[Outcome], *, base_rates: bool = True) -> Forecaster:
-        """Take these outcomes as the record. Interrupted and stopped runs are left out.
+        """Learn from these outcomes. Interrupted and stopped runs are left out.
 
         Args:
             outcomes: Outcomes of any models and methods.
@@ -125,7 +125,7 @@ class Forecaster:
             math.nan if linear_probe_accuracy is None else linear_probe_accuracy,
             linear_probe_standard_error or 0.0, n_train,
         )  # fmt: skip
-        ask = replace(ask, task=name_on_record(self._record, ask))
+        ask = replace(ask, task=saved_name(self._record, ask))
         return self._forecast(choose(self._record, self._borrowed, ask), ask, next_share)
 
     def _forecast(self, runs: Runs, ask: Ask, next_share: float | None) -> Forecast:
@@ -137,7 +137,7 @@ class Forecaster:
         for quantity in QUANTITIES if runs.rows else ():
             predictions[quantity], found, words = self._estimates.before(runs, ask, quantity, 1.0)
             notes += [word for word in words if word not in notes]
-            in_range = in_range and not any("range on record" in word for word in words)
+            in_range = in_range and not any("range of the saved runs" in word for word in words)
             if found is not None:
                 evidence[quantity] = found
         if ask.zero_shot_accuracy > NEAR_CEILING and runs.rows:
@@ -148,7 +148,7 @@ class Forecaster:
             )
         basis = runs.label
         if runs.rows and not any(predictions.values()):
-            basis = f"no forecast: {'; '.join(notes) or 'the runs on record do not allow one'}"
+            basis = f"no forecast: {'; '.join(notes) or 'the saved runs do not allow one'}"
         return Forecast(
             predictions["gain"],
             predictions["forgetting"],
@@ -237,7 +237,7 @@ class Forecaster:
 
 
 def _load_borrowed(record: Sequence[Run]) -> list[Run]:
-    """Published runs, and those of the shipped sample where the record has none of them."""
+    """Published runs, and those of the shipped sample where the saved runs have none of them."""
     models = {run.outcome.model_fingerprint for run in record}
     return [run for run in _shipped() if run.outcome.model_fingerprint not in models]
 

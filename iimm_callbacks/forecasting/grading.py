@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from scipy import stats
+from tqdm.auto import tqdm
 
 from ..guard.judging import judge
 from ..guard.schedule import DEFAULT_SHARES
@@ -61,7 +62,7 @@ class GuardGrade:
         policy: One of `POLICIES`.
         limit: On forgetting.
         n_runs: All runs.
-        n_over: Runs that end over the limit if nobody stops them.
+        n_over: Runs that end over the limit if nothing stops them.
         stopped_of_over: How many of those were stopped.
         stopped_of_under: How many of the others were stopped, needlessly.
         never_began: How many of the stopped runs were so before their first step.
@@ -134,12 +135,11 @@ def grade(
     limit_on: Literal["mean", "worst"] = "mean",
     confidence: float = 0.8,
 ) -> Grade:
-    """Replay recorded runs as if live: each is forecast from the runs on *other* tasks only.
+    """Leave-one-task-out evaluation on saved runs: each is forecast from runs on *other* tasks.
 
     Args:
         new: Makes the forecaster that is graded, unfitted.
-        outcomes: Runs on record, with their trajectories; those of several models are forecast each
-            from its own model's runs first, as ever.
+        outcomes: Saved runs, with their trajectories.
         limits: Limits on forgetting to grade the guard at.
         limit_on: As `Limits`.
         confidence: As `Limits`.
@@ -156,8 +156,7 @@ def grade(
     if not replays:
         raise ValueError(
             "`outcomes` must hold complete runs with looks on at least 2 tasks, got "
-            f"{len(runs)} runs of {len({o.task for o in runs})} tasks; "
-            "record more runs"
+            f"{len(runs)} runs of {len({o.task for o in runs})} tasks; save more runs"
         )
     methods = ["all", *sorted({r.outcome.method for r in replays})]
     forecasts = [
@@ -185,7 +184,7 @@ def grade(
 def _replay_all(new: Callable[[], Forecaster], runs: Sequence[Outcome]) -> list[_Replay]:
     replays = []
     forecasters: dict[str, Forecaster] = {}
-    for o in runs:
+    for o in tqdm(runs, desc="replaying", unit="run", disable=None, leave=False, delay=2):
         if not o.complete or not o.trajectory:
             continue
         others = [other for other in runs if other.task != o.task]
@@ -262,7 +261,7 @@ def _grade_forecast(
             continue
         mean, line = r.plain[quantity]
         if math.isnan(mean):
-            continue  # nothing to compare with: its method is on record on one task only
+            continue  # nothing to compare with: its method has saved runs on one task only
         rows.append(
             (
                 abs(prediction.point - end),

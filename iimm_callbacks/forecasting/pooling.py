@@ -30,7 +30,7 @@ from .cells import Extra, as_rows, describe, describe_ask, group
 from .mixed_model import Effect, Floats, Rows, left_out, predict
 from .runs import Ask, Run
 
-_DOF = 3  # of the intervals before any run of the model is on record
+_DOF = 3  # of the intervals before any run of the model is saved
 
 _GAIN = (
     Effect("long_error", (), 0.5),
@@ -114,13 +114,13 @@ def before_training(
     """The forecast before training.
 
     Args:
-        runs: On record, of any models and methods.
+        runs: Saved ones, of any models and methods.
         ask: The run that is asked about.
         quantity: "gain", "forgetting" or "worst".
         until: Share of the steps that is asked about; 1 is the end.
 
     Returns:
-        `Pooled`; None where no run tells of the quantity.
+        `Pooled`; None where no run has the quantity.
     """
     probed = quantity == "gain" and math.isfinite(ask.linear_probe_accuracy)
     rows = [run for run in runs if run.at(quantity, until) is not None]

@@ -48,7 +48,7 @@ def during_training(features: Mapping[str, Any]) -> list[Candidate]:
 
     The forecast before training enters as it is, without a slope.
 
-    Left-out forecasts of the runs on record are built from each other's ends (those of the plain
+    Left-out forecasts of the saved runs are built from each other's ends (those of the plain
     mean exactly so), and a line on them would find that.
     """
     so_far = "what was seen so far"
@@ -78,5 +78,5 @@ def during_training(features: Mapping[str, Any]) -> list[Candidate]:
 
 
 def _varied_recipe(features: Mapping[str, Any]) -> tuple[str, ...]:
-    """The recipe's features that differ between the runs on record."""
+    """The recipe's features that differ between the saved runs."""
     return tuple(n for n in RECIPE if n in features and np.ptp(features[n]) > 1e-9)

@@ -1,4 +1,4 @@
-"""Which runs on record a forecast may rest on, and what can be read from them."""
+"""Which saved runs a forecast may rest on, and what can be read from them."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Ask:
         iimm, inter, intra: The measure of the untouched model; NaN where it is not known.
         n_images: Of the measure.
         task, task_fingerprint: Where known, past runs on the same task are used.
-        recipe: Where known, ``learning_rate`` and ``steps`` are compared with those on record.
+        recipe: Where known, ``learning_rate`` and ``steps`` are compared with the saved runs'.
         off_target: Names of the off-target tasks, where known.
         off_target_accuracies: Their zero-shot accuracies, where known.
         linear_probe_accuracy, linear_probe_standard_error: As `Outcome`; NaN where not known.
@@ -49,7 +49,7 @@ class Ask:
 
 
 def about(outcome: Outcome) -> dict[str, Any]:
-    """What `Forecaster.predict` is told of a run beside its measurement, as keyword arguments."""
+    """Keyword arguments of `Forecaster.predict` for a run, without its measurement."""
     return {
         "method": outcome.method,
         "zero_shot_accuracy": outcome.zero_shot_accuracy,
@@ -91,7 +91,7 @@ class Run:
         return self._known[key]
 
     def noise_at(self, quantity: str, share: float) -> float | None:
-        """Standard error of the look next to this share, where it is on record."""
+        """Standard error of the look next to this share, where it is saved."""
         looks = [look for look in self._looks if f"{quantity}_se" in look]
         if not looks:
             return None
@@ -134,7 +134,7 @@ def choose(record: Sequence[Run], borrowed: Sequence[Run], ask: Ask) -> Runs:
     """The model's own runs; where they are of too few tasks, those of all models beside them.
 
     Args:
-        record: Complete runs on record.
+        record: Complete saved runs.
         borrowed: Of other models, shipped with the package.
         ask: The run that is asked about.
 
@@ -149,7 +149,7 @@ def choose(record: Sequence[Run], borrowed: Sequence[Run], ask: Ask) -> Runs:
         other = bool(ask.off_target) and n_tasks(alike(own, ask)) < MIN_TASKS
         if other and any(run.off_target for run in own):
             notes.append(
-                "the off-target tasks on record are not those of this run, so its forgetting may "
+                "the saved runs used other off-target tasks, so the forgetting may "
                 "differ by more than the interval"
             )
         notes += _unseen(own, ask)
@@ -162,7 +162,7 @@ def choose(record: Sequence[Run], borrowed: Sequence[Run], ask: Ask) -> Runs:
     models = len({run.outcome.model_fingerprint for run in others})
     of_others = f"{_count(others)} of {models} other model{'s' if models != 1 else ''}"
     if not own:
-        label = f"base rates: borrowed from {of_others}, with recipes of their own"
+        label = f"base rates: borrowed from {of_others}, with other recipes"
     else:
         label = f"{_count(own)} of this model" + (f", pooled with {of_others}" if others else "")
     return Runs(rows, label, False, not own, (*notes, *_unseen(rows, ask)))
@@ -204,8 +204,8 @@ def task_key(run: Outcome | Ask) -> str:
     return f"{run.task}\n{run.task_fingerprint}"
 
 
-def name_on_record(record: Sequence[Run], ask: Ask) -> str:
-    """The name under which the very task that is asked about is on record; else its own.
+def saved_name(record: Sequence[Run], ask: Ask) -> str:
+    """The name under which the very task that is asked about is saved; else its own.
 
     The command line names a task after its folder and a script as it likes; images, prompts and
     preprocessing tell that it is one.
@@ -217,7 +217,7 @@ def name_on_record(record: Sequence[Run], ask: Ask) -> str:
 
 def _too_few(own: Sequence[Run]) -> str:
     if not own:
-        return "no complete run of this model is on record"
+        return "no complete run of this model is saved"
     if len(own) >= MIN_TASKS:
         tasks = sorted({run.outcome.task for run in own})
         return (
@@ -226,7 +226,7 @@ def _too_few(own: Sequence[Run]) -> str:
         )
     are = "is" if len(own) == 1 else "are"
     return (
-        f"only {_count(own)} of this model {are} on record; runs on {MIN_TASKS} tasks speak for "
+        f"only {_count(own)} of this model {are} saved; runs on {MIN_TASKS} tasks speak for "
         "themselves"
     )
 
@@ -234,7 +234,7 @@ def _too_few(own: Sequence[Run]) -> str:
 def _unseen(runs: Sequence[Run], ask: Ask) -> list[str]:
     if any(run.outcome.method == ask.method for run in runs):
         return []
-    return [f"no run under method {ask.method!r} is on record: its spread is a guess"]
+    return [f"no run under method {ask.method!r} is saved: its interval is a guess"]
 
 
 def _contradictions(record: Sequence[Run], own: Sequence[Run], ask: Ask) -> list[str]:
@@ -258,19 +258,19 @@ def _contradictions(record: Sequence[Run], own: Sequence[Run], ask: Ask) -> list
     mixed = sorted(task for task, found in fingerprints.items() if len(found - {""}) > 1)
     if mixed:
         notes.append(
-            f"on record under one name with other images, prompts or preprocessing: "
+            f"saved under one name with other images, prompts or preprocessing: "
             f"{', '.join(map(repr, mixed))}; such numbers do not compare"
         )
     probed = [run for run in own if run.off_target]
     n_sets = min(len({run.off_target for run in probed}), len({run.guarded for run in probed}))
     if n_sets > 1:
         notes.append(
-            f"{n_sets} different sets of off-target tasks on record: their forgetting does not "
-            "quite compare"
+            f"the saved runs used {n_sets} different sets of off-target tasks: their forgetting "
+            "does not quite compare"
         )
     bare = [run for run in own if not run.off_target]
     if bare and len(bare) < len(own):
-        notes.append(f"{_count(bare)} without off-target tasks tell of gain only")
+        notes.append(f"{_count(bare)} without off-target tasks have only a gain")
     return notes
 
 

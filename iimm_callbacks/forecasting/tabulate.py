@@ -1,4 +1,4 @@
-"""Runs on record -> a table to fit, and the run that is asked about in the same columns."""
+"""Saved runs -> a table to fit, and the run that is asked about in the same columns."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def tabulate(
 ) -> tuple[Table, Question, list[Run]]:
     """The runs as a table with this quantity at this share as target, and the question beside it.
 
-    A feature is there only if the run that is asked about and enough of the runs on record have
+    A feature is there only if the run that is asked about and enough of the saved runs have
     it; rows that lack it are then left out.
 
     Args:
@@ -104,7 +104,7 @@ def with_pooled(
 def beyond(
     table: Table, question: Question, features: Iterable[str] = tuple(_UNITS)
 ) -> tuple[float, list[str]]:
-    """How far the question lies outside what is on record for its method.
+    """How far the question lies outside the saved runs for its method.
 
     Args:
         table: Of the runs.
@@ -126,13 +126,13 @@ def beyond(
         low, high = float(values.min()), float(values.max())
         excess = max(low - value, value - high, 0.0) / max((high - low) / 2, _UNITS[name])
         if excess > 1e-6:
-            words.append(f"{_WORDS[name]} lies outside the range on record")
+            words.append(f"{_WORDS[name]} lies outside the range of the saved runs")
             factor = math.inf if excess > _TOO_FAR else factor + excess
     return factor, words
 
 
 def within(table: Table, question: Question, features: Iterable[str]) -> Question:
-    """The question with these features moved into the range on record: never extrapolated."""
+    """The question with these features moved into the saved runs' range: never extrapolated."""
     rows = table.methods == question.method
     moved = {
         name: float(np.clip(question.features[name], values.min(), values.max()))

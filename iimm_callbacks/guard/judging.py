@@ -104,7 +104,7 @@ def _by_observed(observed: Forgetting | None, limits: Limits, limit: float) -> l
 def recommend(forecasts: Mapping[str, Forecast], limits: Limits) -> str | None:
     """The method with the most forecast gain among those likely to stay within the limit.
 
-    A forecast out of the range of the record recommends nothing.
+    A forecast outside the range of the saved runs recommends nothing.
 
     Args:
         forecasts: Method -> its forecast before training.

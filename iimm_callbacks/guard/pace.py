@@ -227,15 +227,15 @@ def _plan(every: Every, max_overhead: float | None, n_images: int, off_target_si
     else:
         when = f"every {every} steps" if isinstance(every, int) else f"every {100 * every:g} %"
     if max_overhead is None:
-        return f"Looks {when}, at all {n_images} images."
+        return f"{when}, all {n_images} images each"
     few = math.ceil(PARTS[-1] * n_images)
     text = (
-        f"Looks {when}: at {few} to {n_images} images, as {100 * max_overhead:g} % of the run time "
-        "allows; the last look at all of them."
+        f"{when}, {few} to {n_images} images each to stay within {100 * max_overhead:g} % of the "
+        "run time; the last look has all"
     )
     if off_target_size < OFF_TARGET_PROBE_SIZE:
         text += (
-            f" The run is short, so the probe holds {off_target_size} images of each off-target "
-            f"task, not {OFF_TARGET_PROBE_SIZE}; `max_overhead=None` or `probe_size` holds more."
+            f"; {off_target_size} images of each off-target task instead of "
+            f"{OFF_TARGET_PROBE_SIZE}, as the run is short (`max_overhead=None`: all)"
         )
     return text

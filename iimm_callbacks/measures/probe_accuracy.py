@@ -137,13 +137,13 @@ def linear_probe(
     if int(per_class.max()) < 2:
         raise ValueError(
             "`labels` must hold a class with at least 2 images, got at most 1 of each: leaving one "
-            "out leaves nothing to learn; captions have no classes, and so no linear probe"
+            "out leaves nothing to learn; captions have no classes, so there is no linear probe"
         )
     missing = int((per_class == 0).sum())
     if missing:
         warnings.warn(
             f"{missing} of {len(texts)} classes have no training image: for these the probe is "
-            "hardly better than the zero-shot classifier",
+            "little better than the zero-shot classifier",
             stacklevel=2,
         )
     scored = None if held_out is None else _checked_pair(held_out, texts)

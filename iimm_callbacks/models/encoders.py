@@ -52,7 +52,7 @@ class Encoder:
             scale, _ = self.logit_scale(model)
             found = float(torch.as_tensor(scale).detach())
         except (AttributeError, NotImplementedError, RuntimeError, TypeError, ValueError):
-            return None  # a model of one's own, or a scale that is sharded over ranks
+            return None  # your own model, or a scale that is sharded over ranks
         return found if math.isfinite(found) and found > 0 else None
 
 

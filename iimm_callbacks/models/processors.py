@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-import logging
 import re
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
+
+from ..records.log import get_logger
 
 Inputs = dict[str, Any]
 Read = Callable[[list[Any]], Any]
@@ -24,7 +25,7 @@ _NOT_PREPROCESSING = (
     "do_convert_rgb",
 )
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 _UNLIMITED = 10**6  # tokens; a tokenizer that names no maximum says far more
 

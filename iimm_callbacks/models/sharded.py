@@ -33,12 +33,12 @@ def check_measurable(model: nn.Module) -> None:
             raise ValueError(
                 "`model` must have whole weights, or be sharded by FSDP, got DeepSpeed ZeRO-3: it "
                 "puts weights together in its engine's own forward only, which embeds no images "
-                "alone; use ZeRO-2 or FSDP, or go without the guard"
+                "alone; use ZeRO-2 or FSDP, or train without the guard"
             )
         if hasattr(parameter, "placements") and not is_sharded(model):
             raise ValueError(
                 f"`model` must have whole weights, or be sharded by FSDP, got {name!r} split by "
-                "tensor parallelism; go without it, or without the guard"
+                "tensor parallelism; train without it, or without the guard"
             )
 
 

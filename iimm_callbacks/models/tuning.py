@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import re
 from collections.abc import Callable
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..data.tasks import Task
+from ..records.log import get_logger
 from .blocks import block_names, in_attention, inside, is_bias, is_input_projection, towers
 from .encoders import Encoder, class_embeddings, find_encoder, move
 from .families import family_of
@@ -18,7 +18,7 @@ from .sharded import full_parameters
 from .undisturbed import undisturbed
 from .wrappers import find_dual_encoder, find_head, freeze
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 _SCALES = re.compile(r"(^|\.)(logit_scale(_[at])?|logit_bias|temperature)$")
 

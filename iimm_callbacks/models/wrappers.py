@@ -143,7 +143,7 @@ def find_untouched(
 
     Raises:
         OSError, TypeError: See `load_untouched`.
-        ValueError: It is not to be had.
+        ValueError: It is not available.
     """
     if base is not None:
         return load_untouched(base, model)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any
@@ -12,9 +11,10 @@ from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from torch import Tensor, nn
 
 from ..models.encoders import Encoder, class_embeddings, move
+from ..records.log import get_logger
 from .share import ProbeTask, some_of
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 
 class Halving:
@@ -53,7 +53,7 @@ class Halving:
         if parts > self.parts:
             self.parts = parts
             logger.warning(
-                "The IIMM probe ran out of memory; it goes on in batches of %d",
+                "The IIMM probe ran out of memory and continues in batches of %d",
                 -(-_size(batch) // parts),
             )
         return embeds

@@ -5,7 +5,6 @@ Training images where there are any at hand, else leave-one-out inside the task'
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -25,14 +24,15 @@ from ..models.encoders import Encoder, move
 from ..models.sharded import inside_forward, is_sharded
 from ..models.undisturbed import autocast, undisturbed
 from ..models.wrappers import adapt
+from ..records.log import get_logger
 from ..records.look import Learnable
 from . import ranks
 from .embedding import Run, at_once, embed_images
 from .share import ProbeTask, Share, read_share
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
-CAPTIONS = "captions have no classes, and so no linear probe"
+CAPTIONS = "captions have no classes, so there is no linear probe"
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ def read_sample(train: TrainingSet | None, task: Task) -> tuple[Task | None, str
             raise
         return None, str(error)
     except Exception as error:
-        why_not = f"the training set did not serve ({type(error).__name__}: {error})"
+        why_not = f"the training set cannot be used ({type(error).__name__}: {error})"
         if train.given:
             logger.warning("The linear probe: %s; it is cross-validated instead", why_not)
         return None, why_not
@@ -112,7 +112,7 @@ def learn(
                 lambda: _fit(embeds[new], classes, train.labels[new], scale, (images, labels))
             )
         except Exception as error:
-            why_not = f"the training images did not serve ({type(error).__name__}: {error})"
+            why_not = f"the training images cannot be used ({type(error).__name__}: {error})"
             logger.warning("The linear probe: %s; it is cross-validated instead", why_not)
         else:
             same = int((~new).sum())
@@ -143,7 +143,7 @@ def _fit(
     how = ""
     if scale is None:
         scale = _likeliest_scale(images, classes, labels)
-        how = f", with logit scale {scale:.3g}, the likeliest, as the model tells none"
+        how = f", with logit scale {scale:.3g}, fitted, as the model has none"
     return linear_probe(images, classes, labels, logit_scale=scale, held_out=held_out), how
 
 
@@ -211,7 +211,7 @@ def embed_sample(
         size: Images of it, where it was given no `probe_size`.
         width: Of the embeddings.
         batch_size: As `Probe`.
-        cache_limit: As `Probe`; let go of when this returns.
+        cache_limit: As `Probe`; freed when this returns.
         progress: As `Probe`.
         autocast_dtype: As `Probe.look`.
         run: How a batch is embedded where the model is not sharded.

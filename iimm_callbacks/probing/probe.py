@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Sequence
 from functools import partial
@@ -20,6 +19,7 @@ from ..models.frozen import FrozenPart
 from ..models.sharded import check_measurable, inside_forward, is_sharded
 from ..models.undisturbed import autocast, undisturbed
 from ..models.wrappers import adapt, find_dual_encoder, find_head, find_own_head
+from ..records.log import get_logger
 from ..records.look import Learnable, Look
 from . import ranks
 from .embedding import Halving, at_once, check_rows, embed_classes, embed_images
@@ -27,7 +27,7 @@ from .learnable import TrainingSet, embed_sample, learn, read_sample, why_none
 from .scoring import Sums, accumulate, fingerprint, score, warn_of_mixed_units
 from .share import Share, read_share, some_of
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 
 class Probe:

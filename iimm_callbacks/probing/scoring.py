@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import logging
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -17,10 +16,11 @@ from ..data.tasks import Task
 from ..measures.accuracy import Score, zero_shot_correct, zero_shot_scores
 from ..measures.measure import GROUPS, IIMMAccumulator
 from ..models.undisturbed import undisturbed
+from ..records.log import get_logger
 from . import ranks
 from .share import Batch, ProbeTask
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 
 @dataclass

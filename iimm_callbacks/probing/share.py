@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -18,10 +17,11 @@ from ..data.sources import content
 from ..data.tasks import Task
 from ..models.encoders import TEXT_BATCH, Encoder
 from ..models.undisturbed import seed_all
+from ..records.log import get_logger
 from . import ranks
 from .texts import captions_of, first_of_each, tell_one_text
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 FEWEST = 8  # images of a task that a look shows
 _FAILED = "`processor` failed"
@@ -213,7 +213,7 @@ def _agree_on_subsets(
     if not torch.equal(ranks.add_up(digest), digest * ranks.world()[1]):
         raise ValueError(
             "`task`, `off_target` and `batch_size` must be the same on all ranks, got others; "
-            "give every rank the whole data set, the guard shares it out itself"
+            "give every rank the whole data set, the guard splits it"
         )
     return subsets
 
@@ -287,7 +287,7 @@ def _check_readable(tasks: Sequence[Task], kept: list[Tensor], problems: dict[in
             if problem is not None and problem.startswith(_FAILED):
                 raise ValueError(
                     f"{problem} on images of task {task.name!r} that can be read, on all but "
-                    f"{int(mask.sum())} of {len(mask)}; pass the processor of this very model"
+                    f"{int(mask.sum())} of {len(mask)}; pass the processor of this model"
                 )
             raise ValueError(
                 f"`dataset` of task {task.name!r} must hold at least 2 images that can be read, "

@@ -72,7 +72,7 @@ def _check_header(names: list[str]) -> list[str]:
         kind, colon, task = name.partition(":")
         partner = {"before": f"after:{task}", "after": f"before:{task}"}.get(kind)
         if names.count(name) > 1:
-            raise ValueError(f"column `{name}` stands there twice")
+            raise ValueError(f"column `{name}` is there twice")
         if colon and task and partner:
             if partner not in names:
                 raise ValueError(f"column `{name}` needs a column `{partner}` beside it")

@@ -56,7 +56,7 @@ class Prediction:
 
 @dataclass(frozen=True)
 class Evidence:
-    """What the forecast of one quantity rests on, and how good it was on the runs on record.
+    """What the forecast of one quantity rests on, and how good it was on the saved runs.
 
     Attributes:
         predictors: Name -> share of it in the forecast; they sum to 1.
@@ -90,11 +90,11 @@ class Forecast:
         basis: In words: the outcomes it rests on, or why it is absent.
         n_outcomes: Number of outcomes it rests on.
         evidence: "gain", "forgetting", "worst" -> `Evidence`, where there is one.
-        notes: What the reader should know: out of range, contradictions on record.
-        base_rate: Whether no run of this model is on record, so that it is borrowed from runs of
+        notes: What the reader should know: out of range, contradictions among the saved runs.
+        base_rate: Whether no run of this model is saved, so that it is borrowed from runs of
             other models. It is shown, logged and graded like any other and may warn; it stops no
             run before the first look at how that one goes.
-        in_range: Whether recipe and IIMM lie within what is on record.
+        in_range: Whether recipe and IIMM lie within the saved runs.
         next_look: "forgetting", "worst" -> `Prediction` for the next look, where that is known.
     """
 

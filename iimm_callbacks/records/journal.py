@@ -36,7 +36,7 @@ class Journal:
         fingerprints: Of the probe that took it: task name -> hash.
         off_target_size: Images of each off-target task that was given no `probe_size`; ``None``:
             the default.
-        n_outcomes: How many finished runs were on record when it began.
+        n_outcomes: How many runs were saved when it began.
         history: One row per look: the logged keys, with ``step``, ``share``, ``level``, ``reason``.
         failures: Looks that failed.
         dropped: Looks that were dropped to keep within the overhead allowed.
@@ -126,7 +126,7 @@ class Journal:
 
 
 class Journaled:
-    """What a run can tell of itself at any time, and go on from.
+    """The state of a run, and how it is resumed.
 
     Attributes:
         verdict: The latest `Verdict`.

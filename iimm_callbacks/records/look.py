@@ -116,6 +116,12 @@ def _score(value: Any, name: str) -> Score:
     return Score(found["value"], np.array(found["images"]))
 
 
+def _pair(value: Any, name: str) -> tuple[int, float]:
+    if not isinstance(value, list) or len(value) != 2:
+        raise ValueError(f"`{name}` must be a pair of a count and an accuracy, got {value!r:.40}")
+    return checks.count(value[0], name), checks.FRACTION(value[1], name)
+
+
 _MEASUREMENT = {
     "iimm": checks.DIFFERENCE,
     "inter": checks.DIFFERENCE,
@@ -132,7 +138,7 @@ _PROBE = {
     "n_train": checks.count,
     "n_scored": checks.count,
     "held_out": checks.flag,
-    "curve": checks.list_of(checks.anything),
+    "curve": checks.list_of(_pair),
 }
 
 
@@ -150,8 +156,7 @@ def _learnable(value: Any, name: str) -> Learnable:
     if found["probe"] is not None:
         row = checks.fields(found["probe"], f"{name}.probe", _PROBE)
         penalty = math.inf if row["penalty"] is None else row["penalty"]
-        curve = tuple((int(n), float(accuracy)) for n, accuracy in row["curve"])
-        probe = LinearProbe(**row | {"penalty": penalty, "curve": curve})
+        probe = LinearProbe(**row | {"penalty": penalty, "curve": tuple(row["curve"])})
     return Learnable(probe, found["note"], found["n_train"])
 
 

@@ -1,4 +1,4 @@
-"""Finished runs on record: what a forecast is learnt from. `store` keeps them in files."""
+"""Saved runs: what a forecast is learnt from. `store` keeps them in files."""
 
 from __future__ import annotations
 
@@ -118,7 +118,7 @@ class Outcome:
 def one_of_each_run(outcomes: Iterable[Outcome]) -> list[Outcome]:
     """Outcomes without those that a later one of the same run replaces.
 
-    A run is on record more than once where it was interrupted and resumed, or killed after its end
+    A run is saved more than once where it was interrupted and resumed, or killed after its end
     and before anybody knew. The latest counts, of complete ones where there are any.
 
     Args:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from filelock import FileLock, Timeout
 from platformdirs import user_cache_path
 
+from .log import get_logger
 from .outcomes import Outcome, parse_outcome
 from .saved import read_table
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
     from datasets import Dataset
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 LOCK_SECONDS = 60.0
 _AS_JSON = (
@@ -78,7 +78,7 @@ def append_outcome(path: str | Path, outcome: Outcome) -> None:
 
 
 def read_outcomes(path: str | Path) -> list[Outcome]:
-    """All outcomes on record in a file; a line that is none is reported and skipped.
+    """All outcomes saved in a file; a line that is none is reported and skipped.
 
     Needs no lock and writes nothing: what is being appended meanwhile is there or is not.
 
@@ -186,7 +186,7 @@ def _line(outcome: Outcome) -> bytes:
         line = json.dumps(asdict(outcome), allow_nan=False, sort_keys=True)
         parse_outcome(json.loads(line))
     except (TypeError, ValueError, RecursionError) as error:
-        raise ValueError(f"`outcome` cannot be put on record: {error}") from error
+        raise ValueError(f"`outcome` cannot be saved: {error}") from error
     return f"{line}\n".encode()
 
 

@@ -150,7 +150,7 @@ def section(
     lines += ["", *_facts(record, first, last), "", "Prompts:", ""]
     for name, _, _ in _scores(record):
         given = templates.get(name)
-        prompts = "; ".join(f'"{_shown(t)}"' for t in given) if given else "not on record"
+        prompts = "; ".join(f'"{_shown(t)}"' for t in given) if given else "not saved"
         lines.append(f"- {_shown(name)}: {prompts}")
     begin, end = _markers(learnt)
     return "\n".join([begin, *lines, end])

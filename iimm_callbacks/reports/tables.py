@@ -7,7 +7,7 @@ from typing import Any
 
 from rich.table import Table
 
-from .terminal import forecast_lines, interval, page, percent, points
+from .terminal import forecast_lines, interval, level_words, page, percent, points
 
 _WIDTH = 96
 _QUANTITIES = {"gain": "gain", "forgetting": "mean forgetting", "worst": "worst forgetting"}
@@ -66,7 +66,7 @@ def forecasts(data: dict[str, Any]) -> str:
         return page(*parts, *(line for row in rows.values() for line in forecast_lines(row)))
     if any(row["evidence"] for row in rows.values()):
         parts.append(_evidence(rows, names))
-        parts.append("Of gain, mean and worst forgetting; beside it simpler forecasts.")
+        parts.append("Of gain, mean and worst forgetting, with simpler forecasts beside.")
     return page(*parts, *_words(rows, names), _choice(data, names, limit))
 
 
@@ -81,11 +81,11 @@ def verdict(data: dict[str, Any]) -> str:
     if found["exceed_probability"] is None:
         (row,) = data["forecasts"].values()
         return page(f"Verdict: {go}, as there is nothing to judge by ({row['basis']}).")
-    return page(f"Verdict: {go} ({found['level']}): {found['reason']}.")
+    return page(f"Verdict: {go} ({level_words(found['level'])}): {found['reason']}.")
 
 
 def outcomes(data: dict[str, Any]) -> str:
-    """The runs on record.
+    """The saved runs.
 
     Args:
         data: What `iimm outcomes list --json` prints.
@@ -102,7 +102,7 @@ def outcomes(data: dict[str, Any]) -> str:
 
 
 def grades(data: dict[str, Any], methods: Sequence[str]) -> str:
-    """How good forecast and guard were on the runs on record.
+    """How good forecast and guard were on the saved runs.
 
     Args:
         data: What `iimm grade --json` prints.
@@ -120,7 +120,7 @@ def grades(data: dict[str, Any], methods: Sequence[str]) -> str:
                 table.add_row(*about, *errors, f"{row['coverage']:.0%}")
         table.add_section()
     guard = _table(
-        f"Guard on {data['limit_on']} forgetting: what became of the runs, in points",
+        f"Guard on {data['limit_on']} forgetting: what happened to the runs, in points",
         "limit", "policy", "stopped, over", "stopped, under", "kept to limit", "over by", "gain",
         "oracle's", whole="policy",
     )  # fmt: skip

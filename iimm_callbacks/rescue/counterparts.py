@@ -166,7 +166,7 @@ def _pair(weight: Weight, known: list[Tensor]) -> list[tuple[Tensor, Tensor]]:
     if there.shape != tensor.shape:
         raise ValueError(
             f"`base` must have the shapes of `model`, {name!r} is {list(tensor.shape)} there, got "
-            f"{list(there.shape)}; give the very model that was fine-tuned"
+            f"{list(there.shape)}; pass the model that was fine-tuned"
         )
     if any(not torch.equal(there, other) for other in known[1:]):
         raise ValueError(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,13 +12,14 @@ from torch import nn
 from ..probing import ranks
 from ..probing.probe import Probe
 from ..records import keys
+from ..records.log import get_logger
 from ..records.look import Look
 from ..records.verdict import Limits
 from .counterparts import Kept, save_weights
 from .mixing import keep_untouched, needs_untouched
 from .sweep import Rescue, Untouched, sweep
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 
 class Rescuer:
@@ -32,7 +32,7 @@ class Rescuer:
     Args:
         folder: Of the run: for the files.
         name: What their names begin with.
-        base_model: The model before fine-tuning, where it is to be had again: a model, its Hub
+        base_model: The model before fine-tuning, where it can be loaded again: a model, its Hub
             name or folder, or a function that returns it. Then nothing is kept.
     """
 
@@ -73,7 +73,7 @@ class Rescuer:
             model: The model as the checkpoint has it.
 
         Raises:
-            ValueError: They are not to be had; or see `mixing.needs_untouched`.
+            ValueError: They are not available; or see `mixing.needs_untouched`.
         """
         if ranks.together(lambda: needs_untouched(model)) and not self._given:
             self._base = ranks.from_first(self._read)

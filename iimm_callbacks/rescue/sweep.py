@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from tqdm.auto import tqdm
 
 from ..data.tasks import Task, check_tasks
 from ..models.encoders import EncodePair
@@ -126,10 +127,9 @@ def rescue(
             `mixing.Mixture`.
         RuntimeError: Another rank failed.
     """
-    if off_target is None:
-        from ..sample import default_off_target
+    from ..sample import off_target_tasks
 
-        off_target = default_off_target(task)
+    off_target = off_target_tasks(task, off_target)
     check_tasks(task, off_target)
     probe = Probe(
         task,
@@ -183,7 +183,8 @@ def sweep(
     final = 1.0
     try:
         looks = {}
-        for alpha in grid:
+        silent = None if probe.progress else True
+        for alpha in tqdm(grid, desc="mixes", unit="mix", disable=silent, leave=False):
             ranks.together(partial(mixture.set, alpha))
             looks[alpha] = probe.look(model, 0, autocast_dtype)
             if alpha == 0 and baseline is not None:

@@ -82,7 +82,7 @@ def tasks(colours, shapes):
 @pytest.fixture
 def make_monitor(tasks, processor):
     def build(*metrics, **settings):
-        settings = {"processor": processor, "progress": False, "store": None} | settings
+        settings = {"processor": processor, "verbose": False, "outcomes": None} | settings
         return IIMMMonitor(*tasks(*metrics), **settings)
 
     return build

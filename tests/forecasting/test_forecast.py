@@ -194,7 +194,7 @@ def test_runs_of_the_same_task_are_used_where_they_tell_more(again):
     assert known.gain.scale < 0.6 * unknown.gain.scale
 
 
-def test_a_task_on_record_once_under_each_method_still_helps():
+def test_a_task_saved_once_under_each_method_still_helps():
     rows = scattered(12)
     lora = [replace(o, method="lora", final_accuracy=o.final_accuracy - 0.05) for o in rows]
     asked = {"before": rows[3].zero_shot_accuracy, "task": "t3", "task_fingerprint": "2e"}
@@ -235,7 +235,7 @@ def test_a_learning_rate_that_is_no_number_is_passed_over(value):
 @pytest.mark.parametrize(
     ("outcomes", "asked", "says"),
     [
-        ([], {}, "no complete run of this model is on record"),
+        ([], {}, "no complete run of this model is saved"),
         ([replace(o, complete=False) for o in planted()], {}, "no complete run of this model"),
     ],
 )
@@ -251,8 +251,8 @@ def test_no_forecast_is_made_up(outcomes, asked, says):
 @pytest.mark.parametrize(
     ("outcomes", "says"),
     [
-        (planted(2), "only 2 complete runs of this model are on record; runs on 3 tasks speak for"),
-        ([run("t")], "only 1 complete run of this model is on record; runs on 3 tasks speak for"),
+        (planted(2), "only 2 complete runs of this model are saved; runs on 3 tasks speak for"),
+        ([run("t")], "only 1 complete run of this model is saved; runs on 3 tasks speak for"),
         ([run("t")] * 5, "all 5 complete runs of this model are of 't', which says nothing"),
         ([run("t"), run("u")] * 2, "of 't' and 'u', which says nothing of how tasks differ"),
     ],
@@ -381,13 +381,13 @@ def test_a_recall_of_captions_has_no_base_rate():
     assert forecast.forgetting is not None
 
 
-def test_other_off_target_tasks_than_those_on_record_are_said():
+def test_other_off_target_tasks_than_those_saved_are_said():
     same = predict(planted(), off_target=["a", "b"])
     other = predict(planted(), off_target=["c"])
     assert same.worst is not None
     assert other.worst is None
-    assert not any("not those of this run" in note for note in same.notes)
-    assert any("not those of this run" in note for note in other.notes)
+    assert not any("other off-target tasks" in note for note in same.notes)
+    assert any("other off-target tasks" in note for note in other.notes)
 
 
 def test_a_recipe_out_of_range_is_not_extrapolated():
@@ -409,7 +409,7 @@ def test_base_rates_without_a_probe_hold_for_any_recipe():
     forecast = predict([], base_rates=True, before=0.5, recipe=recipe)
     assert forecast == predict([], base_rates=True, before=0.5)
     assert forecast.forgetting is not None
-    assert "with recipes of their own" in forecast.basis
+    assert "with other recipes" in forecast.basis
 
 
 @pytest.mark.parametrize(("before", "gain"), [(0.95, True), (0.96, False)])
@@ -437,7 +437,7 @@ def test_runs_without_off_target_tasks_still_tell_of_gain_beside_others():
     forecast = predict([*planted(), *others])
     assert forecast.evidence["gain"].n_tasks == 18
     assert forecast.evidence["forgetting"].n_tasks == 9
-    assert "9 complete runs without off-target tasks tell of gain only" in forecast.notes
+    assert "9 complete runs without off-target tasks have only a gain" in forecast.notes
 
 
 def test_different_off_target_sets_are_said_and_the_like_ones_preferred():
@@ -481,7 +481,7 @@ def test_contradicting_fingerprints_are_said_and_not_mixed():
     assert "under one name with other images, prompts or preprocessing: 't0'" in notes
 
 
-def test_a_task_whose_fingerprint_is_not_that_on_record_is_said():
+def test_a_task_whose_fingerprint_is_not_that_saved_is_said():
     forecast = predict(planted(), task="t0", task_fingerprint="other")
     assert any("'t0'" in note for note in forecast.notes)
 
@@ -536,7 +536,7 @@ def test_runs_of_other_models_stand_in_without_their_iimm():
 def test_a_method_never_seen_is_forecast_from_the_others_with_their_spread():
     rows = [*scattered(), *scattered(seed=1, method="lora", shift=0.3)]
     forecast = predict(rows, method="bitfit")
-    assert "no run under method 'bitfit' is on record: its spread is a guess" in forecast.notes
+    assert "no run under method 'bitfit' is saved: its interval is a guess" in forecast.notes
     for method in ("full", "lora"):
         assert forecast.gain.scale > 1.2 * predict(rows, method=method).gain.scale
     middle = np.mean([o.gain for o in rows])
@@ -573,8 +573,8 @@ RATE = {"recipe": {"learning_rate": 1e-5, "steps": 100}}
 @pytest.mark.parametrize(
     ("asked", "says"),
     [
-        ({"x": 0.7}, "IIMM lies outside the range on record"),
-        ({"x": -0.1}, "IIMM lies outside the range on record"),
+        ({"x": 0.7}, "IIMM lies outside the range of the saved runs"),
+        ({"x": -0.1}, "IIMM lies outside the range of the saved runs"),
         ({"recipe": {"learning_rate": 4e-5, "steps": 100}}, "learning rate lies outside"),
         ({"recipe": {"learning_rate": 3e-6, "steps": 100}}, "learning rate lies outside"),
         ({"recipe": {"learning_rate": 1e-5, "steps": 400}}, "number of steps lies outside"),
@@ -642,7 +642,7 @@ def test_the_learned_line_takes_over():
     assert prior.basis in new.basis
 
 
-def test_between_looks_on_record_the_line_is_interpolated():
+def test_between_looks_saved_the_line_is_interpolated():
     _, new = update(scattered(curve=EARLY), 0.15, seen(forgetting=0.06))
     assert new.forgetting.point == pytest.approx(0.1, abs=1e-3)  # 60 % is lost at 15 %
 
@@ -703,13 +703,13 @@ def test_it_never_extrapolates_in_steps():
     assert new.forgetting.point == pytest.approx(0.08, abs=1e-3)
 
 
-def test_looks_noisier_than_those_on_record_widen_the_interval():
+def test_looks_noisier_than_those_saved_widen_the_interval():
     rows = scattered(curve=EARLY)
     usual, same, noisy = (
         update(rows, 0.1, seen(forgetting=0.03, error=error))[1].forgetting
         for error in (0.002, 0.01, 0.05)
     )
-    assert usual == same  # the scatter on record holds as much already
+    assert usual == same  # the scatter of the saved runs holds as much already
     # The end is twice what is lost at 10 %, and so is the noise in it.
     assert noisy.scale == pytest.approx(2 * math.sqrt(0.05**2 - 0.01**2), rel=0.02)
     assert noisy.point == same.point

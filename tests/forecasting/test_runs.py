@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from test_forecast import EARLY, bare, planted, run, scattered
 
-from iimm_callbacks.forecasting.runs import Ask, Run, Runs, choose, name_on_record, of_a_kind
+from iimm_callbacks.forecasting.runs import Ask, Run, Runs, choose, of_a_kind, saved_name
 from iimm_callbacks.forecasting.tabulate import beyond, tabulate
 
 pytestmark = pytest.mark.once
@@ -41,7 +41,7 @@ PUBLISHED = planted(4, model_fingerprint="published:x", iimm=None, inter=None, i
         ([run("t"), run("u", model_fingerprint="2"), run("v", model_fingerprint="3")], "full", 7,
          False, False, "6 complete runs of 3 other models"),
         ([], "full", 4, False, True, "base rates: borrowed from 4 complete runs of 1 other model,"),
-        ([], "lora", 4, False, True, "with recipes of their own"),
+        ([], "lora", 4, False, True, "with other recipes"),
     ],
 )  # fmt: skip
 def test_the_models_own_runs_come_first_then_all_then_base_rates(
@@ -55,7 +55,7 @@ def test_the_models_own_runs_come_first_then_all_then_base_rates(
 def test_with_nothing_to_go_by_the_reason_is_given():
     found = chosen([])
     assert found.rows == []
-    assert found.label == "no forecast: no complete run of this model is on record"
+    assert found.label == "no forecast: no complete run of this model is saved"
 
 
 def test_numbers_of_another_kind_are_not_borrowed():
@@ -68,9 +68,9 @@ def test_numbers_of_another_kind_are_not_borrowed():
 
 def test_a_task_is_found_by_its_fingerprint_under_another_name():
     rows = [Run(run("folder", task_fingerprint="9c")), Run(run("other"))]
-    assert name_on_record(rows, replace(ASK, task="mine", task_fingerprint="9c")) == "folder"
-    assert name_on_record(rows, replace(ASK, task="mine", task_fingerprint="77")) == "mine"
-    assert name_on_record(rows, replace(ASK, task="mine")) == "mine"
+    assert saved_name(rows, replace(ASK, task="mine", task_fingerprint="9c")) == "folder"
+    assert saved_name(rows, replace(ASK, task="mine", task_fingerprint="77")) == "mine"
+    assert saved_name(rows, replace(ASK, task="mine")) == "mine"
 
 
 def test_a_run_is_read_between_its_looks():
@@ -232,10 +232,10 @@ def test_the_same_task_under_the_same_method_is_preferred_where_3_tasks_were_rep
         (0.3, 1.0, []),
         (0.1, 1.0, []),
         (0.5, 1.0, []),
-        (0.6, 1.5, ["IIMM lies outside the range on record"]),  # half of the half-range 0.2
-        (0.0, 1.5, ["IIMM lies outside the range on record"]),
-        (1.4, 5.5, ["IIMM lies outside the range on record"]),
-        (1.6, math.inf, ["IIMM lies outside the range on record"]),
+        (0.6, 1.5, ["IIMM lies outside the range of the saved runs"]),  # half of the half-range 0.2
+        (0.0, 1.5, ["IIMM lies outside the range of the saved runs"]),
+        (1.4, 5.5, ["IIMM lies outside the range of the saved runs"]),
+        (1.6, math.inf, ["IIMM lies outside the range of the saved runs"]),
     ],
 )
 def test_beyond_the_range_intervals_widen_by_half_ranges(x, factor, says):

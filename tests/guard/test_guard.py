@@ -28,7 +28,7 @@ def observed(mean, error, worst=None):
 
 LIMITS = Limits(0.05)
 WORST = Limits(0.05, limit_on="worst")
-ABSENT = Forecast(None, None, None, "no forecast: nothing on record")
+ABSENT = Forecast(None, None, None, "no forecast: no saved runs")
 
 
 @pytest.mark.parametrize(

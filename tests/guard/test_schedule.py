@@ -105,10 +105,15 @@ def test_the_first_look_is_as_large_as_the_run_can_pay_for():
 @pytest.mark.parametrize(
     ("every", "max_overhead", "size", "said"),
     [
-        (None, None, 256, "Looks at 5, 10, 20, 30, 50, 70 and 100 % of the steps, at all 800"),
-        (50, 0.05, 256, "Looks every 50 steps: at 100 to 800 images, as 5 % of the run time"),
-        (0.1, 0.02, 48, "every 10 %: at 100 to 800 images, as 2 % of"),
-        ("epoch", 0.05, 48, "48 images of each off-target task, not 256"),
+        (None, None, 256, "at 5, 10, 20, 30, 50, 70 and 100 % of the steps, all 800 images each"),
+        (
+            50,
+            0.05,
+            256,
+            "every 50 steps, 100 to 800 images each to stay within 5 % of the run",
+        ),
+        (0.1, 0.02, 48, "every 10 %, 100 to 800 images each to stay within 2 % of"),
+        ("epoch", 0.05, 48, "48 images of each off-target task instead of 256"),
     ],
 )
 def test_the_plan_of_looks_in_words(every, max_overhead, size, said):

@@ -34,7 +34,7 @@ from iimm_callbacks.models.wrappers import find_dual_encoder
 from iimm_callbacks.probing.probe import Probe
 
 OPEN_CLIP = {}
-with contextlib.suppress(ModuleNotFoundError):  # an environment of its own: see the README
+with contextlib.suppress(ModuleNotFoundError):  # an environment of its own: see .ci/README.md
     import tiny_open_clip
 
     OPEN_CLIP = tiny_open_clip.FAMILIES

@@ -25,7 +25,7 @@ from iimm_callbacks.models.wrappers import model_fingerprint, zero_shot_twin
 from iimm_callbacks.probing.probe import Probe
 
 FAMILIES = dict(tiny.FAMILIES)
-with contextlib.suppress(ModuleNotFoundError):  # an environment of its own: see the README
+with contextlib.suppress(ModuleNotFoundError):  # an environment of its own: see .ci/README.md
     import open_clip
     import tiny_open_clip
 

@@ -82,12 +82,10 @@ def test_every_entry_gives_the_same_number(
         "ones"
     )
     monitor = IIMMMonitor(
-        task, [], processor=processor, train=train, store=None, progress=False, method="full"
+        task, [], processor=processor, train=train, outcomes=None, verbose=False, method="full"
     )
     monitor.begin(tiny_clip())
-    guard = IIMMCallback(
-        task, [], max_forgetting=None, train=train, store=None, verbose=False, run_file=None
-    )
+    guard = IIMMCallback(task, [], max_forgetting=None, train=train, outcomes=None, verbose=False)
     make_trainer([guard], max_steps=1).train()
     for outcome in (monitor.end(tiny_clip(), 0), guard.outcome):
         assert outcome.linear_probe_accuracy == true.accuracy
@@ -99,9 +97,7 @@ def test_every_entry_gives_the_same_number(
 
 
 def test_the_trainers_own_training_set_is_found(make_trainer, colours, colour_task):
-    guard = IIMMCallback(
-        colour_task, [], max_forgetting=None, store=None, verbose=False, run_file=None
-    )
+    guard = IIMMCallback(colour_task, [], max_forgetting=None, outcomes=None, verbose=False)
     make_trainer([guard], max_steps=1).train()
     found = guard.monitor.record()["linear_probe"]
     # make_trainer trains on the very images that the task is probed on
@@ -130,7 +126,7 @@ def test_the_sample_is_bounded_and_balanced(colours, halves):
     assert labels.count(1) == 300
 
 
-def test_a_shipped_task_has_the_number_on_record():
+def test_a_shipped_task_has_the_number_saved():
     name = "emoji_groups"
     task = sample.load_task(name, "test")
     train = sample.load_task(name, "train", probe_size=1000)
@@ -165,7 +161,7 @@ def test_a_training_set_that_raises_costs_the_probe_not_the_run(first_look, halv
     found = first_look(halves[1], train).learnable
     assert not found.probe.held_out
     assert "disk on fire" in found.note
-    assert "did not serve" in caplog.text
+    assert "cannot be used" in caplog.text
 
 
 def test_other_classes_or_another_order_are_an_error_that_shows_both(first_look, halves):
@@ -191,7 +187,7 @@ def test_what_the_guard_found_itself_is_passed_over_where_it_does_not_suit(first
     for data, why in (
         (other, "in another order"),
         (train.to_iterable_dataset(), "a stream"),
-        (object(), "cannot be told without reading every image"),
+        (object(), "cannot be read without reading every image"),
         (train.remove_columns("image"), "one column for `image_column`"),
     ):
         found = first_look(task, data, given=False).learnable
@@ -208,7 +204,10 @@ def test_rows_in_a_list_serve_too(first_look, halves):
 def test_captions_and_other_metrics_have_none(first_look, colours):
     captions = Task("captions", [(row["image"], f"picture {i}") for i, row in enumerate(colours)])
     found = first_look(captions).learnable
-    assert (found.probe, found.note) == (None, "captions have no classes, and so no linear probe")
+    assert (found.probe, found.note) == (
+        None,
+        "captions have no classes, so there is no linear probe",
+    )
     task = Task("colours", colours, metric=lambda p, r: float(np.mean(p == r)))
     found = first_look(task).learnable
     assert found.probe is None
@@ -251,7 +250,7 @@ def test_a_model_that_tells_no_scale_gets_the_likeliest(halves, tiny_clip, proce
     probe = Probe(halves[1], [], encode=(images, texts), progress=False)
     found = probe.look(model, 0, linear_probe=True).learnable
     assert found.probe is not None
-    assert "the likeliest, as the model tells none" in found.note
+    assert "fitted, as the model has none" in found.note
 
 
 # --- what becomes of it ---
@@ -281,7 +280,7 @@ def test_the_random_streams_are_as_before(halves, tiny_clip, processor):
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_training_loss_and_iimm_go_on_record(make_trainer, colour_task, shape_task):
+def test_training_loss_and_iimm_are_saved(make_trainer, colour_task, shape_task):
     class Seen(TrainerCallback):
         losses = ()
 
@@ -289,8 +288,8 @@ def test_training_loss_and_iimm_go_on_record(make_trainer, colour_task, shape_ta
             self.losses = [row["loss"] for row in state.log_history if "loss" in row]
 
     guard, seen = (
-        IIMMCallback(colour_task, [shape_task], every=1, store=None, verbose=False,
-                     max_overhead=None, run_file=None),
+        IIMMCallback(colour_task, [shape_task], every=1, outcomes=None, verbose=False,
+                     max_overhead=None),
         Seen(),
     )  # fmt: skip
     make_trainer([guard, seen], max_steps=3, logging_steps=1).train()

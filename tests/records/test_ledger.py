@@ -136,7 +136,7 @@ def test_a_store_that_cannot_be_written_costs_a_warning(path, caplog, monkeypatc
     with caplog.at_level(logging.WARNING):
         ledger.close()
     assert [r.getMessage() for r in caplog.records] == [
-        f"This run's outcome is not on record: {error}"
+        f"The outcome of this run was not saved: {error}"
     ]
 
 
@@ -146,15 +146,15 @@ def test_a_folder_in_the_place_of_the_store_costs_a_warning(path, caplog):
     ledger.draft(RUN)
     assert ledger.read() == []
     ledger.close()
-    assert "cannot be learnt from" in caplog.text
-    assert "not on record" in caplog.text
+    assert "cannot be read" in caplog.text
+    assert "was not saved" in caplog.text
 
 
 def test_an_outcome_that_could_not_be_read_back_costs_a_warning(path, caplog):
     ledger = Ledger(path)
     ledger.draft(replace(RUN, iimm=float("nan")))
     ledger.close()
-    assert "not on record" in caplog.text
+    assert "was not saved" in caplog.text
     assert not path.exists()
 
 
@@ -168,7 +168,7 @@ def test_a_store_that_may_not_be_read_costs_a_warning(path, caplog, monkeypatch,
     ledger = Ledger(path)
     monkeypatch.setattr(Path, method, refuse)
     assert ledger.read() == []
-    assert "cannot be learnt from" in caplog.text
+    assert "cannot be read" in caplog.text
 
 
 def test_damaged_lines_are_skipped(path, caplog):

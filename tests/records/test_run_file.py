@@ -14,6 +14,7 @@ from test_report import make_record
 from iimm_callbacks.monitor import IIMMMonitor
 from iimm_callbacks.records.run_file import file_name, read_run, save_run, sweep
 from iimm_callbacks.reports import terminal as report
+from iimm_callbacks.reports.lines import look_line
 
 
 @pytest.fixture
@@ -114,7 +115,7 @@ def test_what_cannot_be_a_file_is_an_os_error_and_leaves_nothing(path, monkeypat
 def test_the_record_of_a_real_run_comes_back_as_it_was(
     path, tiny_clip, processor, colour_task, shape_task
 ):
-    monitor = IIMMMonitor(colour_task, [shape_task], processor=processor, progress=False)
+    monitor = IIMMMonitor(colour_task, [shape_task], processor=processor, verbose=False)
     model = tiny_clip()
     monitor.begin(model, recipe={"learning_rate": 1e-3, "betas": [0.9, 0.99]})
     for step in (1, 2):
@@ -227,7 +228,7 @@ def test_whole_numbers_and_huge_ones_can_be_shown(path):
     record["looks"][1] |= {"eval_iimm_forgetting_forecast_high": 10**308, "share": 0}
     save_run(record, path)
     assert "+inf" in report.preflight_table(read_run(path))
-    assert "+inf" in report.look_line(read_run(path)["looks"][1])
+    assert "+inf" in look_line(read_run(path)["looks"][1])
 
 
 # --- names ---

@@ -115,9 +115,9 @@ def test_a_torn_last_line_does_not_take_the_next_outcome_with_it(path):
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"iimm": float("nan")}, "cannot be put on record: Out of range float values"),
-        ({"recipe": {"dtype": object()}}, "cannot be put on record: Object of type object"),
-        ({"final_accuracy": 90.0}, r"cannot be put on record: `final_accuracy` must .* got 90\.0"),
+        ({"iimm": float("nan")}, "cannot be saved: Out of range float values"),
+        ({"recipe": {"dtype": object()}}, "cannot be saved: Object of type object"),
+        ({"final_accuracy": 90.0}, r"cannot be saved: `final_accuracy` must .* got 90\.0"),
     ],
 )
 def test_what_could_not_be_read_back_is_never_written(path, changes, says):
@@ -239,7 +239,7 @@ def test_a_writer_killed_within_a_line_costs_this_line_only(path, processes):
     assert read_outcomes(path)[-1] == RUN
 
 
-def test_whatever_was_appended_before_a_kill_is_on_record(path, processes):
+def test_whatever_was_appended_before_a_kill_is_saved(path, processes):
     finished = []
     for round_ in range(6):
         receiver, sender = processes.Pipe(duplex=False)
@@ -537,7 +537,7 @@ def test_a_bad_cell_is_named_by_file_line_and_column(tmp_path, extra, cells, say
         (f"{HEADER},after:x", "column `after:x` needs a column `before:x`"),
         (f"{HEADER},before:,after:", "unknown column `before:`"),
         (f"{HEADER},during:x", "unknown column `during:x`"),
-        (f"{HEADER},task", "column `task` stands there twice"),
+        (f"{HEADER},task", "column `task` is there twice"),
         (f"{HEADER},loss@0.1", "unknown column `loss@0.1`; expected .* a quantity of gain, "),
         (
             f"{HEADER},gain@10",

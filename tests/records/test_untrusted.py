@@ -31,13 +31,8 @@ from iimm_callbacks.records.store import (
     read_outcomes,
     to_dataset,
 )
-from iimm_callbacks.reports.terminal import (
-    look_line,
-    plot_run,
-    preflight_table,
-    printable,
-    summary_table,
-)
+from iimm_callbacks.reports.lines import look_line, preflight_lines
+from iimm_callbacks.reports.terminal import plot_run, preflight_table, printable, summary_table
 
 pytestmark = pytest.mark.once
 
@@ -229,6 +224,7 @@ def shown_or_refused(path):
         assert refusal.startswith(f"{path} is no run file: ")
         return False
     texts = [preflight_table(record), summary_table(record), *map(look_line, record["looks"])]
+    texts.append(preflight_lines(record, "at each epoch"))
     assert all(line == printable(line) for text in texts for line in text.split("\n"))
     save_run(record, path)
     assert read_run(path) == record

@@ -212,7 +212,7 @@ def test_a_record_without_prompts_metrics_and_fingerprints_has_a_card():
     for key in ("templates", "fingerprints"):
         del bare[key]
     text = update_card(ModelCard("---\n{}\n---\n"), bare).text
-    assert "- letters: not on record" in text
+    assert "- letters: not saved" in text
     assert table(text)[1] == [*table(text)[1][:5], "none"]
 
 
@@ -226,7 +226,7 @@ def test_a_card_that_cannot_be_parsed_is_left_as_it_was(tmp_path):
 
 
 def test_a_run_that_has_not_begun_has_nothing_to_put_on_a_card(tmp_path, colour_task):
-    monitor = IIMMMonitor(colour_task, [], store=None)
+    monitor = IIMMMonitor(colour_task, [], outcomes=None)
     with pytest.raises(ValueError, match="got none"):
         update_card(tmp_path, monitor.record())
     assert list(tmp_path.iterdir()) == []
@@ -237,7 +237,7 @@ def test_a_loop_of_ones_own_puts_its_run_beside_the_saved_model(
 ):
     model = tiny_clip()
     monitor = IIMMMonitor(
-        colour_task, [shape_task], store=None, processor=processor, progress=False
+        colour_task, [shape_task], outcomes=None, processor=processor, verbose=False
     )
     monitor.begin(model, recipe={"steps": 1})
     monitor.check(model, 1, 1)
@@ -306,7 +306,7 @@ def uploads(monkeypatch):
 @pytest.fixture
 def guard(colour_task, shape_task):
     return IIMMCallback(
-        colour_task, [shape_task], store=None, verbose=False, max_overhead=None, every=2
+        colour_task, [shape_task], outcomes=None, verbose=False, max_overhead=None, every=2
     )
 
 
@@ -363,13 +363,15 @@ def test_a_callback_that_serves_two_trainers_writes_each_its_own_run(make_traine
 
 
 def test_two_guards_of_one_trainer_are_refused_before_training(make_trainer, guard, shape_task):
-    other = IIMMCallback(shape_task, [], store=None, verbose=False, max_forgetting=None)
+    other = IIMMCallback(shape_task, [], outcomes=None, verbose=False, max_forgetting=None)
     with pytest.raises(ValueError, match="one IIMMCallback, got 2: they log under the same keys"):
         make_trainer([guard, other]).train()
 
 
 def test_without_card_the_trainers_stays_as_it_is(make_trainer, colour_task, tmp_path):
-    off = IIMMCallback(colour_task, [], store=None, verbose=False, max_forgetting=None, card=False)
+    off = IIMMCallback(
+        colour_task, [], outcomes=None, verbose=False, max_forgetting=None, card=False
+    )
     model = make_trainer().model.dual_encoder
     trainer = make_trainer([off], model=model)
     trainer.train()
@@ -442,4 +444,4 @@ def test_a_prompt_list_too_long_for_metadata_is_whole_in_the_section():
     about = card.data.eval_results[0].dataset_args
     assert (len(about["prompts"]), about["n_prompts"]) == (8, 80)
     assert all(template in card.text for template in many)
-    assert "- letters: not on record" in card.text
+    assert "- letters: not saved" in card.text

@@ -1,11 +1,12 @@
 """What a person sees: tables and lines of a small record made by hand, a picture."""
 
 import copy
+from pathlib import Path
 
 import pytest
 
+from iimm_callbacks.reports.lines import look_line, preflight_lines, saved_lines
 from iimm_callbacks.reports.terminal import (
-    look_line,
     page,
     plot_run,
     preflight_table,
@@ -40,7 +41,7 @@ FORECAST = {
     "level": "warn",
 }
 ABSENT = {
-    "basis": "no forecast: nothing on record",
+    "basis": "no forecast: no saved runs",
     "notes": [],
     "evidence": {},
     "base_rate": False,
@@ -49,7 +50,7 @@ PREDICTED = {
     "gain": {"point": 0.3, "low": 0.1, "high": 0.5},
     "forgetting": {"point": 0.06, "low": -0.01, "high": 0.13},
     "basis": "8 complete runs of this model",
-    "notes": ["learning rate lies outside the range on record"],
+    "notes": ["learning rate lies outside the range of the saved runs"],
     "evidence": {
         "gain": {
             "predictors": {"mean": 0.625, "IIMM": 0.3, "zero-shot error": 0.075},
@@ -119,9 +120,9 @@ def test_the_table_before_training_shows_measure_forecast_limit_and_verdict():
     ):
         assert lines_with(text, line), (line, text)
     for words in (
-        "8 complete runs of this model. Learning rate lies outside the range on record.",
-        "gain: by mean 62%, IIMM 30%; off by 4.6 points on 4 tasks left out in turn "
-        "(5.0 by the plain mean); 90 % intervals held 88%",
+        "8 complete runs of this model. Learning rate lies outside the range of the saved runs.",
+        "gain: from mean 62%, IIMM 30%; leave-one-task-out error 4.6 points over 4 tasks "
+        "(predicting the mean: 5.0); 90 % intervals covered 88%",
     ):
         assert words in " ".join(text.split())
     assert max(map(len, text.splitlines())) <= 96
@@ -131,7 +132,7 @@ def test_an_absent_forecast_is_shown_with_its_reason():
     text = preflight_table(make_record(forecast=False))
     for name in ("gain", "forgetting"):
         assert lines_with(text, f"{name} forecast none")
-    assert lines_with(text, "No forecast: nothing on record.")
+    assert lines_with(text, "No forecast: no saved runs.")
 
 
 def test_borrowed_forecasts_are_labelled_and_stand_beside_what_came_out():
@@ -141,6 +142,7 @@ def test_borrowed_forecasts_are_labelled_and_stand_beside_what_came_out():
     text = preflight_table(record)
     assert lines_with(text, "gain borrowed forecast +30.0 [+10.0, +50.0]")
     assert lines_with(summary_table(record), "gain +30.0 [+10.0, +50.0] +41.5")
+    assert lines_with(summary_table(record), "predicted, borrowed")
 
 
 def test_without_a_limit_the_table_says_so():
@@ -173,11 +175,62 @@ def test_a_metric_of_its_own_is_called_by_its_name():
 
 def test_one_look_is_one_line():
     assert look_line(LAST | FORECAST) == (
-        "IIMM step 50 (50%): 0.432 | gain +41.5 | forgetting +3.1 | forecast +6.0 [-1.0, +13.0]"
-        " | P(exceed) 0.62 | warn"
+        "IIMM step 50 (50%): gain +41.5 | forgetting +3.1 | forecast +6.0 [-1.0, +13.0]"
+        " | P(over limit) 0.62 | warn"
     )
     bare = {key: value for key, value in LAST.items() if key not in ALONE}
-    assert look_line(bare) == "IIMM step 50 (50%): 0.432 | gain +41.5 | continue"
+    assert look_line(bare) == "IIMM step 50 (50%): gain +41.5 | ok"
+
+
+def test_a_look_over_the_limit_is_not_called_a_stop():
+    assert look_line(LAST | {"level": "stop"}).endswith("| over the limit")
+
+
+def test_five_lines_before_training():
+    text = preflight_lines(make_record(), "after each epoch, all 512 images each")
+    assert text.splitlines()[0] == "IIMM before training: digits (full)"
+    for line in (
+        "zero-shot accuracy 25.0 % on digits; off target: emoji 50.0 %, [v2] 75.0 %",
+        "forecast gain +30.0 [+10.0, +50.0] points at the end, 90 % interval; from 8 complete",
+        "forecast forgetting +6.0 [-1.0, +13.0] points at the end, 90 % interval; from 8 complete",
+        "limit 5.0 points of mean forgetting; verdict: warn, P(over limit) 0.62",
+        "looks after each epoch, all 512 images each",
+    ):
+        assert lines_with(text, line), (line, text)
+    assert max(map(len, text.splitlines())) <= 96
+    borrowed = make_record() | {"forecast": PREDICTED | {"base_rate": True}}
+    assert "from runs of other models (borrowed)" in " ".join(
+        preflight_lines(borrowed, "x").split()
+    )
+    without = preflight_lines(make_record(forecast=False, off_target=False, limit=None), "x")
+    for line in (
+        "zero-shot accuracy 25.0 % on digits; no off-target task",
+        "forecast gain none: no saved runs",
+        "limit none, only measuring",
+    ):
+        assert lines_with(without, line), (line, without)
+
+
+def test_many_off_target_tasks_are_shown_by_their_mean_and_the_worst_of_them():
+    names = [f"t{i}" for i in range(9)]
+    before = {f"eval_iimm_{name}_accuracy": 0.5 for name in names}
+    after = {f"eval_iimm_t{i}_accuracy": 0.5 - 0.01 * i for i in range(9)}
+    record = make_record() | {"off_target": names, "looks": [FIRST | before, LAST | after]}
+    text = preflight_lines(record, "x")
+    assert lines_with(text, "off target: 50.0 %, the mean of 9 tasks")
+    text = summary_table(record)
+    assert lines_with(text, "t8 50.0 % -> 42.0 %")
+    assert not lines_with(text, "t4 ")
+    assert lines_with(text, "5 tasks that lost less")
+
+
+def test_what_was_saved_is_named_with_the_command_that_shows_it():
+    text = saved_lines(Path("out/iimm_a.json"), Path("store.jsonl"))
+    assert text.splitlines() == [
+        "Saved: run file out/iimm_a.json; outcome in store.jsonl.",
+        "Report: iimm report out/iimm_a.json",
+    ]
+    assert saved_lines(None, None) == "Saved: no run file; the outcome was not saved."
 
 
 def test_the_last_look_has_nothing_left_to_forecast():
@@ -261,7 +314,7 @@ def test_names_in_tables_are_shown_as_they_are_written():
         f"50.0 % {SHOWN} (off-target)",
         f"verdict warn {SHOWN}",
         f"{SHOWN[:1].upper()}{SHOWN[1:]}. Another {SHOWN}.",
-        f"gain: by {SHOWN} 100%; off by 4.6 points",
+        f"gain: from {SHOWN} 100%; leave-one-task-out error 4.6",
     ):
         assert lines_with(text, line), (line, text)
 

@@ -534,7 +534,7 @@ def test_the_curve_is_json_a_run_file_can_hold_and_a_table_can_show(
 
 
 class RescueAtEnd(TrainerCallback):
-    """What `on_exceed="rescue"` does, with the limit always exceeded."""
+    """What `action="rescue"` does, with the limit always exceeded."""
 
     def __init__(self, probe, base_model=None):
         self.probe, self.base_model = probe, base_model
