@@ -30,33 +30,33 @@ class Task:
         name: Short and unique within a run; it names the logged keys of the task.
         dataset: One of
             - a `datasets.Dataset` with one `Image` and one `ClassLabel` (or integer) column;
-            - the same with a string column instead of labels: names of classes where strings come
-              again, each twice or more on the average; else captions, as are lists of strings. An
-              image under several captions counts once, and any of them is right;
+            - the same with a string column instead of labels. Strings are class names if each
+              occurs twice or more on average, else captions; lists of strings are captions. An
+              image with several captions counts once, and any of them is right;
             - any sequence of ``(image, label)`` or ``(image, caption)`` pairs, e.g. a torch data
               set. Labels are those of ``.targets`` where it has that, else every item is read once;
-            - a `datasets.IterableDataset` of either kind: of its first `stream_size` examples a
-              balanced draw of `probe_size` (512), read when the task is made, once, in order, and
-              kept as encoded bytes; see `streams.read_stream`. All ranks read it for themselves,
-              so each must be given the same, unsplit stream.
-            Of several columns the one called "label" or the like is taken, or none. One decoder,
+            - a `datasets.IterableDataset` of either kind: a balanced draw of `probe_size` (512)
+              from its first `stream_size` examples, read once, in order, when the task is made,
+              and kept as encoded bytes; see `streams.read_stream`. Each rank reads the stream
+              itself, so all must be given the same, unsplit stream.
+            Of several columns the one called "label" or similar is used, or none. One decoder,
             `sources.as_image`, reads images (PIL, paths, bytes, arrays), sounds and videos. A
             transform of a `datasets.Dataset` is not applied: the model's own processor is.
-        templates: One or several prompt templates with one ``{}`` for the class name; several are
-            averaged the CLIP way. A name such as ``"clip:imagenet"`` stands for the templates that
-            CLIP's authors used for that data set; `templates.names()` has all. For captions the
+        templates: One or several prompt templates with one ``{}`` for the class name; embeddings of
+            several are averaged as in CLIP. ``"clip:imagenet"`` and so on name the templates that
+            CLIP's authors used for a data set; `templates.names()` lists them. For captions the
             default is the caption itself.
         class_names: One name per class, in label order; or a mapping from the data set's names.
             Default: those of the `ClassLabel`, or ``dataset.classes``, ``_`` as a space and
             without numbering.
         image_column, label_column: Where a `datasets.Dataset` leaves a choice.
-        probe_size: Images in the probe at the most; default 512 for the task being learnt, 256
-            for an off-target task. The standard error of IIMM is about ``0.1/√n``.
+        probe_size: Largest number of images in the probe; default 512 for the task being learnt,
+            256 for an off-target task. The standard error of IIMM is about ``0.1/√n``.
         seed: Of the drawing of the probe, ≥ 0. Same data, size and seed: the same images.
-        stream_size: Examples read of a stream, at the most; elsewhere it means nothing.
-        metric: What stands in for accuracy: baseline, gain and forgetting are then in its units.
-            It must lie in [0, 1], and be higher where more images are right: what else there is
-            (a correlation, an error rate) is refused, not rescaled.
+        stream_size: Largest number of examples read from a stream; unused for other data.
+        metric: Replaces accuracy: baseline, gain and forgetting are then in its units. It must lie
+            in [0, 1] and be higher when more images are right; anything else (a correlation, an
+            error rate) is refused, not rescaled.
             - ``None``: zero-shot accuracy;
             - ``"recall@5"`` and so on: the share of images whose own text is among the k nearest,
               for captions;
@@ -65,8 +65,8 @@ class Task:
             - a metric that `evaluate` has loaded, or a function ``(predictions, references)`` ->
               number, of two arrays of class indices (scikit-learn's take them the other way
               round). It must not depend on the order of the images.
-            The probe is balanced, so on it accuracy weighs the classes alike as it is, where each
-            has images enough; with a `probe_size` of all images the data's own counts hold.
+            The probe is balanced, so accuracy weighs all classes equally if each has enough
+            images; with a `probe_size` of all images it weighs them by their counts.
         metric_kwargs: Passed on to the metric: ``{"average": "macro"}``; JSON values.
         metric_key: Which of several numbers that the metric gives is the score.
 

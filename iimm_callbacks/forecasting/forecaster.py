@@ -27,19 +27,19 @@ if TYPE_CHECKING:
 class Forecaster:
     """Learns from saved outcomes how runs end, and says how well it does.
 
-    Where the model has runs on fewer than 3 tasks, they are pooled with those of all other models
-    saved and the ones that ship, published runs of CLIP and the sample's (see `pooling`): the
-    first gain rests on the linear probe, and own runs count from the first one on.
+    If the model has runs on fewer than 3 tasks, they are pooled with the saved runs of all other
+    models and with those that ship, published runs of CLIP and the sample's (see `pooling`). The
+    first forecast of the gain rests on the linear probe; own runs count from the first one on.
 
     From 3 tasks on, the candidates before training are that pooled forecast, the plain mean of the
     method, zero-shot error, IIMM (on gain over zero-shot error, the target of arXiv 2407.15731),
-    its two terms, what other methods did on the same task, and recipe; during training also what
-    was gained or lost so far, as it is, with the mean rest, and on lines learned from past
-    trajectories. They are averaged by what each has earned on tasks left out (see `candidates`), so
-    a predictor that explains nothing has next to no say. Never an extrapolation in steps.
+    its two terms, what other methods did on the same task, and recipe; during training also the
+    gain or forgetting so far: unchanged, with the mean of what usually follows, and on lines fitted
+    to past trajectories. They are averaged by their leave-one-task-out errors (see `candidates`),
+    so a predictor that explains nothing has almost no weight. It never extrapolates in steps.
 
-    It is *not* valid for recipes unlike the recorded ones: outside their range of learning rate,
-    steps or IIMM it says so and widens.
+    It is *not* valid for recipes unlike the saved ones: outside their range of learning rate, steps
+    or IIMM it says so and widens.
 
     Example:
         >>> none = Forecaster().fit([], base_rates=False)
@@ -58,8 +58,8 @@ class Forecaster:
 
         Args:
             outcomes: Outcomes of any models and methods.
-            base_rates: Whether runs of other models that ship may stand in where the model's own
-                are of too few tasks.
+            base_rates: Whether to use shipped runs of other models if the model's own runs cover
+                too few tasks.
 
         Returns:
             Itself.
