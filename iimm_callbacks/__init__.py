@@ -90,7 +90,7 @@ _MOVED = {
 
 
 class _MovedModules(MetaPathFinder, Loader):
-    """Imports a module of `_MOVED` as the very module that it is now."""
+    """Imports a module of `_MOVED` from where it is now."""
 
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
         return ModuleSpec(name, self) if name in _MOVED else None

@@ -56,7 +56,7 @@ def demo(
 
 
 def sample_outcomes() -> list[Outcome]:
-    """The shipped runs on other tasks: what a task taught must not forecast it."""
+    """The shipped runs on other tasks: a task's own runs must not forecast it."""
     from .. import sample
 
     return [run for run in sample.load_outcomes() if run.task != _TASK]

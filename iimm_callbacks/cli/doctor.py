@@ -1,4 +1,4 @@
-"""`iimm doctor`: what is installed, what of it can be imported, is the store writable?"""
+"""`iimm doctor`: what is installed, what can be imported, is the store writable?"""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def _package(
     asked: Requirement | None,
     modules: Mapping[str, Sequence[str]],
 ) -> dict[str, Any]:
-    """What is known of a distribution; ``problem`` where it is there and cannot be used."""
+    """Facts on a distribution; ``problem`` if it is installed and cannot be used."""
     about: dict[str, Any] = {
         "name": name,
         "extras": list(extras),
@@ -129,7 +129,7 @@ def import_problem(modules: Sequence[str]) -> str | None:
 
 
 def package_problems(packages: Sequence[dict[str, Any]]) -> Iterator[str]:
-    """What is wrong with these, and what to do; what a broken torchvision breaks is told with it.
+    """What is wrong with these and what to do, with what a broken torchvision breaks.
 
     Args:
         packages: What `iimm doctor --json` prints of them.
@@ -190,7 +190,7 @@ def _trackers() -> list[str] | None:
 
 
 def _store() -> dict[str, Any]:
-    """The user's record: where, how many runs, whether it could take one more. Changes nothing."""
+    """The user's store: where, how many runs, whether it is writable. Changes nothing."""
     from ..records.store import check_store, default_store, read_outcomes
 
     path = default_store()

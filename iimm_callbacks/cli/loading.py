@@ -228,7 +228,7 @@ def task_name_of(name: str) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """What an error says, without what it says below."""
+    """The first line of an error's message."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 

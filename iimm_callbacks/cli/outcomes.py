@@ -80,7 +80,7 @@ def import_outcomes(
     ],
     store: Store = None,
 ) -> Answer:
-    """Add the runs of another record.
+    """Add the runs of another store.
 
     Those that are there already are skipped.
     """

@@ -1,4 +1,4 @@
-"""`iimm rescue`: a fine-tuned model on disk -> the mix with its base that gains most within it."""
+"""`iimm rescue`: a fine-tuned model on disk -> its best mix with the base model."""
 
 from __future__ import annotations
 
@@ -179,7 +179,7 @@ def _with_adapter(model: nn.Module, folder: Path) -> Any:
 
 
 def _fill(model: nn.Module, path: Path, tuned: str) -> None:
-    """Put what a file of weights holds into the model; what it lacks was not tuned."""
+    """Load a file of weights into the model; weights that it lacks were not tuned."""
     from ..rescue.counterparts import Kept, core_of, counterparts, state_of
 
     core = core_of(model)

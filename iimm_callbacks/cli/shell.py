@@ -31,7 +31,7 @@ _GROUPS = {  # of options in the help; any other is of the output
 
 @dataclass(frozen=True)
 class Answer:
-    """What a command has to say.
+    """The result of a command.
 
     Attributes:
         data: For machines, with ``--json``; NaN and infinity become null.
@@ -94,7 +94,7 @@ class Commands(TyperGroup):
 
 
 def no_bars_in_a_log() -> None:
-    """Switch the progress bars of libraries off, unless a person watches."""
+    """Switch off the progress bars of libraries, unless stderr is a terminal."""
     if sys.stderr.isatty():
         return
     import datasets
@@ -167,7 +167,7 @@ def _options(function: Callable[..., Any]) -> tuple[dict[str, Any], list[inspect
 
 
 def _shown(text: str) -> str:
-    """What a terminal is shown: errors too may quote anyone's data."""
+    """Text that is safe for a terminal: errors may quote anyone's data."""
     from ..reports.terminal import page
 
     return page(*text.split("\n"))
@@ -215,7 +215,7 @@ def read_run_file(path: Path) -> dict[str, Any]:
 
 @contextmanager
 def folder_to_write(folder: Path, argument: str) -> Iterator[None]:
-    """Make a folder and try it before the work; what stays empty of it is removed at the end.
+    """Make a folder and test it before the work; it is removed if it stays empty.
 
     Args:
         folder: Which, its ``~`` expanded; it may be there.

@@ -226,7 +226,7 @@ def _some(names: Sequence[Any], n: int = 8) -> str:
 
 
 def as_listed(what: str, expected: str, given: Any) -> tuple[Any, ...]:
-    """What a user gave for a list, as a tuple; what has no order of its own is refused.
+    """A user's list as a tuple; containers without an order are refused.
 
     Args:
         what: It is, for errors.

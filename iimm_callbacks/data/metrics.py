@@ -1,4 +1,4 @@
-"""What stands in for accuracy on a task: recall@k, any metric of `evaluate`, or a function.
+"""Metrics that replace accuracy on a task: recall@k, any metric of `evaluate`, or a function.
 
 Ranks add up one number per image: what `see` makes of the model's scores. The metric itself is
 computed from all of them afterwards, once, so it need not be a mean over images.
@@ -38,11 +38,11 @@ class RecallAt:
 
     @property
     def name(self) -> str:
-        """For people, and for fingerprints."""
+        """Name for people and for fingerprints."""
         return f"recall@{self.k}"
 
     def see(self, scores: Tensor, labels: Tensor) -> Tensor:
-        """How many texts are nearer than the right one; of equally near ones the first is nearer.
+        """Number of texts nearer than the right one; of equally near ones the first is nearer.
 
         A model that finds all texts equally near has k images in C right, not all of them.
 

@@ -21,7 +21,7 @@ logger = get_logger(__name__)
 
 
 def is_stream(dataset: Any) -> bool:
-    """Whether this is a `datasets.IterableDataset`, by what it can do."""
+    """Whether this behaves as a `datasets.IterableDataset`."""
     return (
         hasattr(dataset, "features")
         and hasattr(dataset, "with_format")

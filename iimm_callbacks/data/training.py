@@ -12,7 +12,7 @@ SAMPLE_SIZE = 1024
 
 
 class NoTrainingSetError(ValueError):
-    """The training set cannot be read as the task is; the message tells why."""
+    """The training set cannot be read as the task is; the message says why."""
 
 
 def training_task(train: Any, task: Task, *, given: bool = True) -> Task:

@@ -1,4 +1,4 @@
-"""Candidate predictors of a run's outcome, averaged by what each has earned on tasks left out.
+"""Candidate predictors of a run's outcome, averaged by leave-one-task-out error.
 
 Which predictor of gain or forgetting is best differs between models, methods and moments of a run,
 and a record holds few tasks. So none is picked for good: each candidate is a small least-squares

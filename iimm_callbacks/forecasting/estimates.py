@@ -1,4 +1,4 @@
-"""What the runs say of one quantity of another run: before it begins, and while it goes on."""
+"""Estimates of one quantity of a run from other runs: before it begins, and while it trains."""
 
 from __future__ import annotations
 

@@ -220,7 +220,7 @@ class Forecaster:
         return replace(forecast, **updated, basis=basis, evidence=evidence, next_look=next_look)
 
     def grade(self, outcomes: Iterable[Outcome], **settings: Any) -> Grade:
-        """Replay recorded runs as if live, their task left out: see `grading.grade`."""
+        """Leave-one-task-out evaluation on saved runs: see `grading.grade`."""
         from .grading import grade
 
         return grade(type(self), outcomes, **settings)

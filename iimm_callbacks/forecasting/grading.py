@@ -1,4 +1,4 @@
-"""Recorded runs replayed as if live, their task left out: how good are forecast and guard?"""
+"""Leave-one-task-out evaluation of forecast and guard on saved runs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Runs of many models, methods and tasks -> a prediction in which each group counts for its due.
+"""Runs of many models, methods and tasks -> the prediction of a mixed model.
 
 A linear mixed model: ``target = Σ_e u_e[group of the row] · x_e + noise``, every effect ``u`` drawn
 from a normal distribution around 0 whose spread is set beforehand. The best linear unbiased

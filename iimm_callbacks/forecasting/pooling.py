@@ -1,4 +1,4 @@
-"""All runs there are, of any model and method -> how a new one ends, from the first run on.
+"""Runs of any model and method -> the forecast of a new one, from the first run on.
 
 The forecast of a model's first run, and of the next few. It is a mixed model (see `mixed_model`):
 what differs between models, methods and tasks is an effect of each, shrunk by how little is known
@@ -142,7 +142,7 @@ def during_training(
     prior: Prediction | None,
     priors: Mapping[Run, float],
 ) -> Pooled | None:
-    """The forecast from what was seen so far: a line that other models' runs taught, passed over.
+    """The forecast from what was seen so far, by a line fitted to other models' runs.
 
     Args:
         runs: As `before_training`.
@@ -190,7 +190,7 @@ def during_training(
 
 
 def bounded(prediction: Prediction, ask: Ask, quantity: str) -> Prediction:
-    """The prediction within what accuracies can do: none leaves [0, 1].
+    """The prediction within the range of accuracies, [0, 1].
 
     Args:
         prediction: Of the quantity.

@@ -169,7 +169,7 @@ def choose(record: Sequence[Run], borrowed: Sequence[Run], ask: Ask) -> Runs:
 
 
 def metrics(run: Outcome | Ask, tasks: Iterable[str]) -> frozenset[str]:
-    """What the accuracies of these tasks of a run are: "accuracy", or the metric in its place."""
+    """The score of these tasks of a run: "accuracy", or the metric that replaces it."""
     named = run.recipe.get("metrics")
     found = named if isinstance(named, dict) else {}
     return frozenset(str(found.get(task, "accuracy")) for task in tasks)
@@ -205,7 +205,7 @@ def task_key(run: Outcome | Ask) -> str:
 
 
 def saved_name(record: Sequence[Run], ask: Ask) -> str:
-    """The name under which the very task that is asked about is saved; else its own.
+    """The name under which the task that is asked about is saved; else its own.
 
     The command line names a task after its folder and a script as it likes; images, prompts and
     preprocessing tell that it is one.

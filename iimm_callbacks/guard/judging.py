@@ -1,4 +1,4 @@
-"""Look + forecast + limits -> verdict, and the row that tells it all. Pure functions."""
+"""Look + forecast + limits -> verdict and log row. Pure functions."""
 
 from __future__ import annotations
 

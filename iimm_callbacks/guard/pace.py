@@ -1,4 +1,4 @@
-"""How many images a look shows, so that looks keep within the time that the user allows them."""
+"""How many images a look shows, so that looks stay within the time that the user allows."""
 
 from __future__ import annotations
 

@@ -150,7 +150,7 @@ class Drop:
 
 @dataclass(frozen=True)
 class Forgetting:
-    """Forgetting over all off-target tasks: a mean hides disasters, so the worst stands beside it.
+    """Forgetting over all off-target tasks: the mean hides disasters, so the worst is given too.
 
     Attributes:
         tasks: The drop of each off-target task.

@@ -1,4 +1,4 @@
-"""Begin, check, end: a guarded run of any training loop."""
+"""Begin, step, end: a guarded run of any training loop."""
 
 from .monitor import IIMMMonitor
 

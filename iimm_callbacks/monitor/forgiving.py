@@ -1,4 +1,4 @@
-"""Calls of what others made: it costs a warning where it raises, never the run."""
+"""Calls of other people's code: an exception costs a warning, never the run."""
 
 from __future__ import annotations
 

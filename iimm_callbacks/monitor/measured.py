@@ -41,7 +41,7 @@ Verbose = bool | Literal["all"]
 
 
 class Measured(Journaled):
-    """The looks of one run, what they are judged to be, and what is kept of them.
+    """The looks of one run, their verdicts, and what is saved of them.
 
     Args:
         probe: What every look shows.
@@ -91,7 +91,7 @@ class Measured(Journaled):
 
     @property
     def is_mixed(self) -> bool:
-        """Whether the model is not the one last looked at, but a mix that it was rescued by."""
+        """Whether the model was mixed by a rescue after the latest look."""
         return self._rescue is not None and self._rescue.applied and self._rescue.alpha < 1
 
     def is_exceeded(self) -> bool:
@@ -126,7 +126,7 @@ class Measured(Journaled):
         return self._rescue
 
     def try_again(self, first: Measured) -> None:
-        """Take the baseline of a run that was broken off and is tried anew: call it before `begin`.
+        """Take the baseline of a run that failed and is tried again: call it before `begin`.
 
         What was trained in between does not become the baseline; images that were preprocessed are
         used again. It is one run, saved once.
@@ -220,7 +220,7 @@ class Measured(Journaled):
         return self._journal
 
     def outcomes(self) -> list[Outcome]:
-        """The finished runs that there are now to learn from: those given, or saved."""
+        """The finished runs to learn from: those given, or those in the store."""
         return self._ledger.read() if self._outcomes is None else as_outcomes(self._outcomes)
 
     def _trained(self, call: str) -> nn.Module:

@@ -1,4 +1,4 @@
-"""Begin, check, end: the conductor of a guarded run, for any training loop."""
+"""Begin, step, end: a guarded run of any training loop."""
 
 from __future__ import annotations
 
@@ -151,7 +151,7 @@ class IIMMMonitor(Measured):
         recipe: Mapping[str, Any] | None = None,
         untouched: nn.Module | AbstractContextManager[Any] | None = None,
     ) -> Verdict:
-        """Measure the untouched model; after `load_state_dict`, only make ready to go on.
+        """Measure the untouched model; after `load_state_dict`, only prepare to continue.
 
         Args:
             model: The model before its first training step.

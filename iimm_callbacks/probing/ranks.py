@@ -77,7 +77,7 @@ def any_rank(flag: bool) -> bool:
 
 
 def least(number: float) -> float:
-    """The least of what the ranks say; ``number`` is not negative."""
+    """The smallest number of any rank; ``number`` is not negative."""
     rank, n_ranks = world()
     said = torch.zeros(n_ranks, dtype=torch.float64)
     said[rank] = number
@@ -114,7 +114,7 @@ def _sendable(error: Exception) -> Exception:
 
 
 def first_said(word: str | None) -> str | None:
-    """What the first rank that says anything says; None where all are silent."""
+    """The value of the first rank that has one; None if none has."""
     words: list[str | None] = [word]
     if world()[1] > 1:
         words *= world()[1]

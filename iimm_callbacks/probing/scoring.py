@@ -111,7 +111,7 @@ def fingerprint(shown: ProbeTask) -> str:
 
 
 def warn_of_mixed_units(off_target: Sequence[Task]) -> None:
-    """Say so, on the first rank, where the mean over these tasks is of different metrics."""
+    """Warn, on the first rank, if the mean over these tasks mixes different metrics."""
     units = {t.name: "accuracy" if t.metric is None else t.metric.name for t in off_target}
     if len(set(units.values())) > 1 and ranks.world()[0] == 0:
         logger.warning(

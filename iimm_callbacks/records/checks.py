@@ -22,7 +22,7 @@ def refuse(name: str, expected: str, got: Any) -> ValueError:
 
 
 def short(value: Any) -> str:
-    """`value` in an error message, which a long one would hide."""
+    """`value` shortened for an error message."""
     if isinstance(value, dict | list):
         return type(value).__name__
     if isinstance(value, int) and abs(value) > 10**20:

@@ -1,4 +1,4 @@
-"""What is expected of a run: points with intervals, and what that expectation rests on."""
+"""The forecast of a run: points with intervals, and what it rests on."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ class Evidence:
 
 @dataclass(frozen=True)
 class Forecast:
-    """What fine-tuning is expected to do, and what that expectation rests on.
+    """The expected outcome of fine-tuning, and what that expectation rests on.
 
     Attributes:
         gain: Final gain on the task; ``None`` where nothing can be said.

@@ -28,7 +28,7 @@ from .verdict import LEVELS, Verdict
 
 @dataclass
 class Journal:
-    """What a resumed run must know to go on as if it had never been interrupted.
+    """What a resumed run needs to continue as if it had never been interrupted.
 
     Attributes:
         start: The run before its first step.
@@ -79,7 +79,7 @@ class Journal:
         return max((row["level"] for row in self.history), key=LEVELS.index, default=LEVELS[0])
 
     def outcome(self, complete: bool, ended: str) -> Outcome:
-        """The outcome of the run, were it to end with its latest look."""
+        """The outcome of the run if it ended with its latest look."""
         return keys.as_outcome(self.start, self.history, complete, ended)
 
     def plan(self, steps: int) -> None:

@@ -1,4 +1,4 @@
-"""A run's own places on disk: its file while it runs, its line in the store when it ends."""
+"""A run's files: its run file while it runs, its line in the store when it ends."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Past:
 
     @classmethod
     def of(cls, outcomes: str | Path | Iterable[Outcome] | Past | None, **former: Any) -> Past:
-        """From `outcomes` of `IIMMCallback`, and from `store`, if that was given apart.
+        """From `outcomes` of `IIMMCallback`, and from the former `store`.
 
         Raises:
             TypeError: `outcomes` holds something else.

@@ -1,4 +1,4 @@
-"""What one probe of a model saw: IIMM of the task, and which images of each task are right."""
+"""One measurement of a model: IIMM of the task, and which images of each task are right."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Learnable:
 
 @dataclass(frozen=True)
 class Look:
-    """What one probe of a model saw.
+    """One measurement of a model.
 
     Attributes:
         step: Optimizer steps taken before it.

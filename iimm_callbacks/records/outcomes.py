@@ -29,7 +29,7 @@ SCHEMA_VERSION = 1
 
 @dataclass(frozen=True)
 class Outcome:
-    """One fine-tuning run: what was measured before it, and what came of it. All fractions.
+    """One fine-tuning run: what was measured before, and how it ended. All fractions.
 
     Attributes:
         model: Name for people.
@@ -116,7 +116,7 @@ class Outcome:
 
 
 def one_of_each_run(outcomes: Iterable[Outcome]) -> list[Outcome]:
-    """Outcomes without those that a later one of the same run replaces.
+    """One outcome of each run: the latest that counts.
 
     A run is saved more than once where it was interrupted and resumed, or killed after its end
     and before anybody knew. The latest counts, of complete ones where there are any.

@@ -1,4 +1,4 @@
-"""A folder that `datasets` saved: read as data, and nothing outside of it."""
+"""A folder that `datasets` saved, read as data; nothing outside it is read."""
 
 from __future__ import annotations
 

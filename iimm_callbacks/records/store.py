@@ -31,7 +31,7 @@ _T = TypeVar("_T")
 
 
 def default_store() -> Path:
-    """The record of all runs: ``$IIMM_CALLBACKS_STORE``, else a file in the user's cache folder."""
+    """The store of all runs: ``$IIMM_CALLBACKS_STORE``, else a file in the user's cache folder."""
     named = os.environ.get("IIMM_CALLBACKS_STORE")
     if named:
         return Path(named).expanduser()
@@ -78,7 +78,7 @@ def append_outcome(path: str | Path, outcome: Outcome) -> None:
 
 
 def read_outcomes(path: str | Path) -> list[Outcome]:
-    """All outcomes saved in a file; a line that is none is reported and skipped.
+    """All outcomes in a file; a line that is no outcome is reported and skipped.
 
     Needs no lock and writes nothing: what is being appended meanwhile is there or is not.
 

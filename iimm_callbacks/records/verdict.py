@@ -1,4 +1,4 @@
-"""What the guard is told, and what it says: limits and verdicts."""
+"""Limits, which the guard is given, and verdicts, which it returns."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class Limits:
 
     @classmethod
     def of(cls, limit: float | Limits | None, **former: Any) -> Limits:
-        """`limit` itself, or as `max_forgetting`; `former` are other fields, given apart."""
+        """`limit` as `Limits`; `former` are other fields, given by former arguments."""
         return replace(limit if isinstance(limit, Limits) else cls(limit), **former)
 
 

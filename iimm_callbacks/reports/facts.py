@@ -227,7 +227,7 @@ def turns(record: dict[str, Any]) -> list[dict[str, str]]:
 
 
 def rescue(record: dict[str, Any]) -> dict[str, Any] | None:
-    """What became of the model at the end and the curve; None for a run that was not rescued."""
+    """What happened to the model at the end, and the curve; None for a run that was not rescued."""
     found = record.get("rescue")
     if found is None:
         return None
@@ -243,7 +243,7 @@ def rescue(record: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def recipe(record: dict[str, Any]) -> list[tuple[str, str]]:
-    """Everything that tells this run from another: name and value."""
+    """Everything that distinguishes this run from another: name and value."""
     limits = record["limits"]
     limit = "none: only measuring"
     if limits["max_forgetting"] is not None:

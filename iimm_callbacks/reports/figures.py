@@ -26,7 +26,7 @@ _MOST_TASKS = 12  # that are drawn, the worst; the table has them all
 
 
 def run_pictures(record: dict[str, Any]) -> list[Picture]:
-    """The pictures that this run has something to show in, to be made inside `drawing`.
+    """The pictures for which this run has data; call it inside `drawing`.
 
     Args:
         record: What `check_run` returns.
@@ -124,14 +124,14 @@ def _outcome_caption(record: dict[str, Any], name: str, forecast: bool) -> str:
     metrics = record.get("metrics", {})
     learnt, others = score_name(metrics, record["task"]), score_name(metrics, *record["off_target"])
     what = {
-        "gain": f"What {learnt} on the task being learnt has risen by since before training.",
+        "gain": f"Rise of {learnt} on the task since before training.",
         "forgetting": f"Mean drop of {others} over the off-target tasks; above 0 is loss.",
     }[name]
     if not forecast:
         return f"{what} There is no forecast of it."
     return (
-        f"{what} The dashed line is what, at each look, was forecast for the last planned step; in "
-        "9 of 10 runs that should end inside the band."
+        f"{what} The dashed line is the forecast of the last planned step, made at each look; 9 of "
+        "10 runs should end inside the band."
     )
 
 

@@ -22,7 +22,7 @@ _WORDS = {"gain": "gain", "forgetting": "mean forgetting"}
 
 
 def past_runs(record: dict[str, Any], outcomes: Iterable[Outcome]) -> list[Outcome]:
-    """Of the outcomes those to set this run beside, by the rules of the forecaster.
+    """The outcomes to compare this run with, by the rules of the forecaster.
 
     Complete runs of the very same weights, each once, with a measure; not the run itself. IIMM does
     not compare across models, so runs of others, from which a forecast may have to be made, are not
@@ -197,7 +197,7 @@ def _told(name: str, runs: Sequence[Outcome], same: Sequence[Outcome], line: Lin
 
 
 def ceiling_note(record: dict[str, Any]) -> str:
-    """What to say where there is next to nothing to gain; empty elsewhere."""
+    """A note if there is almost nothing to gain; empty otherwise."""
     accuracy = record["looks"][0][keys.ACCURACY]
     if accuracy <= NEAR_CEILING:
         return ""

@@ -209,7 +209,7 @@ def _size(fraction: float | None) -> str:
 
 
 def _table(title: str, *columns: str, whole: str = "") -> Table:
-    """Words to the left, numbers to the right and never broken; if given, `whole` alone is not."""
+    """Words left, numbers right and unbroken; if `whole` is given, only that column is unbroken."""
     table = Table(title=title, width=_WIDTH)
     for column in columns:
         words = column in _LEFT

@@ -270,7 +270,7 @@ class _Console(Console):
 
 
 def score_name(metrics: Mapping[str, str], *tasks: str) -> str:
-    """What the score of these tasks is called: "zero-shot accuracy", or metrics of their own.
+    """Name of the score of these tasks: "zero-shot accuracy", or their own metrics.
 
     Args:
         metrics: Task name -> what stands in for accuracy there, as a record's ``metrics``.
@@ -285,7 +285,7 @@ def score_name(metrics: Mapping[str, str], *tasks: str) -> str:
 
 
 def own_metric(metrics: Mapping[str, str], task: str) -> str:
-    """What follows the name of a task: its metric in brackets, nothing where that is accuracy."""
+    """Suffix of a task's name: its metric in brackets; empty for accuracy."""
     metric = metrics.get(task, "accuracy")
     return "" if metric == "accuracy" else f" ({printable(metric)})"
 

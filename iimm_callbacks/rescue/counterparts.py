@@ -19,7 +19,7 @@ from ..models.wrappers import adapter_ids, bare_name, find_dual_encoder
 
 @dataclass(frozen=True)
 class Kept:
-    """The untouched values of what trains, on the CPU: all that training can have changed.
+    """The untouched values of the weights that train, on the CPU.
 
     Attributes:
         weights: Name within the dual encoder, without wrappers -> value.
@@ -76,7 +76,7 @@ class Weight:
 
 
 def core_of(model: nn.Module) -> nn.Module:
-    """The dual encoder in a model; where there is none that is known, all of it."""
+    """The dual encoder in a model; all of the model if no encoder is known."""
     try:
         return find_dual_encoder(model)  # type: ignore[no-any-return]
     except ValueError:
@@ -99,7 +99,7 @@ def weights_of(core: nn.Module) -> list[Weight]:
 
 
 def state_of(state: Mapping[str, Any], core: nn.Module) -> dict[str, Tensor]:
-    """A state dict by the names within a dual encoder; what is around that is left out.
+    """A state dict with names relative to the dual encoder; other entries are left out.
 
     Args:
         state: Of the dual encoder, whatever wraps it.

@@ -76,7 +76,7 @@ def measure_mixes(looks: Mapping[float, Look], limits: Limits) -> list[Mix]:
 
 
 def held_out(looks: Mapping[float, Look], limits: Limits) -> Mix:
-    """What choosing is worth on images that had no part in it, by ten-fold cross-validation.
+    """The result of choosing, on held-out images, by ten-fold cross-validation.
 
     Args:
         looks: As `measure_mixes`.

@@ -143,7 +143,7 @@ def needs_untouched(model: nn.Module) -> bool:
 
 
 def keep_untouched(model: nn.Module) -> Kept:
-    """What a later `Mixture` needs of the model before training; take it before the first step.
+    """The parts of the model that a later `Mixture` needs; call it before the first step.
 
     It takes as much memory, on the CPU, as what trains and the floating-point buffers; of several
     ranks on each.

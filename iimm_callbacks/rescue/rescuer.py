@@ -1,4 +1,4 @@
-"""`on_exceed="rescue"`: the untouched weights kept from a run's first step on, for its end."""
+"""`action="rescue"`: keeps the untouched weights from before the first step until the end."""
 
 from __future__ import annotations
 
@@ -123,7 +123,7 @@ class Rescuer:
 
 
 def rescue_at_end(rescue: Callable[[], Rescue], rescuer: Rescuer, *, strict: bool) -> None:
-    """Rescue a model whose training is over; where that fails it is as trained, with a warning.
+    """Rescue a model after training; if that fails it stays as trained, with a warning.
 
     Args:
         rescue: Rescues it, see `IIMMMonitor.rescue`.
@@ -148,7 +148,7 @@ def rescue_at_end(rescue: Callable[[], Rescue], rescuer: Rescuer, *, strict: boo
 
 
 def is_exceeded(row: dict[str, Any], limits: Limits) -> bool:
-    """Whether a look's observed forgetting is over the limit, its sampling error or not.
+    """Whether a look's observed forgetting is over the limit, whatever its sampling error.
 
     Args:
         row: Of the look, see `keys.look_row`.

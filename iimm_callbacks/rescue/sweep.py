@@ -156,7 +156,7 @@ def sweep(
     keep_tuned: Path | None = None,
     apply: bool = True,
 ) -> Rescue:
-    """`rescue` with a probe that is there already.
+    """`rescue` with an existing probe.
 
     Args:
         model: As `rescue`.

@@ -1,1 +1,1 @@
-"""The Trainer callback, and what is peculiar to the Trainer."""
+"""The Trainer callback, and what only the Trainer has."""

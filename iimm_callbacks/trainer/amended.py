@@ -1,4 +1,4 @@
-"""What `Trainer.create_model_card` and `push_to_hub` write, amended before anyone sees it."""
+"""Adds our section to what `Trainer.create_model_card` and `push_to_hub` write."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ..models.wrappers import find_dual_encoder
 
 
 def amend_cards(trainer: Any, key: str, amend: Callable[[Path], None]) -> None:
-    """Have every card that this Trainer writes amended, and so what `push_to_hub` uploads.
+    """Amend every card that this Trainer writes, and so what `push_to_hub` uploads.
 
     `Trainer.create_model_card` writes the whole ``README.md`` anew, `push_to_hub` calls it right
     before the upload, and no hook of a callback lies between the two (transformers 4.57 and 5.23;

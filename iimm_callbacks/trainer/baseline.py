@@ -1,4 +1,4 @@
-"""What a run's gain and forgetting count from, checked and said."""
+"""The baseline from which a run's gain and forgetting count."""
 
 from __future__ import annotations
 

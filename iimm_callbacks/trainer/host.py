@@ -1,4 +1,4 @@
-"""What the Trainer knows and does not hand its callbacks."""
+"""What the Trainer knows and does not pass to its callbacks."""
 
 from __future__ import annotations
 
@@ -153,7 +153,7 @@ def autocast_dtype(args: TrainingArguments) -> torch.dtype | None:
 
 
 def recipe(args: TrainingArguments, state: TrainerState) -> dict[str, Any]:
-    """What is worth knowing of a run's settings years later, JSON-ready."""
+    """The settings of a run to save, JSON-ready."""
     # `auto_find_batch_size` may have come to another one than was asked for.
     batch_size = getattr(state, "train_batch_size", None) or args.train_batch_size
     return {

@@ -1,4 +1,4 @@
-"""What a guarded run of the Trainer does at its hooks: measure, log, warn, stop, remember."""
+"""A guarded run of the Trainer, hook by hook: measure, log, warn, stop, remember."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ logger = get_logger(__name__)
 
 
 class GuardedRun(Settings):
-    """The doings of `IIMMCallback`, which has the settings and the hooks."""
+    """What the hooks of `IIMMCallback` call."""
 
     def __init__(self) -> None:
         self.monitor: IIMMMonitor | None = None

@@ -27,7 +27,7 @@ FORMER = {
 
 
 class Settings:
-    """What a run is guarded by."""
+    """The settings of a guarded run."""
 
     task: Task
     off_target: list[Task] | None
@@ -51,7 +51,7 @@ class Settings:
 
 
 def pick(given: Mapping[str, Any], *names: str) -> dict[str, Any]:
-    """What of these names is there."""
+    """The entries with these names."""
     return {name: given[name] for name in names if name in given}
 
 

@@ -225,7 +225,7 @@ def test_metrics_are_called_by_their_names(tmp_path, page):
     for words in (
         "recall@5 97.0 % 25.0 % on the task being learnt",
         "Recall@5 is 97.0 %: so near the ceiling",
-        "What recall@5 on the task being learnt has risen by",
+        "Rise of recall@5 on the task since before training.",
         "Mean drop of zero-shot accuracy or macro f1 over the off-target tasks",
         "[v2] (macro f1) 75.0 % 75.0 %",
         "Gain: recall@5 on the task now",

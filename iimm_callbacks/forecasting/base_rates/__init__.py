@@ -1,4 +1,4 @@
-"""What fine-tuning CLIP did to other people: published accuracies, as outcomes without an IIMM.
+"""Published fine-tunes of CLIP: their accuracies, as outcomes without an IIMM.
 
 They say what is usual before anything was run here, and are *not* runs of your recipe; SOURCE.md
 names where they come from. Nothing here touches the network.
