@@ -221,10 +221,7 @@ def _measure(
     store: Path | None = None,
 ) -> _Measured:
     """The measure; with a plan, and the forecast of each method from the saved runs."""
-    check_name(subject.model, "MODEL")
-    check_name(subject.dataset, "DATASET", is_model=False)
-    if subject.train is not None:
-        check_name(subject.train, "--train", is_model=False)
+    _check_names(subject)
     record = [] if plan is None else _record(subject, store)
     _check_methods(methods, record)
     from ..forecasting.forecaster import Forecaster
@@ -267,6 +264,13 @@ def _measure(
     }
     rows = {method: _row(expected, plan) for method, expected in forecasts.items()}
     return _Measured(data | {"limits": asdict(plan.limits()), "forecasts": rows}, forecasts)
+
+
+def _check_names(subject: Subject) -> None:
+    check_name(subject.model, "MODEL")
+    check_name(subject.dataset, "DATASET", is_model=False)
+    if subject.train is not None:
+        check_name(subject.train, "--train", is_model=False)
 
 
 def _open(subject: Subject) -> tuple[Task, str | None, Any, Probe]:

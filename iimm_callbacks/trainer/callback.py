@@ -76,8 +76,8 @@ class IIMMCallback(GuardedRun, TrainerCallback):  # type: ignore[misc]  # transf
             steps, a fraction, ``"epoch"`` or ``"evaluate"``. The last step always has a look.
         outcomes: The saved runs that the forecast learns from, and where this run's outcome goes.
             ``"default"``: the store in the user's cache folder, see `store.default_store`; a path:
-            that JSON-lines file, read and added to; `Outcome` records or a `datasets.Dataset` of
-            them: learn from these and save nothing; ``None``: neither. Without any run the limit
+            that JSON-lines file, made if it is missing; `Outcome` records or a `datasets.Dataset`
+            of them: learn from these and save nothing; ``None``: neither. Without any run the limit
             applies to what is observed, and to what that makes likely for the end.
         max_overhead: Share of the wall time that looks may take, without the last one: they show
             fewer images to stay within it, see `guard.pace`; with a limit, six looks are taken
