@@ -13,7 +13,7 @@ data set raised may be missing. Exits with 1 if anything else was lost. Five min
 
             101 runs, 209 processes, 301 seconds
     ┏━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━┳━━━━━━━┓
-    ┃ what befell them                          ┃ times ┃
+    ┃ what happened to them                     ┃ times ┃
     ┡━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━╇━━━━━━━┩
     │ SIGKILL                                   │ 85    │
     │ started again after its end               │ 8     │
@@ -287,7 +287,7 @@ def fork(function, log):
     except BaseException:
         traceback.print_exc()
     finally:
-        gc.collect()  # a run that was broken off saves itself
+        gc.collect()  # a run that failed saves itself
         sys.stdout.flush()
         os._exit(code)
 
@@ -318,7 +318,7 @@ def cut_short(folder, rng):
 
 
 class Soak:
-    """Runs, what befell them, and what was lost by it."""
+    """Runs, what happened to them, and what was lost by it."""
 
     def __init__(self, folder, seed):
         self.world = World()
@@ -416,7 +416,7 @@ class Soak:
     def report(self, seconds):
         counts, console = self.counts, Console(width=96)
         title = f"{counts['runs']} runs, {counts['attempts']} processes, {seconds:.0f} seconds"
-        table = Table("what befell them", "times", title=title)
+        table = Table("what happened to them", "times", title=title)
         for kind in (KILL, LATE, CUT, UNREADABLE, *FAULTS):
             table.add_row(kind, str(counts[kind]))
         console.print(table)

@@ -1,7 +1,7 @@
 """Every model family under every fine-tuning method: real guarded Trainer runs of tiny models.
 
 What each cell came to is in `matrix.json`, and in the table of models/README.md. A cell that comes
-to something else fails; `pytest tests/test_matrix.py --record-matrix` records anew.
+to something else fails; `pytest tests/test_matrix.py --record-matrix` records again.
 """
 
 import contextlib

@@ -1,6 +1,6 @@
 """The notebook that tells the story: it runs top to bottom, and what it shows is what it prints.
 
-After a change: `python tests/test_notebook.py` runs it and stores its output anew. That needs no
+After a change: `python tests/test_notebook.py` runs it and stores its output again. That needs no
 Jupyter: cells are plain Python, run one after another in one namespace, and a figure is shown by
 `plt.show()`.
 """
@@ -131,7 +131,7 @@ def test_it_runs_and_shows_what_is_stored(tmp_path, pytestconfig):
     assert process.returncode == 0, process.stderr[-3000:]
     again = json.loads(written.read_text(encoding="utf-8"))
     stored = load()
-    assert shown(again) == shown(stored), "run `python tests/test_notebook.py` to store it anew"
+    assert shown(again) == shown(stored), "run `python tests/test_notebook.py` to store it again"
     # Before training numbers are the same everywhere, but for rounding.
     assert measured(again) == pytest.approx(measured(stored), abs=0.02)
 

@@ -79,3 +79,15 @@ def test_the_commands_of_the_readme_exist_and_none_is_missing():
     section = (ROOT / "README.md").read_text().split("## Commands\n")[1].split("\n## ")[0]
     told = set(re.findall(r"^iimm (\w+)", section, re.MULTILINE))
     assert told == set(typer.main.get_command(cli.app).commands)
+
+
+def test_the_figures_of_the_readme_are_those_of_the_grade():
+    grades = (ROOT / "examples" / "study" / "GRADES.txt").read_text(encoding="utf-8")
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    rows = [line.split("│") for line in grades.splitlines() if line.count("│") >= 4]
+    (sample,) = (row[2] for row in rows if row[1].strip().startswith("gain, all methods, none of"))
+    (published,) = (row[2] for row in rows if row[1].strip().startswith("26 published pairs"))
+    assert (
+        f"gain forecast was {float(sample):.1f} points off on the sample and "
+        f"{float(published.split()[0]):.1f} on published runs" in readme
+    )

@@ -303,7 +303,7 @@ def main() -> None:
     splits = pictures.held_out(flags, test=0.55, train=0.45)
     tasks["flag_regions"] = picture_tasks(flags, splits, "flag_regions")
 
-    # Characters are drawn anew with fonts of another split; only copied files can leak.
+    # Characters are drawn again with fonts of another split; only copied files can leak.
     copied = ("emoji_groups", "clipart_folders", "flag_regions")
     both = {f"{n}/{s}": rows for n in copied for s, rows in tasks[n].items()}
     drop_near_copies(into, both)

@@ -48,7 +48,7 @@ class Settings:
 def unit_embeddings(model, task):
     """The task's image embeddings as the model classifies them, of length 1, and their labels."""
     encoder = find_encoder(model, sample.load_processor())
-    positions = task.subset()  # the very images of the measurement; here the whole split
+    positions = task.subset()  # the images of the measurement; here the whole split
     with undisturbed(model):
         embeds = encoder.embed_images(model, encoder.preprocess(task.images(positions)))
     embeds = embeds.double().numpy()  # [N, D]

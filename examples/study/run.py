@@ -5,7 +5,7 @@
 Every task x full, BitFit, attention-weight tuning, LoRA and CLIP-Adapter, 100 steps each: two seeds
 at a gentle learning rate and one at three times that, probed on all the other tasks by the guard's
 default schedule. It can be stopped and started again: runs in the file are skipped. What ships as
-`sample.load_outcomes()` was made by this very command; `report.py` and `grade.py` read it.
+`sample.load_outcomes()` was made by this command; `report.py` and `grade.py` read it.
 """
 
 import logging

@@ -11,10 +11,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, metadata, packages_distributions, version
 from typing import Any
 
+import typer
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from rich.table import Table
 
+from .. import __version__
 from .shell import Answer
 
 _PACKAGE = "iimm_callbacks"
@@ -38,6 +40,9 @@ def doctor() -> Answer:
 
     Exit code 1 if something is wrong. A missing extra is not.
     """
+    system = f"{platform.system()} {platform.machine()}"
+    about = f"iimm_callbacks {__version__}, Python {platform.python_version()}, {system}"
+    typer.echo(about, err=True)  # before torch and transformers are imported, which takes seconds
     importlib.invalidate_caches()
     modules = _modules()
     packages = [
@@ -48,7 +53,7 @@ def doctor() -> Answer:
     problems = [*package_problems(packages), *store["problems"]]
     data = {
         "python": platform.python_version(),
-        "system": f"{platform.system()} {platform.machine()}",
+        "system": system,
         "packages": packages,
         "missing_extras": _missing_extras(packages),
         "devices": devices,

@@ -20,7 +20,7 @@ def read_labels(
 ) -> tuple[list[Any], tuple[str, ...] | None]:
     """A task's labels as class indices and names of classes; or tuples of captions and None.
 
-    Strings are names of classes where each is there twice or more on the average, or where names
+    Strings are names of classes where each is there twice or more on average, or where names
     are known; else they are captions.
 
     Args:
@@ -85,7 +85,7 @@ def _several(name: str, position: int, captions: Any) -> tuple[str, ...]:
 
 
 def are_classes(labels: Sequence[str]) -> bool:
-    """Whether strings are names of classes, not captions: each is there twice on the average."""
+    """Whether strings are names of classes, not captions: each is there twice on average."""
     return 1 < len(set(labels)) <= len(labels) / 2
 
 

@@ -186,7 +186,7 @@ def as_metric(
         kwargs: Keyword arguments of each call.
         key: Of the score in what it gives.
         task: Name of the task, for errors.
-        n_classes: C; of captions, how many of them the probe may show at the most.
+        n_classes: C; of captions, how many of them the probe may show at most.
 
     Raises:
         TypeError: `metric` is none of what it may be, or `kwargs` is no dict.

@@ -45,8 +45,8 @@ def read_stream(
         stream: A `datasets.IterableDataset`; it may be endless.
         image: Its column of images.
         label: Its column of labels, or captions.
-        size: Examples kept at the most.
-        first: Examples read at the most.
+        size: Examples kept at most.
+        first: Examples read at most.
         seed: Of the draw.
 
     Returns:
@@ -91,7 +91,7 @@ def draw_balanced(
 
     Args:
         examples: Pairs of anything and a class.
-        size: Pairs drawn at the most.
+        size: Pairs drawn at most.
         seed: Of the numbers.
         captions: Whether of strings the first of each only may be drawn.
 

@@ -209,7 +209,7 @@ class Task:
     def subset(self, default_size: int = TASK_PROBE_SIZE) -> list[int]:
         """Positions of the probe's images: seeded, class-balanced, in a random order.
 
-        Classes take turns, so their counts differ by one at the most unless a class runs out.
+        Classes take turns, so their counts differ by one at most unless a class runs out.
         For captions every distinct caption counts once, since the second image of a caption would
         make a right text a "wrong" one.
 

@@ -148,7 +148,7 @@ def _same_task(
     """By how much other runs on a run's own task were above the mean of their methods.
 
     What another method did on the same task is the best predictor there is of gain; better still
-    what this very method did. Those runs alone are taken where the task was learnt by it before,
+    what this method did. Those runs alone are taken where the task was learnt by it before,
     and enough other tasks were learnt twice by one method for the error of doing so to be known.
     """
     tasks = np.array([task_key(o) for o in rows], dtype=str)

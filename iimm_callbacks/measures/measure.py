@@ -261,7 +261,7 @@ def drift_bound(
     text_embeds_after: ArrayLike,
     labels: ArrayLike,
 ) -> float:
-    """How far IIMM can have moved at the most: ``|ΔIIMM| ≤ d + (d + e)/2``.
+    """How far IIMM can have moved at most: ``|ΔIIMM| ≤ d + (d + e)/2``.
 
     ``d`` is the mean of ``‖x'_i - x_i‖`` over images, ``e`` the mean of ``‖t'_c - t_c‖`` over
     (image, wrong class) pairs, all embeddings normalised. It follows from the Wasserstein bound of

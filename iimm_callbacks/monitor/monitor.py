@@ -178,7 +178,7 @@ class IIMMMonitor(Measured):
         settings = dict_of(anything)(dict(recipe or {}), "recipe")  # a file must be able to hold it
         journal = resumed or self._first_look(model, untouched, n_outcomes)
         seconds = time.perf_counter() - began
-        if not journal.history:  # maybe tried anew with other settings
+        if not journal.history:  # maybe tried again with other settings
             journal.start = replace(journal.start, recipe=journal.start.recipe | settings)
         elif isinstance(steps := settings.get("steps"), int) and steps > 0:
             journal.plan(steps)

@@ -45,7 +45,7 @@ class Probe:
         encode: See `encoders.find_encoder`.
         batch_size: Images in one forward pass; halved where memory does not suffice.
         cache_limit: Bytes of preprocessed images kept in memory on each rank; what is beyond it
-            is preprocessed anew at each look.
+            is preprocessed again at each look.
         progress: Show a progress bar while preprocessing for the first time.
         train: What the run trains on, for the linear probe; ``None``: it is cross-validated.
 
@@ -99,7 +99,7 @@ class Probe:
 
         Raises:
             ValueError: No encoder or processor for the model, fewer than two images of a task can
-                be read, or an off-target task holds the very images of the task.
+                be read, or an off-target task holds the images of the task itself.
             RuntimeError: Another rank failed.
         """
         if self._share is not None:

@@ -95,7 +95,7 @@ class Share:
     prompt: Any
 
     def inputs(self, batch: Batch) -> Any:
-        """The images of a batch as model inputs, read anew where they are not in memory.
+        """The images of a batch as model inputs, read again where they are not in memory.
 
         Raises:
             ValueError: One cannot be read any more.

@@ -159,7 +159,7 @@ class Journaled:
         """Go on from a checkpoint's `state_dict`: call it before `begin`.
 
         The baseline is the recorded one; a half-trained model is never taken for it. Runs that
-        ended since are not learnt from, so the verdicts are those of a run in one piece.
+        ended since are not learnt from, so the verdicts are those of an uninterrupted run.
 
         Raises:
             ValueError: It is not what `state_dict` gave; the message names the field.

@@ -53,7 +53,7 @@ def write_report(
         folder: Where to write; made if it does not exist. Pictures of an earlier report there are
             replaced, or removed where this run has none.
         outcomes: Past runs to set this one beside, of any model: those of its model are shown, see
-            `past.past_runs`. The forecast is not made anew from them.
+            `past.past_runs`. The forecast is not made again from them.
 
     Returns:
         Path of the page.

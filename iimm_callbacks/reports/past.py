@@ -24,7 +24,7 @@ _WORDS = {"gain": "gain", "forgetting": "mean forgetting"}
 def past_runs(record: dict[str, Any], outcomes: Iterable[Outcome]) -> list[Outcome]:
     """The outcomes to compare this run with, by the rules of the forecaster.
 
-    Complete runs of the very same weights, each once, with a measure; not the run itself. IIMM does
+    Complete runs of the same weights, each once, with a measure; not the run itself. IIMM does
     not compare across models, so runs of others, from which a forecast may have to be made, are not
     among them.
 

@@ -148,7 +148,7 @@ def counterparts(
             more = f" and {len(names) - 1} more" if len(names) > 1 else ""
             raise ValueError(
                 f"`base` must have the weights of `model`, but {problem} {names[0]!r}{more}; give "
-                "the very model that was fine-tuned"
+                "the model that was fine-tuned"
             )
     for weight in weights:
         known = [theirs[name] for name in weight.names if name in theirs]

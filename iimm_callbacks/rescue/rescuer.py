@@ -53,7 +53,7 @@ class Rescuer:
         Args:
             model: The untouched model, ready to be trained.
             will_save: Whether checkpoints will be written, from which it could be resumed.
-            kept: Where the model has been trained in a run that was broken off: that run's.
+            kept: Where the model has been trained in a run that failed: that run's.
 
         Raises:
             OSError: The file cannot be written.

@@ -41,7 +41,7 @@ class Rescue:
         held_out: What choosing in this way is worth on images that had no part in it: of each
             tenth of the probe's images the mix that the other nine tenths would choose; its
             `alpha` is the mean of theirs. **The chosen row of `mixes` flatters**, because it was
-            chosen for its numbers on those very images.
+            chosen for its numbers on those images.
         limits: The limit chosen under.
         n_tensors: How many weights were mixed.
         applied: Whether the model was left with the mix chosen.

@@ -16,7 +16,7 @@ from ..models.wrappers import find_dual_encoder
 def amend_cards(trainer: Any, key: str, amend: Callable[[Path], None]) -> None:
     """Amend every card that this Trainer writes, and so what `push_to_hub` uploads.
 
-    `Trainer.create_model_card` writes the whole ``README.md`` anew, `push_to_hub` calls it right
+    `Trainer.create_model_card` rewrites the whole ``README.md``, `push_to_hub` calls it right
     before the upload, and no hook of a callback lies between the two (transformers 4.57 and 5.23;
     `on_push_begin` comes before both): so the method is wrapped, on this Trainer alone.
 

@@ -53,7 +53,7 @@ def earlier_journal(
     Args:
         model: As training begins.
         key: Under which checkpoints keep the guard's state.
-        before: Of the run that trained this very module before, in this process.
+        before: Of the run that trained this module before, in this process.
         ended_as: Fingerprint of the model when that run ended.
     """
     if before is not None and before.looked_at > 0 and model_fingerprint(model) == ended_as:

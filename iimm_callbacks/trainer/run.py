@@ -58,11 +58,11 @@ class GuardedRun(Settings):
     ) -> None:
         """Measure the untouched model, or take its numbers from where it was measured.
 
-        `first_try` is the monitor of a run of this model that was broken off, `before` of one that
+        `first_try` is the monitor of a run of this model that failed, `before` of one that
         has ended.
         """
         model = kwargs["model"]
-        # `auto_find_batch_size` tries anew with the model as it was when memory ran out, and so
+        # `auto_find_batch_size` tries again with the model as it was when memory ran out, and so
         # does a user after an exception: its baseline stays that of the first try.
         if first_try is not None and first_try.probe.task is not self.task:
             first_try = None

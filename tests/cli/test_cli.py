@@ -1143,3 +1143,21 @@ def test_a_column_of_a_folder_of_images_is_refused(model, colours, tmp_path):
             colours[i]["image"].save(tmp_path / "data" / name / f"{i}.png")
     said = fails("measure", model, tmp_path / "data", "--label-column", "nolabel")
     assert "`label_column` of task 'data' must be left out, got 'nolabel'" in said
+
+
+def test_the_first_line_of_doctor_comes_before_torch():
+    code = """
+import sys
+class Watch:
+    def find_spec(self, name, *_):
+        if name == "torch":
+            print("importing torch", file=sys.stderr)
+sys.meta_path.insert(0, Watch())
+from iimm_callbacks.cli import main
+sys.argv = ["iimm", "doctor"]
+main()
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    lines = done.stderr.splitlines()
+    assert lines[0].startswith(f"iimm_callbacks {iimm_callbacks.__version__}, Python 3.")
+    assert "importing torch" in lines[1:]

@@ -1,4 +1,4 @@
-"""What is kept of frozen parts equals what is computed anew, and is dropped when it must be."""
+"""What is kept of frozen parts equals what is computed again, and is dropped when it must be."""
 
 import copy
 
@@ -227,6 +227,6 @@ def test_training_embeds_the_prompts_of_a_frozen_text_tower_once(
         output = classifier(**inputs)
         assert counter.pop()["texts"] == texts
         output["loss"].backward()
-        anew = copy.deepcopy(classifier)(**inputs)
-        assert torch.equal(output["logits"], anew["logits"])
+        again = copy.deepcopy(classifier)(**inputs)
+        assert torch.equal(output["logits"], again["logits"])
         counter.pop()

@@ -100,7 +100,7 @@ def test_the_trainers_own_training_set_is_found(make_trainer, colours, colour_ta
     guard = IIMMCallback(colour_task, [], max_forgetting=None, outcomes=None, verbose=False)
     make_trainer([guard], max_steps=1).train()
     found = guard.monitor.record()["linear_probe"]
-    # make_trainer trains on the very images that the task is probed on
+    # make_trainer trains on the same images that the task is probed on
     assert guard.outcome.n_train == len(colours)
     assert "as they are probe images" in found["note"] or "cross-validated" in found["note"]
 

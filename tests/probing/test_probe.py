@@ -196,10 +196,10 @@ def test_every_look_shows_the_same_images(tiny_clip, make_probe):
 
 def test_preprocessing_anew_gives_bit_equal_results(tiny_clip, make_probe):
     model = tiny_clip()
-    cached, anew = make_probe(), make_probe(cache_limit=0)
-    assert_same_look(cached.look(model, 0), anew.look(model, 0))
-    assert_same_look(cached.look(model, 1), anew.look(model, 1))
-    assert cached.fingerprints == anew.fingerprints
+    cached, again = make_probe(), make_probe(cache_limit=0)
+    assert_same_look(cached.look(model, 0), again.look(model, 0))
+    assert_same_look(cached.look(model, 1), again.look(model, 1))
+    assert cached.fingerprints == again.fingerprints
 
 
 def test_without_cache_images_are_read_at_every_look_and_with_it_once(
