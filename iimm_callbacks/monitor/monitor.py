@@ -25,7 +25,7 @@ from ..probing import ranks
 from ..probing.learnable import TrainingSet
 from ..probing.probe import Probe
 from ..records.checks import anything, dict_of
-from ..records.former import check_former
+from ..records.former import check_former, pick
 from ..records.ledger import Ledger, Past
 from ..records.log import get_logger
 from ..records.outcomes import Outcome
@@ -135,7 +135,7 @@ class IIMMMonitor(Measured):
         )
         limits = Limits.of(former.get("limits", max_forgetting))
         pace = Pace(every, max_overhead, guarded=limits.max_forgetting is not None)
-        past = Past.of(outcomes, **{k: former[k] for k in former if k == "store"})
+        past = Past.of(outcomes, **pick(former, "store"))
         super().__init__(probe, limits, pace, Ledger(past.store, run_file), past.runs)
         self.verbose = verbose
         self.named = [t.name for t in off_target] if is_named else []
@@ -346,5 +346,5 @@ class IIMMMonitor(Measured):
         outcome = self._keep(self.ended, complete)
         self._ledger.close()
         self._say(lambda: summary_table(self.record()))
-        self._say(lambda: saved_lines(self._ledger.run_file, self._ledger.path))
+        self._say(lambda: saved_lines(*self._ledger.saved))
         return outcome

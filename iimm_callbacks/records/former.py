@@ -26,3 +26,8 @@ def check_former(call: str, given: Mapping[str, Any], advice: Mapping[str, str])
             FutureWarning,
             stacklevel=3,
         )
+
+
+def pick(given: Mapping[str, Any], *names: str) -> dict[str, Any]:
+    """The entries with these names, of those that are there."""
+    return {name: given[name] for name in names if name in given}

@@ -42,7 +42,7 @@ class Past:
         runs = None if is_store else as_outcomes(outcomes)
         if "store" in former:
             default = outcomes is None or (isinstance(outcomes, str) and outcomes == "default")
-            return cls(None if default else runs or outcomes, former["store"])
+            return cls(None if default else outcomes if is_store else runs, former["store"])
         if outcomes is None:
             return cls([], None)
         return cls(runs, outcomes if is_store else None)  # type: ignore[arg-type]  # a path
@@ -63,7 +63,7 @@ class Ledger:
     def __init__(self, store: str | Path | None, run_file: str | Path | None = None) -> None:
         self.path = default_store() if store == "default" else Path(store) if store else None
         self.run_file = None if run_file is None else Path(run_file)
-        self._begun = self._warned = False
+        self._begun = self._warned = self._is_written = self._is_stored = False
         self._drafts: list[Outcome] = []
         self._finalizer = weakref.finalize(self, _write, self.path, self._drafts, os.getpid())
 
@@ -91,25 +91,36 @@ class Ledger:
                 sweep(self.run_file)
             self._begun = True
             save_run(record, self.run_file)
+            self._is_written = True
         except (OSError, ValueError) as error:
+            self._is_written = False
             if not self._warned:
                 logger.warning("The run file %s is not up to date: %s", self.run_file, error)
             self._warned = True
 
     def close(self) -> None:
         """Write the draft."""
-        self._finalizer()
+        self._is_stored = bool(self._finalizer()) or self._is_stored  # it runs once
+
+    @property
+    def saved(self) -> tuple[Path | None, Path | None]:
+        """The run file and the store, each only if it has the run; after `close`."""
+        run_file = self.run_file if self._is_written else None
+        return run_file, self.path if self._is_stored else None
 
     def drop(self) -> None:
         """Forget the draft: another ledger goes on with the run."""
         self._drafts.clear()
 
 
-def _write(path: Path | None, drafts: list[Outcome], pid: int) -> None:
+def _write(path: Path | None, drafts: list[Outcome], pid: int) -> bool:
+    """Whether the outcome is in the store now."""
     forked = os.getpid() != pid  # a data loader's worker has a copy of this ledger
     if path is None or not drafts or forked:
-        return
+        return False
     try:
         append_outcome(path, drafts[0])
     except (OSError, ValueError) as error:
         logger.warning("The outcome of this run was not saved: %s", error)
+        return False
+    return True

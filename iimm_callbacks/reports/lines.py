@@ -8,10 +8,17 @@ from typing import Any
 from rich.table import Table
 
 from ..records import keys
-from .terminal import forecast_in, interval, level_words, page, percent, points, score_name
-
-_FEW = 4  # off-target tasks that are named
-_WIDTH = 96
+from .terminal import (
+    FEW,
+    WIDTH,
+    forecast_in,
+    interval,
+    level_words,
+    page,
+    percent,
+    points,
+    score_name,
+)
 
 
 def preflight_lines(record: dict[str, Any], plan: str) -> str:
@@ -26,7 +33,7 @@ def preflight_lines(record: dict[str, Any], plan: str) -> str:
     """
     row, forecast = record["looks"][0], record["forecast"]
     grid = Table.grid(padding=(0, 2))
-    grid.width = _WIDTH
+    grid.width = WIDTH
     grid.add_column(no_wrap=True)
     grid.add_column()
     score = score_name(record.get("metrics", {}), record["task"], *record["off_target"])
@@ -79,7 +86,7 @@ def _accuracies(record: dict[str, Any], row: dict[str, Any]) -> str:
     before = {name: row[keys.accuracy_key(name)] for name in record["off_target"]}
     if not before:
         return f"{text}; no off-target task"
-    if len(before) <= _FEW:
+    if len(before) <= FEW:
         return f"{text}; off target: " + ", ".join(f"{n} {percent(a)}" for n, a in before.items())
     mean = percent(sum(before.values()) / len(before))
     return f"{text}; off target: {mean}, the mean of {len(before)} tasks"

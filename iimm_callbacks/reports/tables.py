@@ -7,9 +7,8 @@ from typing import Any
 
 from rich.table import Table
 
-from .terminal import forecast_lines, interval, level_words, page, percent, points
+from .terminal import WIDTH, forecast_lines, interval, level_words, page, percent, points
 
-_WIDTH = 96
 _QUANTITIES = {"gain": "gain", "forgetting": "mean forgetting", "worst": "worst forgetting"}
 _LEAST_SHARE = 0.1  # of a predictor that is named
 _LEFT = ("measured", "meaning", "method", "forecast of", "model", "task", "ended", "policy")
@@ -149,7 +148,7 @@ def _evidence(rows: dict[str, Any], names: dict[str, str]) -> Table:
     narrow = ("error", "plain mean", "zero- shot", "in 90 %", "runs/ tasks")
     table = Table(
         title="What they rest on: mean error in points, task left out (borrowed: model)",
-        width=_WIDTH,
+        width=WIDTH,
     )
     table.add_column("method")
     table.add_column("of")
@@ -210,15 +209,12 @@ def _size(fraction: float | None) -> str:
 
 def _table(title: str, *columns: str, whole: str = "") -> Table:
     """Words left, numbers right and unbroken; if `whole` is given, only that column is unbroken."""
-    table = Table(title=title, width=_WIDTH)
+    table = Table(title=title, width=WIDTH)
     for column in columns:
         words = column in _LEFT
         fixed = column == whole if whole else not words
         table.add_column(column, justify="left" if words else "right", no_wrap=fixed)
     return table
-
-
-_WIDTH = 96
 
 
 def rescue_table(rescue: dict[str, Any], task: str, score: str = "accuracy") -> str:
@@ -232,7 +228,7 @@ def rescue_table(rescue: dict[str, Any], task: str, score: str = "accuracy") -> 
     Returns:
         Plain text, at most 96 columns; points, with standard errors.
     """
-    table = Table(title=f"Rescue: {task}, untouched (α 0) to fine-tuned (α 1)", width=_WIDTH)
+    table = Table(title=f"Rescue: {task}, untouched (α 0) to fine-tuned (α 1)", width=WIDTH)
     for column in ("α", score, "gain", "forgot, mean", "forgot, worst", "worst task", ""):
         words = column in ("worst task", "")
         table.add_column(column, justify="left" if words else "right", no_wrap=True)

@@ -20,8 +20,8 @@ from rich.text import Text
 
 from ..records import keys
 
-_WIDTH = 96
-_FEW = 4  # off-target tasks that are named
+WIDTH = 96
+FEW = 4  # off-target tasks that are named
 _LEVELS = {"continue": "ok", "warn": "warn", "stop": "over the limit"}
 # What moves the cursor, ends a line, turns the writing direction or is half a character.
 _UNPRINTABLE = re.compile(
@@ -39,9 +39,7 @@ def preflight_table(record: dict[str, Any]) -> str:
         Plain text, at most 96 columns.
     """
     row = record["looks"][0]
-    table = Table(
-        title=f"IIMM before training: {record['task']} ({record['method']})", width=_WIDTH
-    )
+    table = Table(title=f"IIMM before training: {record['task']} ({record['method']})", width=WIDTH)
     table.add_column("measured", no_wrap=True)
     table.add_column("value", justify="right", no_wrap=True)
     table.add_column("meaning")
@@ -84,7 +82,7 @@ def forecast_lines(forecast: dict[str, Any]) -> list[str]:
     """
     notes = [note for note in forecast["notes"] if note not in forecast["basis"]]
     sentences = [words[:1].upper() + words[1:] for words in (forecast["basis"], *notes)]
-    lines = wrap(printable(". ".join(sentences)) + ".", _WIDTH)
+    lines = wrap(printable(". ".join(sentences)) + ".", WIDTH)
     for name, found in forecast["evidence"].items():
         predictors = [f"{k} {v:.0%}" for k, v in found["predictors"].items() if v >= 0.1]
         simpler = (("error_of_mean", "predicting the mean"),
@@ -101,7 +99,7 @@ def forecast_lines(forecast: dict[str, Any]) -> list[str]:
             f"error {_size(found['error'])} points over {found['n_tasks']} tasks{also}{seen}; "
             f"90 % intervals covered {found['coverage']:.0%}"
         )
-        lines += wrap(printable(text), _WIDTH, initial_indent="  ", subsequent_indent="    ")
+        lines += wrap(printable(text), WIDTH, initial_indent="  ", subsequent_indent="    ")
     return lines
 
 
@@ -116,7 +114,7 @@ def summary_table(record: dict[str, Any]) -> str:
     """
     first, last = record["looks"][0], record["looks"][-1]
     table = Table(
-        title=f"Predicted and observed: {record['task']} ({record['method']})", width=_WIDTH
+        title=f"Predicted and observed: {record['task']} ({record['method']})", width=WIDTH
     )
     forecast = record["forecast"]
     predicted = "predicted, borrowed" if forecast["base_rate"] else "predicted before training"
@@ -154,14 +152,14 @@ def most_forgotten(record: dict[str, Any]) -> tuple[list[str], int]:
         record: `IIMMCallback.record`.
     """
     names = list(record["off_target"])
-    if len(names) <= _FEW:
+    if len(names) <= FEW:
         return names, 0
     first, last = (
         {name: row[keys.accuracy_key(name)] for name in names}
         for row in (record["looks"][0], record["looks"][-1])
     )
-    worst = sorted(names, key=lambda name: last[name] - first[name])[:_FEW]
-    return worst, len(names) - _FEW
+    worst = sorted(names, key=lambda name: last[name] - first[name])[:FEW]
+    return worst, len(names) - FEW
 
 
 def level_words(level: str) -> str:
@@ -241,7 +239,7 @@ def page(*parts: Table | str) -> str:
         parts: Whatever a part holds is shown as it is written, and a `str` stays one line.
     """
     console = _Console(
-        width=_WIDTH, file=io.StringIO(), color_system=None, markup=False, emoji=False
+        width=WIDTH, file=io.StringIO(), color_system=None, markup=False, emoji=False
     )
     shown = []
     for part in parts:

@@ -18,14 +18,14 @@ from ..models.encoders import EncodePair
 from ..monitor.forgiving import Forgiving
 from ..monitor.measured import Verbose
 from ..records import keys
-from ..records.former import check_former
+from ..records.former import check_former, pick
 from ..records.ledger import Past
 from ..records.log import get_logger
 from ..records.outcomes import Outcome
 from ..records.verdict import Limits
 from . import host
 from .run import GuardedRun
-from .settings import FORMER, Action, check_action, pick
+from .settings import FORMER, Action, check_action
 
 logger = get_logger(__name__)
 

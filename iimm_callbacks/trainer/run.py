@@ -18,6 +18,7 @@ from ..models.wrappers import find_untouched, model_fingerprint
 from ..monitor import IIMMMonitor
 from ..monitor.forgiving import Forgiving
 from ..probing import ranks
+from ..records.former import pick
 from ..records.log import get_logger
 from ..records.outcomes import Outcome
 from ..records.run_file import file_name
@@ -28,7 +29,7 @@ from ..reports.terminal import page
 from ..rescue.rescuer import Rescuer, rescue_at_end
 from . import alerts, baseline, host
 from .amended import amend_cards
-from .settings import Settings, pick
+from .settings import Settings
 
 logger = get_logger(__name__)
 

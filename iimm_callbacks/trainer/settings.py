@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -48,11 +48,6 @@ class Settings:
     strict: bool
     verbose: Verbose
     former: dict[str, Any]
-
-
-def pick(given: Mapping[str, Any], *names: str) -> dict[str, Any]:
-    """The entries with these names."""
-    return {name: given[name] for name in names if name in given}
 
 
 def check_action(

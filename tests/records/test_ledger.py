@@ -138,6 +138,21 @@ def test_a_store_that_cannot_be_written_costs_a_warning(path, caplog, monkeypatc
     assert [r.getMessage() for r in caplog.records] == [
         f"The outcome of this run was not saved: {error}"
     ]
+    assert ledger.saved == (None, None)  # nothing is said to be where it is not
+
+
+def test_what_was_saved_is_said_and_nothing_else(path, tmp_path):
+    ledger = Ledger(path, tmp_path / "run.json")
+    ledger.draft(RUN, {"looks": []})
+    assert ledger.saved == (tmp_path / "run.json", None)
+    ledger.close()
+    ledger.close()
+    assert ledger.saved == (tmp_path / "run.json", path)
+    (tmp_path / "folder.json").mkdir()
+    blocked = Ledger(None, tmp_path / "folder.json")
+    blocked.draft(RUN, {"looks": []})
+    blocked.close()
+    assert blocked.saved == (None, None)
 
 
 def test_a_folder_in_the_place_of_the_store_costs_a_warning(path, caplog):
