@@ -1,6 +1,6 @@
 """Pictures of written characters, drawn with free fonts.
 
-A font belongs to exactly one split (fonts.tsv), so that a task never shows a design that
+A font is for pretraining or held out from it (fonts.tsv), so that a task never shows a design that
 pretraining has seen.
 """
 
@@ -16,18 +16,17 @@ from pathlib import Path
 
 import numpy as np
 from fontTools.ttLib import TTFont
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageColor, ImageDraw, ImageFont
 
 TABLE = Path(__file__).with_name("fonts.tsv")
-SPLITS = ("pretrain", "train", "test")
 
 
 @dataclass(frozen=True)
 class Font:
-    """One font file, its characters, and where it may be used."""
+    """One font file, its characters, and whether pretraining has it or the tasks."""
 
     path: Path
-    split: str
+    pretraining: bool
     style: str
     chars: frozenset[int]
 
@@ -41,12 +40,12 @@ def _style(style: str, name: str) -> str:
 
 
 def load_fonts(folder: Path) -> list[Font]:
-    """Every font file under `folder`/<package>, with its split and style."""
+    """Every font file under `folder`/<package>, with its use and style."""
     fonts = []
     for line in TABLE.read_text().splitlines():
         if line.startswith("#"):
             continue
-        package, split, style = line.split("\t")[:3]
+        package, use, style = line.split("\t")[:3]
         files = sorted(p for p in (folder / package).rglob("*") if p.suffix in (".ttf", ".otf"))
         seen = set()
         for path in files:
@@ -61,8 +60,9 @@ def load_fonts(folder: Path) -> list[Font]:
                 continue
             family = re.split(r"[-_]?(Bold|Regular|Medium|Book|Light|Demi|CLM)", path.stem)[0]
             family = "_".join(family.split("_")[:2])
-            where = SPLITS[zlib.crc32(family.encode()) % 3] if split == "family" else split
-            fonts.append(Font(path, where, _style(style, path.stem), chars))
+            by_family = zlib.crc32(family.encode()) % 3 == 0
+            pretraining = by_family if use == "family" else use == "pretrain"
+            fonts.append(Font(path, pretraining, _style(style, path.stem), chars))
     return fonts
 
 
@@ -127,6 +127,40 @@ def ink(mask: Image.Image, rng: random.Random, colour: bool) -> Image.Image:
     return Image.composite(
         Image.new("RGB", mask.size, dark), Image.new("RGB", mask.size, light), mask
     )
+
+
+# Hue in degrees, saturation and value in percent: from, to.
+COLOURS = {
+    "red": ((352, 366), (85, 100), (75, 95)),
+    "orange": ((22, 34), (90, 100), (90, 100)),
+    "yellow": ((50, 60), (85, 100), (90, 100)),
+    "green": ((100, 140), (60, 100), (45, 80)),
+    "blue": ((205, 235), (70, 100), (60, 100)),
+    "purple": ((268, 285), (60, 100), (45, 80)),
+    "pink": ((325, 342), (35, 60), (95, 100)),
+    "brown": ((20, 32), (60, 85), (32, 50)),
+    "grey": ((0, 359), (0, 4), (42, 62)),
+    "black": ((0, 359), (0, 4), (0, 12)),
+}
+
+
+def coloured_ink(mask: Image.Image, rng: random.Random, name: str) -> Image.Image:
+    """Ink of a named colour on paper of nearly white."""
+    hue, saturation, value = (rng.randint(*span) for span in COLOURS[name])
+    ink_colour = ImageColor.getrgb(f"hsv({hue % 360},{saturation}%,{value}%)")
+    paper = tuple(rng.randrange(225, 256) for _ in range(3))
+    inked = Image.new("RGB", mask.size, ink_colour)
+    return Image.composite(inked, Image.new("RGB", mask.size, paper), mask)
+
+
+# Letters that look like no other letter when they are turned.
+ONE_WAY_UP = "ABDEFGJKLPQRTVYaefghkrty"
+TURNS = {
+    "upright": None,
+    "upside down": Image.Transpose.ROTATE_180,
+    "turned left": Image.Transpose.ROTATE_90,
+    "turned right": Image.Transpose.ROTATE_270,
+}
 
 
 def char_name(char: str) -> str:

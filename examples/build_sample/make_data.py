@@ -3,7 +3,8 @@
     python make_data.py --work build/sample
 
 Writes pretrain.npz (uint8 pictures of 56 px), captions.json (several per picture) and
-sample/tasks/<name>/{train,test}.parquet (48 px).
+sample/tasks/<name>/{train,test}.parquet (48 px). A task's pictures are one pool, of which 60 %, drawn
+at random, are for training. Only `flag_regions` is shifted: its test flags are of other countries.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ import io
 import json
 import random
 from collections import Counter
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import datasets
@@ -20,6 +23,7 @@ import glyphs
 import numpy as np
 import pictures
 from PIL import Image
+from sklearn.datasets import load_digits
 from task_cards import TASKS, write
 
 # Eight pixels more than the model sees: training crops at random.
@@ -32,30 +36,54 @@ WORDS = (
     "silk wind film tile city limb vine quiz mill will elm gym fox"
 ).split()
 
+TRAIN = 0.6  # of a pool
+
 Rows = list[tuple[Image.Image, str]]
+Pools = dict[str, list[Image.Image]]  # pictures by class
+Paint = Callable[[Image.Image, random.Random], Image.Image]
 
 
-def fit(classes: list[str], options: dict[str, list[Image.Image]], each: int, seed: int) -> Rows:
-    """At most `each` pictures per class, in a mixed order."""
+def drawn_from(pools: Pools, each: int, seed: int) -> Pools:
+    """At most `each` pictures of every class, no two of the same pixels (two names of a file)."""
+    rng, seen = random.Random(seed), set()
+    found: Pools = {}
+    for name, pool in pools.items():
+        for image in rng.sample(pool, len(pool)):
+            pixels = image.convert("RGB").tobytes()
+            if pixels not in seen and len(found.setdefault(name, [])) < each:
+                seen.add(pixels)
+                found[name].append(image)
+    return found
+
+
+def split(pools: Pools, seed: int) -> dict[str, Rows]:
+    """Training and test rows in a mixed order, every class in the same proportion."""
     rng = random.Random(seed)
-    rows: Rows = []
-    for name in classes:
-        found = options.get(name, [])
-        rows += [(image, name) for image in rng.sample(found, min(each, len(found)))]
-    rng.shuffle(rows)
-    return rows
+    parts: dict[str, Rows] = {"train": [], "test": []}
+    for name, pool in pools.items():
+        cut = round(TRAIN * len(pool))
+        for i, image in enumerate(rng.sample(pool, len(pool))):
+            parts["train" if i < cut else "test"].append((image, name))
+    for rows in parts.values():
+        rng.shuffle(rows)
+    return parts
 
 
 class Glyphs:
-    """Draws characters with the fonts of one split."""
+    """Draws characters: with the fonts of pretraining, or with those held out from it."""
 
-    def __init__(self, fonts: list[glyphs.Font], split: str, seed: int) -> None:
-        self.fonts = [f for f in fonts if f.split == split]
+    def __init__(self, fonts: list[glyphs.Font], pretraining: bool, seed: int) -> None:
+        self.fonts = [f for f in fonts if f.pretraining == pretraining]
         self.rng = random.Random(seed)
-        self.split = split
+        self.side = STORED if pretraining else SHOWN
+        self.paint: Paint = partial(glyphs.ink, colour=pretraining)
 
     def draw(
-        self, text: str, fonts: list[glyphs.Font] | None = None, tilt: float = 8.0
+        self,
+        text: str,
+        fonts: list[glyphs.Font] | None = None,
+        tilt: float = 8.0,
+        paint: Paint | None = None,
     ) -> tuple[Image.Image, glyphs.Font] | None:
         """A picture of `text` and the font used, or None where no font has it."""
         able = [f for f in fonts or self.fonts if all(ord(c) in f.chars for c in text)]
@@ -66,19 +94,21 @@ class Glyphs:
             font = self.rng.choice([f for f in able if f.path.parent == folder])
             mask = glyphs.draw_mask(text, font)
             if mask is not None:
-                pretraining = self.split == "pretrain"
-                square = glyphs.place(mask, STORED if pretraining else SHOWN, self.rng, tilt)
-                image = glyphs.ink(square, self.rng, pretraining)
+                square = glyphs.place(mask, self.side, self.rng, tilt)
+                image = (paint or self.paint)(square, self.rng)
                 image.info["box"] = text.isalpha() and glyphs.looks_like_box(mask)
                 return image, font
         return None
 
-    def many(self, texts: list[str], n: int, tilt: float = 8.0) -> list[Image.Image]:
+    def many(
+        self, texts: list[str], n: int, tilt: float = 8.0, paint: Paint | None = None
+    ) -> list[Image.Image]:
         """About `n` pictures, each of one of `texts`."""
         known = frozenset().union(*(f.chars for f in self.fonts))
         texts = [t for t in texts if all(ord(c) in known for c in t)]
-        drawn = (self.draw(self.rng.choice(texts), tilt=tilt) for _ in range(n if texts else 0))
-        return [d[0] for d in drawn if d]
+        choices = (self.rng.choice(texts) for _ in range(n if texts else 0))
+        drawn = [self.draw(text, tilt=tilt, paint=paint) for text in choices]
+        return [image for image, _ in filter(None, drawn) if not image.info["box"]]
 
     def styled(self, style: str, n: int) -> list[Image.Image]:
         """About `n` pictures of short words in fonts of one style."""
@@ -88,56 +118,103 @@ class Glyphs:
         return [d[0] for d in drawn if d]
 
 
-def glyph_tasks(drawer: Glyphs, n: dict[str, int]) -> dict[str, Rows]:
-    """The tasks that are drawn with fonts; `n` is the number of pictures per class."""
-    rows: dict[str, Rows] = {}
+def glyph_pools(drawer: Glyphs) -> dict[str, Pools]:
+    """The tasks that are drawn with fonts."""
 
-    def add(task: str, options: dict[str, list[Image.Image]]) -> None:
-        rows[task] = fit(TASKS[task]["classes"], options, n[task], seed=1)
+    def ask(texts: dict[str, list[str]], task: str, tilt: float = 8.0) -> Pools:
+        more = TASKS[task]["each"] + 20  # some draws fail
+        return {name: drawer.many(t, more, tilt) for name, t in texts.items()}
 
-    def ask(texts: dict[str, list[str]], task: str, tilt: float = 8.0) -> None:
-        more = n[task] + 15  # some draws fail
-        add(task, {name: drawer.many(t, more, tilt) for name, t in texts.items()})
+    def styles() -> Pools:
+        more = TASKS["font_styles"]["each"] + 20
+        return {word: drawer.styled(style, more) for style, word in STYLES.items()}
 
-    ask({name: [str(i)] for i, name in enumerate(DIGITS)}, "printed_digits")
-    ask({c: [c] for c in LETTERS}, "printed_letters")
-    ask({name: list(chars) for name, chars in glyphs.SCRIPTS.items()}, "writing_scripts")
-    # A tilt would blur up and left; arrows stay straight.
-    ask({name: list(c) for name, c in glyphs.arrow_chars().items()}, "arrow_directions", 0.0)
-    ask({name: list(chars) for name, chars in glyphs.SYMBOLS.items()}, "symbol_kinds")
-    task = "font_styles"
-    add(task, {word: drawer.styled(style, n[task] + 15) for style, word in STYLES.items()})
-    return rows
+    def colours() -> Pools:
+        more, texts = TASKS["ink_colours"]["each"] + 20, [*LETTERS, *"0123456789"]
+        paints = {name: partial(glyphs.coloured_ink, name=name) for name in glyphs.COLOURS}
+        return {name: drawer.many(texts, more, paint=paint) for name, paint in paints.items()}
+
+    def turns() -> Pools:
+        more = TASKS["letter_turns"]["each"] + 20
+        upright = {name: drawer.many(list(glyphs.ONE_WAY_UP), more) for name in glyphs.TURNS}
+        return {
+            name: [i.transpose(turn) if turn is not None else i for i in upright[name]]
+            for name, turn in glyphs.TURNS.items()
+        }
+
+    return {
+        "printed_digits": ask({n: [str(i)] for i, n in enumerate(DIGITS)}, "printed_digits"),
+        "printed_letters": ask({c: [c] for c in LETTERS}, "printed_letters"),
+        "writing_scripts": ask({n: list(c) for n, c in glyphs.SCRIPTS.items()}, "writing_scripts"),
+        # A tilt would blur up and left; arrows stay straight.
+        "arrow_directions": ask(
+            {n: list(c) for n, c in glyphs.arrow_chars().items()}, "arrow_directions", 0.0
+        ),
+        "symbol_kinds": ask({n: list(c) for n, c in glyphs.SYMBOLS.items()}, "symbol_kinds"),
+        "font_styles": styles(),
+        "ink_colours": colours(),
+        "letter_turns": turns(),
+    }
 
 
-def picture_tasks(rows: list[pictures.Picture], splits: list[str], task: str) -> dict[str, Rows]:
-    """Train and test rows of a task of pictures, on white paper."""
-    found: dict[str, dict[str, list[Image.Image]]] = {"train": {}, "test": {}}
-    for row, split in zip(rows, splits, strict=True):
-        if split in found and row.label and "tone" not in row.words:
+def picture_pools(rows: list[pictures.Picture], held: list[bool]) -> Pools:
+    """Held-out pictures by class, on white paper; a skin tone is no picture of its own."""
+    found: Pools = {}
+    for row, out in zip(rows, held, strict=True):
+        if out and row.label and "tone" not in row.words:
             sheet = pictures.on_paper(row.image, SHOWN, 2, (255, 255, 255))
-            found[split].setdefault(row.label, []).append(sheet)
-    most = TASKS[task].get("most", 60)
-    parts = {s: fit(TASKS[task]["classes"], options, most, 2) for s, options in found.items()}
+            found.setdefault(row.label, []).append(sheet)
+    return found
+
+
+def flags_of_other_countries(rows: list[pictures.Picture], seed: int) -> dict[str, Rows]:
+    """The shifted task: the test flags are of countries that training does not see."""
+    test = pictures.held_out(rows, 1 - TRAIN)
+    parts: dict[str, Rows] = {}
+    for name, held in (("train", [not out for out in test]), ("test", test)):
+        pools = drawn_from(picture_pools(rows, held), 1000, seed)
+        parts[name] = [(image, label) for label, pool in pools.items() for image in pool]
+        random.Random(seed).shuffle(parts[name])
     # Some territories fly one and the same flag.
     tested = {image.tobytes() for image, _ in parts["test"]}
     parts["train"] = [row for row in parts["train"] if row[0].tobytes() not in tested]
     return parts
 
 
-def digit_tasks(source: Path) -> dict[str, Rows]:
-    """Handwritten digits as they are, white on black; pretraining sees none of them."""
-    found: dict[str, list[Image.Image]] = {}
-    for image, digit in pictures.mnist(source):
-        sheet = Image.new("L", (SHOWN, SHOWN))
-        sheet.paste(image.resize((40, 40), Image.Resampling.BICUBIC), (4, 4))
-        found.setdefault(DIGITS[digit], []).append(sheet.convert("RGB"))
-    rows = fit(DIGITS, found, 80, 3)
-    seen: Counter[str] = Counter()
-    parts: dict[str, Rows] = {"train": [], "test": []}
-    for image, name in rows:
-        parts["train" if seen[name] < 50 else "test"].append((image, name))
-        seen[name] += 1
+def digit_pools(source: Path) -> dict[str, Pools]:
+    """Handwritten and scanned digits, white on black; pretraining sees none of them."""
+    scanned = load_digits()
+    scans = [Image.fromarray((16 * i).clip(0, 255).astype(np.uint8)) for i in scanned.images]
+    found: dict[str, Pools] = {}
+    for task, pairs in (
+        ("handwritten_digits", pictures.mnist(source)),
+        ("scanned_digits", zip(scans, scanned.target, strict=True)),
+    ):
+        for image, digit in pairs:
+            sheet = Image.new("L", (SHOWN, SHOWN))
+            sheet.paste(image.resize((40, 40), Image.Resampling.BICUBIC), (4, 4))
+            pools = found.setdefault(task, {})
+            pools.setdefault(DIGITS[digit], []).append(sheet.convert("RGB"))
+    return found
+
+
+def kinds(drawer: Glyphs, tasks: dict[str, dict[str, Rows]]) -> dict[str, Rows]:
+    """What kind of picture it is; those of another task stay on their side of its split."""
+    each = TASKS["picture_kinds"]["each"]
+    texts = {"letter": LETTERS, "number": list("0123456789"), "word": WORDS}
+    texts["arrow"] = list("".join(glyphs.arrow_chars().values()))
+    drawn = {name: drawer.many(t, each + 20, 0.0) for name, t in texts.items()}
+    parts = split(drawn_from(drawn, each, 4), 5)
+    shares = {"train": round(TRAIN * each), "test": each - round(TRAIN * each)}
+    for kind, task in (
+        ("emoji", "emoji_groups"),
+        ("clip art", "clipart_folders"),
+        ("flag", "flag_regions"),
+    ):
+        for name, n in shares.items():
+            parts[name] += [(image, kind) for image, _ in tasks[task][name][:n]]
+    for rows in parts.values():
+        random.Random(6).shuffle(rows)
     return parts
 
 
@@ -197,12 +274,12 @@ def add_glyphs(into: PretrainingSet, drawer: Glyphs) -> None:
 
 
 def add_pictures(
-    into: PretrainingSet, rows: list[pictures.Picture], splits: list[str], source: str, copies: int
+    into: PretrainingSet, rows: list[pictures.Picture], held: list[bool], source: str, copies: int
 ) -> None:
     """Pictures left for pretraining, each on several papers, white first."""
     rng = random.Random(5)
-    for row, split in zip(rows, splits, strict=True):
-        for copy in range(copies if split == "pretrain" else 0):
+    for row, out in zip(rows, held, strict=True):
+        for copy in range(0 if out else copies):
             tint = tuple(rng.randrange(170, 256) for _ in range(3))
             paper = (255, 255, 255) if copy % 2 == 0 else (tint[0], tint[1], tint[2])
             sheet = pictures.on_paper(row.image, STORED, rng.randrange(4, 9), paper)
@@ -215,10 +292,10 @@ def write_task(folder: Path, name: str, split: str, rows: Rows) -> None:
     encoded = []
     for image, _ in rows:
         data = io.BytesIO()
-        if name in ("emoji_groups", "clipart_folders", "flag_regions"):
-            image.save(data, "WEBP", quality=88, method=6)
-        else:
+        if image.convert("L").convert("RGB").tobytes() == image.tobytes():
             image.convert("L").save(data, "PNG", optimize=True)
+        else:
+            image.save(data, "WEBP", quality=88, method=6)
         encoded.append({"bytes": data.getvalue(), "path": None})
     features = datasets.Features(
         {"image": datasets.Image(), "label": datasets.ClassLabel(names=classes)}
@@ -230,20 +307,14 @@ def write_task(folder: Path, name: str, split: str, rows: Rows) -> None:
     print(f"{name:18} {split:5} {len(rows):4}", dict(Counter(label for _, label in rows)))
 
 
-def unlike(train: Rows, test: Rows) -> Rows:
-    """The rows of `train` whose pixels are not a test picture's (files with two names exist)."""
-    seen = {image.convert("RGB").tobytes() for image, _ in test}
-    return [row for row in train if row[0].convert("RGB").tobytes() not in seen]
-
-
 def _thumbs(images: list[np.ndarray]) -> np.ndarray:
     small = [np.asarray(Image.fromarray(i).resize((12, 12), Image.Resampling.BOX)) for i in images]
     return np.stack(small).astype(np.float32).reshape(len(small), -1) / 255
 
 
-def drop_near_copies(into: PretrainingSet, tasks: dict[str, Rows]) -> None:
+def drop_near_copies(into: PretrainingSet, rows: Rows) -> None:
     """Take out of pretraining whatever looks like a held-out picture (renamed copies exist)."""
-    images = [np.asarray(i.convert("RGB")) for rows in tasks.values() for i, _ in rows]
+    images = [np.asarray(i.convert("RGB")) for i, _ in rows]
     held, seen = _thumbs(images), _thumbs(into.images)
     nearest = np.full(len(seen), np.inf, dtype=np.float32)
     norms = (held**2).sum(1)
@@ -266,53 +337,48 @@ def main() -> None:
     source = work / "src"
     datasets.disable_progress_bars()
     fonts = glyphs.load_fonts(source)
-    print("font files:", Counter(f.split for f in fonts))
+    print("font files of pretraining and held out:", Counter(f.pretraining for f in fonts))
 
-    tasks: dict[str, dict[str, Rows]] = {name: {} for name in TASKS}
-    for split, seed in (("train", 11), ("test", 12)):
-        per_class = {n: int(c.get(f"{split}_each", 0)) for n, c in TASKS.items()}
-        for name, rows in glyph_tasks(Glyphs(fonts, split, seed), per_class).items():
-            tasks[name][split] = rows
-    tasks["handwritten_digits"] = digit_tasks(source)
+    held_out_fonts = Glyphs(fonts, False, 11)
+    pools = glyph_pools(held_out_fonts) | digit_pools(source)
 
     into = PretrainingSet()
-    add_glyphs(into, Glyphs(fonts, "pretrain", 13))
-    drawer = Glyphs(fonts, "pretrain", 14)
+    add_glyphs(into, Glyphs(fonts, True, 13))
+    drawer = Glyphs(fonts, True, 14)
     for path, char, words in pictures.icon_names(source):
-        mask = glyphs.draw_mask(char, glyphs.Font(path, "pretrain", "none", frozenset({ord(char)})))
+        mask = glyphs.draw_mask(char, glyphs.Font(path, True, "none", frozenset({ord(char)})))
         if mask is not None:
             square = glyphs.ink(glyphs.place(mask, STORED, drawer.rng, 0.0), drawer.rng, True)
             into.add(square, [f"an icon of {words}", words, f"{words} icon"], "icons")
 
     emoji = list(pictures.emoji(source))
-    splits = pictures.held_out(emoji, test=0.2, train=0.2)
-    tasks["emoji_groups"] = picture_tasks(emoji, splits, "emoji_groups")
-    add_pictures(into, emoji, splits, "emoji", 2)
-
+    held = pictures.held_out(emoji, 0.52)
+    pools["emoji_groups"] = picture_pools(emoji, held)
+    add_pictures(into, emoji, held, "emoji", 2)
     clipart = list(pictures.clipart(source))
-    splits = pictures.held_out(clipart, test=0.24, train=0.24)
-    tasks["clipart_folders"] = picture_tasks(clipart, splits, "clipart_folders")
-    add_pictures(into, clipart, splits, "clipart", 2)
+    held = pictures.held_out(clipart, 0.62)
+    pools["clipart_folders"] = picture_pools(clipart, held)
+    add_pictures(into, clipart, held, "clipart", 2)
     tango = list(pictures.tango(source))
-    add_pictures(into, tango, ["pretrain"] * len(tango), "tango", 2)
-
+    add_pictures(into, tango, [False] * len(tango), "tango", 2)
     # The other vendor's drawings of the same flags: known countries in an unknown style.
     noto = list(pictures.flags(source, "google"))
-    add_pictures(into, noto, ["pretrain"] * len(noto), "flags", 8)
-    flags = [*pictures.flags(source, "twitter"), *pictures.clipart_flags(source)]
-    splits = pictures.held_out(flags, test=0.55, train=0.45)
-    tasks["flag_regions"] = picture_tasks(flags, splits, "flag_regions")
+    add_pictures(into, noto, [False] * len(noto), "flags", 8)
 
-    # Characters are drawn again with fonts of another split; only copied files can leak.
+    tasks = {
+        name: split(drawn_from(pool, TASKS[name].get("each", 1000), 1), 2)
+        for name, pool in pools.items()
+    }
+    flags = [*pictures.flags(source, "twitter"), *pictures.clipart_flags(source)]
+    tasks["flag_regions"] = flags_of_other_countries(flags, 3)
+    tasks["picture_kinds"] = kinds(held_out_fonts, tasks)
+
+    # Characters are drawn again with held-out fonts; only copied files can leak.
     copied = ("emoji_groups", "clipart_folders", "flag_regions")
-    both = {f"{n}/{s}": rows for n in copied for s, rows in tasks[n].items()}
-    drop_near_copies(into, both)
-    for name, parts in tasks.items():
-        parts["test"] = [row for row in parts["test"] if not row[0].info.get("box")]
-        parts["train"] = [row for row in parts["train"] if not row[0].info.get("box")]
-        parts["train"] = unlike(parts["train"], parts["test"])
-        for split, rows in parts.items():
-            write_task(work / "sample" / "tasks", name, split, rows)
+    drop_near_copies(into, [row for n in copied for rows in tasks[n].values() for row in rows])
+    for name in TASKS:
+        for part, rows in tasks[name].items():
+            write_task(work / "sample" / "tasks", name, part, rows)
     np.savez(work / "pretrain.npz", images=np.stack(into.images), sources=np.array(into.sources))
     (work / "captions.json").write_text(json.dumps(into.captions))
     write(work / "sample" / "tasks.json")

@@ -1,7 +1,7 @@
 """Emoji, flags, clip art, icons and handwritten digits as (picture, captions, group) rows.
 
 Rows of one group are variants of one thing (two vendors' drawings of one emoji, one series of
-clip art) and always stay in one split.
+clip art): all are held out from pretraining or none.
 """
 
 from __future__ import annotations
@@ -30,19 +30,18 @@ class Picture:
     words: list[str] = field(default_factory=list)
 
 
-def held_out(pictures: list[Picture], test: float, train: float) -> list[str]:
-    """A split per picture: per class, the first groups in hash order go to test, then train."""
-    split = {}
+def held_out(pictures: list[Picture], share: float) -> list[bool]:
+    """Which pictures are held out: per class, the first groups in hash order."""
+    out: set[str] = set()
+    kept: set[str] = set()
     for label in sorted({p.label for p in pictures if p.label}):
         groups = {p.group for p in pictures if p.label == label}
         order = sorted(groups, key=lambda g: zlib.crc32(f"{label}/{g}".encode()))
         for i, group in enumerate(order):
-            share = (i + 0.5) / len(order)
-            split.setdefault(
-                group,
-                "test" if share < test else "train" if share < test + train else "pretrain",
-            )
-    return [split.get(p.group, "pretrain") for p in pictures]
+            first = (i + 0.5) / len(order) < share
+            if group not in out | kept:
+                (out if first else kept).add(group)
+    return [p.group in out for p in pictures]
 
 
 # ---------------------------------------------------------------- emoji and flags
