@@ -3,8 +3,9 @@
     python make_data.py --work build/sample
 
 Writes pretrain.npz (uint8 pictures of 56 px), captions.json (several per picture) and
-sample/tasks/<name>/{train,test}.parquet (48 px). A task's pictures are one pool, of which 60 %, drawn
-at random, are for training. Only `flag_regions` is shifted: its test flags are of other countries.
+sample/tasks/<name>/{train,test}.parquet (48 px). A task's pictures are one pool, of which 60 %,
+drawn at random, are for training. Only `flag_regions` is shifted: its test flags are of other
+countries.
 """
 
 from __future__ import annotations

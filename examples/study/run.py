@@ -1,23 +1,27 @@
 """Fine-tune the shipped sample on every shipped task with five methods, and record what came of it.
 
-    python examples/study/run.py --output outcomes.jsonl     # 150 runs, under an hour on two cores
+    python examples/study/run.py --output outcomes.jsonl
 
-Every task x full, BitFit, attention-weight tuning, LoRA and CLIP-Adapter, 100 steps each: two seeds
-at a gentle learning rate and one at three times that, probed on all the other tasks by the guard's
-default schedule. It can be stopped and started again: runs in the file are skipped. What ships as
-`sample.load_outcomes()` was made by this command; `report.py` and `grade.py` read it.
+Every task x full, BitFit, attention-weight tuning, LoRA and CLIP-Adapter, two seeds each; full and
+LoRA also for a third of the steps and at three times the learning rate. Each run is probed on all
+the other tasks at 2, 5, 10, 15, 20, 30, 50, 70 and 100 % of its steps. It can be stopped and
+started again: runs in the file are skipped. What ships as `sample.load_outcomes()` was made by this
+command; `report.py` and `grade.py` read it. `--signals` also keeps what `signals.py` sees.
 """
 
+import json
 import logging
 import multiprocessing
 import sys
 import tempfile
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cache
 from pathlib import Path
 
 import torch
+from filelock import FileLock
+from signals import Signals
 from tqdm import tqdm
 from transformers import (
     HfArgumentParser,
@@ -27,9 +31,16 @@ from transformers import (
     TrainingArguments,
 )
 
-from iimm_callbacks import IIMMCallback, ImageCollator, PromptClassifier, read_outcomes, sample
+from iimm_callbacks import (
+    IIMMCallback,
+    ImageCollator,
+    PromptClassifier,
+    append_outcome,
+    read_outcomes,
+    sample,
+)
 from iimm_callbacks.models.tuning import prepare
-from iimm_callbacks.records.ledger import Past
+from iimm_callbacks.records.outcomes import parse_outcome
 
 # Gentle and harsh: what the shipped sample bears without and with heavy losses.
 LEARNING_RATES = {
@@ -39,18 +50,29 @@ LEARNING_RATES = {
     "lora": (1e-3, 3e-3),
     "clip_adapter": (1e-3, 3e-3),
 }
-RUNS = ((0, 0), (1, 0), (0, 1))  # learning rate, seed
-OFF_TARGET_IMAGES = 200  # of each task
+LONG, SHORT = 150, 50  # steps
+EVERY, SOME = tuple(LEARNING_RATES), ("full", "lora")
+# Learning rate, steps, seed, methods.
+RUNS = (
+    (0, LONG, 0, EVERY),
+    (1, LONG, 0, SOME),
+    (0, LONG, 1, EVERY),
+    (0, SHORT, 0, SOME),
+    (1, SHORT, 0, SOME),
+)
+LOOKS = [0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.5, 0.7, 1.0]
+OFF_TARGET_IMAGES = 128  # of each task
 
 
 @dataclass
 class Settings:
     output: str = field(default="outcomes.jsonl", metadata={"help": "JSON-lines file to append to"})
-    methods: str = field(default=",".join(LEARNING_RATES), metadata={"help": "With commas"})
+    methods: str = field(default=",".join(EVERY), metadata={"help": "With commas"})
     tasks: str = field(default=",".join(sample.task_names()), metadata={"help": "With commas"})
-    runs: int = field(default=len(RUNS), metadata={"help": "Of each task and method"})
-    steps: int = field(default=100, metadata={"help": "Optimizer steps of each run"})
+    runs: int = field(default=len(RUNS), metadata={"help": "Of the kinds of run; the first ones"})
+    scale: float = field(default=1.0, metadata={"help": "Multiplies the number of steps"})
     workers: int = field(default=2, metadata={"help": "Processes, one thread each"})
+    signals: str = field(default="", metadata={"help": "JSON-lines file for what signals.py sees"})
 
 
 @cache
@@ -67,20 +89,39 @@ def probe_task(name, size=None):
     return sample.load_task(name, probe_size=size)
 
 
-def run(job):
-    """One guarded run -> its outcome, which is then in the store."""
-    task_name, method, learning_rate, seed, steps, output = job
-    torch.manual_seed(seed)
-    task, processor = probe_task(task_name), sample.load_processor()
-    off_target = [probe_task(n, OFF_TARGET_IMAGES) for n in sample.task_names() if n != task_name]
-    options = {"processor": processor} if method == "clip_adapter" else {}
-    model = prepare(sample.load_model(), method, **options)
+@dataclass(frozen=True)
+class Job:
+    """What makes a run of the study: it is not done twice."""
+
+    task: str
+    method: str
+    learning_rate: float
+    steps: int
+    seed: int
+
+    @classmethod
+    def of(cls, outcome):
+        recipe = outcome.recipe
+        return cls(
+            outcome.task, outcome.method, *(recipe[k] for k in ("learning_rate", "steps", "seed"))
+        )
+
+
+def run(job, output, signals_file):
+    """One guarded run -> its outcome, which is then in the file."""
+    torch.manual_seed(job.seed)
+    task, processor = probe_task(job.task), sample.load_processor()
+    off_target = [probe_task(n, OFF_TARGET_IMAGES) for n in sample.task_names() if n != job.task]
+    options = {"processor": processor} if job.method == "clip_adapter" else {}
+    model = prepare(sample.load_model(), job.method, **options)
     guard = IIMMCallback(
         task,
         off_target,
         max_forgetting=None,  # it only watches
         max_overhead=None,
-        outcomes=Past([], output),
+        every=LOOKS,
+        train=sample.load_dataset(job.task, "train"),
+        outcomes=[],  # learns from none; what is saved is tidied first
         verbose=False,
     )
     with tempfile.TemporaryDirectory() as folder:
@@ -88,31 +129,37 @@ def run(job):
             model=PromptClassifier(model, task, processor),
             args=TrainingArguments(
                 output_dir=folder,
-                max_steps=steps,
+                max_steps=job.steps,
                 per_device_train_batch_size=32,
-                learning_rate=learning_rate,
+                learning_rate=job.learning_rate,
                 save_strategy="no",
                 report_to="none",
                 remove_unused_columns=False,
                 dataloader_pin_memory=False,
                 disable_tqdm=True,
                 use_cpu=True,
-                seed=seed,
+                seed=job.seed,
             ),
-            train_dataset=training_rows(task_name),
+            train_dataset=training_rows(job.task),
             processing_class=processor,
             callbacks=[guard],
         )
         for printer in (PrinterCallback, ProgressCallback):
             trainer.remove_callback(printer)
-        trainer.train()
+        with Signals(model) as signals:
+            trainer.train()
+    append_outcome(output, tidy(guard.outcome))
+    if signals_file:
+        line = json.dumps([asdict(job), signals.looks]) + "\n"
+        with FileLock(f"{signals_file}.lock"), open(signals_file, "a", encoding="utf-8") as file:
+            file.write(line)
     return guard.outcome
 
 
-def key(outcome):
-    """What makes a run of the study: it is not done twice."""
-    recipe = outcome.recipe
-    return outcome.task, outcome.method, recipe["learning_rate"], recipe["seed"]
+def tidy(outcome):
+    """The outcome as it ships: rounded, and without a word about the machine."""
+    row = json.loads(json.dumps(asdict(outcome)), parse_float=lambda text: round(float(text), 6))
+    return replace(parse_outcome(row), model="sample/model", run="")
 
 
 def start_worker():
@@ -123,32 +170,35 @@ def start_worker():
 def main(argv=None):
     (settings,) = HfArgumentParser(Settings).parse_args_into_dataclasses(argv)
     path = Path(settings.output)
-    done = {key(o) for o in read_outcomes(path) if o.complete} if path.exists() else set()
-    # All tasks and methods once, then again, so that a study that is cut short is of use.
+    done = {Job.of(o) for o in read_outcomes(path) if o.complete} if path.exists() else set()
+    # One kind of run on all tasks, then the next, so that a study that is cut short is of use.
     jobs = [
-        (task, method, LEARNING_RATES[method][level], seed, settings.steps, str(path))
-        for level, seed in RUNS[: settings.runs]
+        Job(task, method, LEARNING_RATES[method][rate], max(round(settings.scale * steps), 1), seed)
+        for rate, steps, seed, methods in RUNS[: settings.runs]
         for task in settings.tasks.split(",")
-        for method in settings.methods.split(",")
+        for method in methods
+        if method in settings.methods.split(",")
     ]
-    jobs = [job for job in jobs if job[:4] not in done]
+    jobs = [job for job in jobs if job not in done]
     with tqdm(total=len(jobs)) as bar:
-        for outcome in outcomes_of(jobs, settings.workers):
-            o, rate = outcome, outcome.recipe["learning_rate"]
+        for o in outcomes_of(jobs, str(path), settings):
+            rate = o.recipe["learning_rate"]
             bar.write(
                 f"{o.task}, {o.method} {rate:g}: gain {o.gain:+.3f}, forgetting {o.forgetting:+.3f}"
             )
             bar.update()
 
 
-def outcomes_of(jobs, workers):
+def outcomes_of(jobs, output, settings):
     """Outcomes as they come. A worker that dies ends the study; what is done is saved."""
-    if workers == 1:
-        yield from map(run, jobs)
+    if settings.workers == 1:
+        yield from (run(job, output, settings.signals) for job in jobs)
         return
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, context, start_worker) as pool:
-        for future in as_completed([pool.submit(run, job) for job in jobs]):
+    with ProcessPoolExecutor(settings.workers, context, start_worker) as pool:
+        for future in as_completed(
+            [pool.submit(run, job, output, settings.signals) for job in jobs]
+        ):
             yield future.result()
 
 

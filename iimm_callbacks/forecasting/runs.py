@@ -95,7 +95,8 @@ class Run:
         looks = [look for look in self._looks if f"{quantity}_se" in look]
         if not looks:
             return None
-        return min(looks, key=lambda look: abs(look["share"] - share))[f"{quantity}_se"]
+        nearest = min(looks, key=lambda look: abs(look["share"] - share))
+        return float(nearest[f"{quantity}_se"])
 
     def _read(self, quantity: str, share: float) -> float | None:
         if share >= 1:

@@ -138,7 +138,7 @@ class Judged:
         forecast: Of the end of the run.
         verdict: On it, and on what is observed.
         row: The logged keys, ``step``, ``share``, ``level``, ``reason``, ``n_images`` shown and
-            ``standard_errors`` of what is observed.
+            ``standard_errors`` of what is observed; ``drops`` of the off-target tasks.
     """
 
     forecast: Forecast
@@ -207,11 +207,15 @@ def _row(
     observed: Forgetting | None,
     seen: Mapping[str, tuple[float, float]],
 ) -> dict[str, Any]:
-    return keys.look_row(look, baseline, forecast, observed, verdict) | {
-        "step": look.step,
-        "share": share,
-        "level": verdict.level,
-        "reason": verdict.reason,
-        "n_images": sum(map(len, look.correct.values())),
-        "standard_errors": {name: error for name, (_, error) in seen.items()},
-    }
+    return (
+        keys.look_row(look, baseline, forecast, observed, verdict)
+        | {
+            "step": look.step,
+            "share": share,
+            "level": verdict.level,
+            "reason": verdict.reason,
+            "n_images": sum(map(len, look.correct.values())),
+            "standard_errors": {name: error for name, (_, error) in seen.items()},
+        }
+        | ({"drops": {name: d.value for name, d in observed.tasks.items()}} if observed else {})
+    )

@@ -221,8 +221,8 @@ class Pace:
 def _plan(every: Every, max_overhead: float | None, n_images: int, off_target_size: int) -> str:
     if isinstance(every, str):
         when = {"epoch": "after each epoch", "evaluate": "at each evaluation"}[every]
-    elif every is None:
-        *early, last = (f"{100 * share:.0f}" for share in DEFAULT_SHARES)
+    elif not isinstance(every, int | float):
+        *early, last = (f"{100 * share:g}" for share in sorted({*(every or DEFAULT_SHARES), 1.0}))
         when = f"at {', '.join(early)} and {last} % of the steps"
     else:
         when = f"every {every} steps" if isinstance(every, int) else f"every {100 * every:g} %"

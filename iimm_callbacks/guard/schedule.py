@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 # Forgetting comes early: look often at first, seldom later.
 DEFAULT_SHARES = (0.05, 0.10, 0.20, 0.30, 0.50, 0.70, 1.00)
 _LEAST_LOOKS = 6  # in training, where there is a limit to guard
 EVENTS = ("epoch", "evaluate")
 
-Every = int | float | str | None
+Every = int | float | str | Sequence[float] | None
 
 
 def check_every(every: Every) -> None:
-    """Raise unless `every` is None, a number of steps, a fraction, "epoch" or "evaluate".
+    """Raise unless `every` is None, steps, a fraction, fractions, "epoch" or "evaluate".
 
     Raises:
         ValueError: It is none of these.
@@ -23,12 +24,20 @@ def check_every(every: Every) -> None:
         or every in EVENTS
         or (isinstance(every, int) and not isinstance(every, bool) and every >= 1)
         or (isinstance(every, float) and 0 < every < 1)
-    )
+        or (isinstance(every, list | tuple) and len(every) > 0
+            and all(isinstance(share, float) and 0 < share <= 1 for share in every))
+    )  # fmt: skip
     if not good:
         raise ValueError(
             "`every` must be None, a number of steps (1, 2, ...), a fraction of the training in "
-            f"(0, 1), 'epoch' or 'evaluate', got {every!r}"
+            f"(0, 1), a list of such fractions, 'epoch' or 'evaluate', got {every!r}"
         )
+
+
+def moments(every: Sequence[float] | None, total_steps: int) -> list[int]:
+    """The steps at which these shares of the training are done; ``None``: `DEFAULT_SHARES`."""
+    shares = DEFAULT_SHARES if every is None else every
+    return sorted({math.ceil(share * total_steps - 1e-9) for share in shares})
 
 
 def is_due(every: Every, step: int, total_steps: int) -> bool:
@@ -50,8 +59,8 @@ def is_due(every: Every, step: int, total_steps: int) -> bool:
         return False
     if isinstance(every, int):
         return step % every == 0
-    if every is None:
-        return step in {math.ceil(share * total_steps - 1e-9) for share in DEFAULT_SHARES}
+    if not isinstance(every, float):
+        return step in moments(every, total_steps)
     gap = every * total_steps  # due where a multiple of it lies in (step - 1, step]
     return math.floor((step + 1e-9) / gap) > math.floor((step - 1 + 1e-9) / gap)
 
@@ -72,9 +81,8 @@ def next_share(every: Every, step: int, total_steps: int, last_step: int) -> flo
     """
     if isinstance(every, str):
         due = step + (step - last_step) if step > last_step else total_steps
-    elif every is None:
-        steps = (math.ceil(share * total_steps - 1e-9) for share in DEFAULT_SHARES)
-        due = next((s for s in steps if s > step), total_steps)
+    elif not isinstance(every, int | float):
+        due = next((s for s in moments(every, total_steps) if s > step), total_steps)
     else:
         gap = every if isinstance(every, int) else every * total_steps
         due = max(math.ceil((math.floor((step + 1e-9) / gap) + 1) * gap - 1e-9), step + 1)
@@ -95,9 +103,8 @@ def looks_to_come(every: Every, step: int, total_steps: int) -> int:
     """
     if isinstance(every, str):
         return 1
-    if every is None:
-        shares = (math.ceil(share * total_steps - 1e-9) for share in DEFAULT_SHARES)
-        return len({due for due in shares if step <= due < total_steps})
+    if not isinstance(every, int | float):
+        return len([due for due in moments(every, total_steps) if step <= due < total_steps])
     gap = every if isinstance(every, int) else every * total_steps
     return max(math.ceil((total_steps - step) / gap - 1e-9), 1)
 
@@ -110,9 +117,7 @@ def is_needed(step: int, total_steps: int, looks: int) -> bool:
         total_steps: Of the whole training.
         looks: Taken so far, the one before training apart.
     """
-    passed = {
-        due for share in DEFAULT_SHARES if (due := math.ceil(share * total_steps - 1e-9)) <= step
-    }
+    passed = [due for due in moments(None, total_steps) if due <= step]
     return looks < min(len(passed), _LEAST_LOOKS)
 
 
@@ -128,6 +133,9 @@ def next_needed(step: int, total_steps: int, looks: int) -> float:
         >>> next_needed(10, 100, 2), next_needed(12, 100, 4)
         (0.2, 0.5)
     """
-    moments = (math.ceil(share * total_steps - 1e-9) for share in DEFAULT_SHARES)
-    later = (due for due in moments if due > step and is_needed(due, total_steps, looks))
+    later = (
+        due
+        for due in moments(None, total_steps)
+        if due > step and is_needed(due, total_steps, looks)
+    )
     return next(later, total_steps) / max(total_steps, 1)

@@ -244,7 +244,7 @@ _FIELDS = {
     "baseline": lambda value, name: Look.from_json(value),
     "fingerprints": dict_of(text),
     "n_outcomes": count,
-    "history": list_of(object_of(_ROW, rest=finite)),
+    "history": list_of(object_of(_ROW, {"drops": dict_of(DIFFERENCE)}, finite)),
     "failures": count,
     "dropped": count,
 }

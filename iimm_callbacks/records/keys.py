@@ -103,11 +103,11 @@ def as_outcome(
     )
 
 
-def _trajectory_row(row: dict[str, Any]) -> dict[str, float]:
+def _trajectory_row(row: dict[str, Any]) -> dict[str, Any]:
     kept = {n: observed_key(n) for n in ("gain", "forgetting")} | {"worst": WORST}
     values = {k: row[key] for k, key in kept.items() if key in row}
     errors = {f"{k}_se": row["standard_errors"][k] for k in values if k in row["standard_errors"]}
-    known = {"iimm": PREFIX, "training_loss": "training_loss"}
+    known = {"iimm": PREFIX, "training_loss": "training_loss", "drops": "drops"}
     beside = {name: row[key] for name, key in known.items() if key in row}
     return {"share": row["share"]} | values | errors | beside
 

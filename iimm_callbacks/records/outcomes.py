@@ -44,8 +44,8 @@ class Outcome:
         final_accuracy: On the task, after training.
         off_target_before, off_target_after: Task name -> zero-shot accuracy.
         trajectory: One row per look: ``share`` of the steps done, ``gain``, ``forgetting`` (mean)
-            and ``worst`` so far, and the standard error of each as ``gain_se`` and so on; ``iimm``
-            and ``training_loss`` where they are known.
+            and ``worst`` so far, and the standard error of each as ``gain_se`` and so on; ``drops``
+            of each off-target task, ``iimm`` and ``training_loss`` where they are known.
         complete: Whether training ran to its last planned step.
         ended: Why it ended, in words.
         recipe: Optimizer, learning rate, steps, batch size and so on, for people.
@@ -76,7 +76,7 @@ class Outcome:
     final_accuracy: float
     off_target_before: dict[str, float] = field(default_factory=dict)
     off_target_after: dict[str, float] = field(default_factory=dict)
-    trajectory: list[dict[str, float]] = field(default_factory=list)
+    trajectory: list[dict[str, Any]] = field(default_factory=list)
     complete: bool = True
     ended: str = "finished"
     recipe: dict[str, Any] = field(default_factory=dict)
@@ -189,7 +189,7 @@ def _check_schema(row: dict[str, Any]) -> None:
 
 _LOOK = {
     "forgetting": DIFFERENCE, "worst": DIFFERENCE, "iimm": DIFFERENCE,
-    "gain_se": ERROR, "forgetting_se": ERROR, "worst_se": ERROR,
+    "gain_se": ERROR, "forgetting_se": ERROR, "worst_se": ERROR, "drops": dict_of(DIFFERENCE),
 }  # fmt: skip
 _CHECKS: dict[str, Check] = (
     dict.fromkeys(("model", "model_fingerprint", "method", "task", "task_fingerprint"), text)

@@ -73,7 +73,8 @@ class IIMMCallback(GuardedRun, TrainerCallback):  # type: ignore[misc]  # transf
             process, as much on disk where checkpoints are written (with adapters nothing), and
             takes as long as eleven looks at the end.
         every: When to look: ``None`` for 5, 10, 20, 30, 50, 70 and 100 % of the steps, a number of
-            steps, a fraction, ``"epoch"`` or ``"evaluate"``. The last step always has a look.
+            steps, a fraction, a list of fractions, ``"epoch"`` or ``"evaluate"``. The last step
+            always has a look.
         outcomes: The saved runs that the forecast learns from, and where this run's outcome goes.
             ``"default"``: the store in the user's cache folder, see `store.default_store`; a path:
             that JSON-lines file, made if it is missing; `Outcome` records or a `datasets.Dataset`

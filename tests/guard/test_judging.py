@@ -47,6 +47,7 @@ def judged(by_metric, after):
 def test_a_metric_that_is_accuracy_gives_the_verdict_of_accuracy(by_metric, after):
     for one, other in zip(judged(by_metric, after), judged((), after), strict=True):
         errors = one.row.pop("standard_errors"), other.row.pop("standard_errors")
+        assert one.row.pop("drops", {}) == pytest.approx(other.row.pop("drops", {}))
         assert errors[0] == pytest.approx(errors[1])
         assert one.row == pytest.approx(other.row)
         assert one.verdict.level == other.verdict.level
@@ -62,6 +63,7 @@ def test_verdict_and_row_are_in_the_metrics_units():
     assert "observed mean forgetting 50.0 points" in found.verdict.reason
     assert found.row["eval_iimm_other_accuracy"] == 0.4
     assert found.row["eval_iimm_forgetting_observed"] == pytest.approx(0.5)
+    assert found.row["drops"] == pytest.approx({"other": 0.5})
     assert found.row["standard_errors"]["forgetting"] > 0
 
 

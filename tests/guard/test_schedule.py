@@ -30,6 +30,8 @@ def due(every, total):
         (0.4, 3, [2, 3]),
         (0.01, 5, [1, 2, 3, 4, 5]),
         (1e-9, 5, [1, 2, 3, 4, 5]),
+        ([0.02, 0.1, 0.5], 150, [3, 15, 75, 150]),
+        ((0.5, 0.02, 1.0), 10, [1, 5, 10]),
         ("epoch", 10, [10]),
         ("evaluate", 10, [10]),
     ],
@@ -38,12 +40,14 @@ def test_looks_are_due_at(every, total, steps):
     assert due(every, total) == steps
 
 
-@pytest.mark.parametrize("every", [None, 1, 500, 0.01, 0.999, "epoch", "evaluate"])
+@pytest.mark.parametrize("every", [None, 1, 500, 0.01, 0.999, [0.02, 1.0], "epoch", "evaluate"])
 def test_good_every_is_accepted(every):
     check_every(every)
 
 
-@pytest.mark.parametrize("every", [0, -1, 0.0, 1.0, 1.5, True, "steps", "0.1", float("nan"), [5]])
+@pytest.mark.parametrize(
+    "every", [0, -1, 0.0, 1.0, 1.5, True, "steps", "0.1", float("nan"), [5], [], [0.5, 0.0]]
+)
 def test_bad_every_is_refused_by_value(every):
     with pytest.raises(ValueError, match=re.escape(f"got {every!r}")):
         check_every(every)
@@ -112,6 +116,7 @@ def test_the_first_look_is_as_large_as_the_run_can_pay_for():
             256,
             "every 50 steps, 100 to 800 images each to stay within 5 % of the run",
         ),
+        ([0.5, 0.025], None, 256, "at 2.5, 50 and 100 % of the steps"),
         (0.1, 0.02, 48, "every 10 %, 100 to 800 images each to stay within 2 % of"),
         ("epoch", 0.05, 48, "48 images of each off-target task instead of 256"),
     ],
@@ -154,7 +159,7 @@ def test_the_look_before_training_counts():
 @pytest.mark.parametrize(
     ("every", "step", "total", "n"),
     [(None, 5, 100, 6), (None, 70, 100, 1), (None, 71, 100, 0), (10, 10, 100, 9), (10, 90, 100, 1),
-     (0.25, 25, 100, 3), ("epoch", 3, 100, 1), (1, 1, 5, 4)],
+     (0.25, 25, 100, 3), ([0.02, 0.5], 2, 100, 2), ("epoch", 3, 100, 1), (1, 1, 5, 4)],
 )  # fmt: skip
 def test_looks_to_come(every, step, total, n):
     assert looks_to_come(every, step, total) == n

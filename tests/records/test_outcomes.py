@@ -27,7 +27,10 @@ RUN = Outcome(
     final_accuracy=0.9,
     off_target_before={"emoji": 0.5, "clipart": 0.6, "flags": 0.4},
     off_target_after={"emoji": 0.3, "clipart": 0.7, "flags": 0.39},
-    trajectory=[{"share": 0.5, "gain": 0.4, "forgetting": 0.02, "worst": 0.1, "worst_se": 0.01}],
+    trajectory=[
+        {"share": 0.5, "gain": 0.4, "forgetting": 0.02, "worst": 0.1, "worst_se": 0.01},
+        {"share": 1.0, "gain": 0.4, "drops": {"emoji": 0.2, "clipart": -0.1, "flags": 0.01}},
+    ],
     recipe={"learning_rate": 1e-5, "note": "größer", "betas": [0.9, 0.99], "warmup": None},
     versions={"torch": "2.13"},
     n_train=800,
@@ -61,6 +64,7 @@ def outcomes(draw):
             "forgetting": st.floats(-1, 1),
             "gain_se": st.floats(0, 9),
             "iimm": st.floats(-1, 1),
+            "drops": st.dictionaries(texts, st.floats(-1, 1), max_size=2),
             "training_loss": st.floats(-9, 9),
         },
     )
@@ -103,7 +107,10 @@ def parsed_or_refused(value):
         return str(error)
     worst = [] if outcome.worst is None else [outcome.worst, outcome.forgetting]
     assert all(-1 <= v <= 1 for v in [outcome.gain, *worst, *outcome.drops.values()])
-    assert all(math.isfinite(v) for look in outcome.trajectory for v in look.values())
+    for look in outcome.trajectory:
+        numbers = {**look, **look.get("drops", {})}
+        numbers.pop("drops", None)
+        assert all(math.isfinite(value) for value in numbers.values())
     assert isinstance(outcome.complete, bool)
     written = json.dumps(asdict(outcome), allow_nan=False)
     assert parse_outcome(json.loads(written)) == outcome
@@ -223,6 +230,10 @@ for _ in range(50):
         ({"recipe": {1: "x"}}, r"`recipe, a key` must be a string, got 1"),
         ({"recipe": {"deep": NESTED}}, r"`recipe\['deep'\]` is nested deeper than 16"),
         ({"versions": {"torch": 2}}, r"`versions\['torch'\]` must be a string, got 2"),
+        (
+            {"trajectory": [{"share": 0.1, "gain": 0, "drops": {"emoji": 2}}]},
+            r"`trajectory\[0\]\['drops'\]\['emoji'\]` must be a number in \[-1, 1\], got 2",
+        ),
         (
             {"trajectory": [{"share": 0.1, "gain": 0, "iimm": 2}]},
             r"`trajectory\[0\]\['iimm'\]` must be a number in \[-1, 1\], got 2",
