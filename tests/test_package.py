@@ -12,7 +12,7 @@ import pytest
 import iimm_callbacks
 
 PACKAGE = Path(iimm_callbacks.__file__).parent
-LARGEST = 12_000_000  # bytes
+LARGEST = 20_000_000  # bytes
 
 # Timings are noise here; examples/benchmark.py takes them. This says what can make them worse.
 ADDED = """
@@ -67,7 +67,7 @@ def files():
     return [p for p in found if "__pycache__" not in p.parts and p.suffix != ".pyc"]
 
 
-def test_the_wheel_stays_under_12_megabytes(files):
+def test_the_wheel_stays_under_20_megabytes(files):
     wheel = io.BytesIO()
     with zipfile.ZipFile(wheel, "w", zipfile.ZIP_DEFLATED) as archive:
         for path in files:

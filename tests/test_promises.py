@@ -87,7 +87,8 @@ def test_the_figures_of_the_readme_are_those_of_the_grade():
     rows = [line.split("│") for line in grades.splitlines() if line.count("│") >= 4]
     (sample,) = (row[2] for row in rows if row[1].strip().startswith("gain, all methods, none of"))
     (published,) = (row[2] for row in rows if row[1].strip().startswith("26 published pairs"))
+    points = float(re.search(r"\(([0-9.]+) of", sample).group(1))
     assert (
-        f"gain forecast was {float(sample):.1f} points off on the sample and "
+        f"gain forecast was {points:.1f} points off on the sample and "
         f"{float(published.split()[0]):.1f} on published runs" in readme
     )

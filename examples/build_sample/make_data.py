@@ -199,26 +199,6 @@ def digit_pools(source: Path) -> dict[str, Pools]:
     return found
 
 
-def kinds(drawer: Glyphs, tasks: dict[str, dict[str, Rows]]) -> dict[str, Rows]:
-    """What kind of picture it is; those of another task stay on their side of its split."""
-    each = TASKS["picture_kinds"]["each"]
-    texts = {"letter": LETTERS, "number": list("0123456789"), "word": WORDS}
-    texts["arrow"] = list("".join(glyphs.arrow_chars().values()))
-    drawn = {name: drawer.many(t, each + 20, 0.0) for name, t in texts.items()}
-    parts = split(drawn_from(drawn, each, 4), 5)
-    shares = {"train": round(TRAIN * each), "test": each - round(TRAIN * each)}
-    for kind, task in (
-        ("emoji", "emoji_groups"),
-        ("clip art", "clipart_folders"),
-        ("flag", "flag_regions"),
-    ):
-        for name, n in shares.items():
-            parts[name] += [(image, kind) for image, _ in tasks[task][name][:n]]
-    for rows in parts.values():
-        random.Random(6).shuffle(rows)
-    return parts
-
-
 class PretrainingSet:
     """Pictures of 56 px with their captions and the source that each comes from."""
 
@@ -340,8 +320,7 @@ def main() -> None:
     fonts = glyphs.load_fonts(source)
     print("font files of pretraining and held out:", Counter(f.pretraining for f in fonts))
 
-    held_out_fonts = Glyphs(fonts, False, 11)
-    pools = glyph_pools(held_out_fonts) | digit_pools(source)
+    pools = glyph_pools(Glyphs(fonts, False, 11)) | digit_pools(source)
 
     into = PretrainingSet()
     add_glyphs(into, Glyphs(fonts, True, 13))
@@ -372,7 +351,6 @@ def main() -> None:
     }
     flags = [*pictures.flags(source, "twitter"), *pictures.clipart_flags(source)]
     tasks["flag_regions"] = flags_of_other_countries(flags, 3)
-    tasks["picture_kinds"] = kinds(held_out_fonts, tasks)
 
     # Characters are drawn again with held-out fonts; only copied files can leak.
     copied = ("emoji_groups", "clipart_folders", "flag_regions")

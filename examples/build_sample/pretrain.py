@@ -2,7 +2,7 @@
 
     python pretrain.py --work build/sample
 
-Reads pretrain.npz and captions.json, writes sample/model. Half an hour on two cores of its own.
+Reads pretrain.npz and captions.json, writes sample/model. Forty minutes on two cores.
 A run that was cut off goes on with --resume: the weights are saved every 100 steps (the
 optimizer's moments are not, they are back within some dozen steps).
 """
@@ -100,8 +100,8 @@ def tokenize(folder: Path, texts: list[str]) -> torch.Tensor:
     return torch.tensor(made["input_ids"])
 
 
-def build_model(vocab: dict[str, int]) -> CLIPModel:
-    """A CLIPModel of about 2.2 million parameters."""
+def build_model(vocab: dict[str, int], width: int = 160) -> CLIPModel:
+    """A CLIPModel of about 2.2 million parameters, its vision tower this wide."""
     end = vocab["<|endoftext|>"]
     text = {
         "vocab_size": len(vocab),
@@ -117,10 +117,10 @@ def build_model(vocab: dict[str, int]) -> CLIPModel:
         "projection_dim": 128,
     }
     vision = {
-        "hidden_size": 160,
-        "intermediate_size": 640,
+        "hidden_size": width,
+        "intermediate_size": 4 * width,
         "num_hidden_layers": 4,
-        "num_attention_heads": 5,
+        "num_attention_heads": width // 32,
         "image_size": IMAGE,
         "patch_size": 8,
         "hidden_act": "gelu",
@@ -175,19 +175,26 @@ def save(model: CLIPModel, folder: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--work", type=Path, default=Path("build/sample"))
-    parser.add_argument("--steps", type=int, default=2000)
+    parser.add_argument("--steps", type=int, default=3500)
     parser.add_argument("--resume", type=int, default=0, metavar="STEP", help="go on from STEP")
     parser.add_argument("--batch", type=int, default=192)
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--vocabulary", type=int, default=2200)
+    parser.add_argument("--width", type=int, default=160, help="of the vision tower, 32s")
+    parser.add_argument("--keep", type=float, default=1.0, help="share of the pictures, at random")
+    parser.add_argument("--output", type=Path, help="folder of the model; default: to ship")
     args = parser.parse_args()
     torch.manual_seed(args.seed)
     torch.set_num_threads(2)
     data = np.load(args.work / "pretrain.npz")
     images, sources = torch.from_numpy(data["images"]), data["sources"]
     captions = json.loads((args.work / "captions.json").read_text())
-    folder = args.work / "sample" / "model"
+    if args.keep < 1:
+        few = torch.randperm(len(images))[: round(args.keep * len(images))].sort().values.tolist()
+        images, sources = images[few], sources[few]
+        captions = [captions[i] for i in few]
+    folder = args.output or args.work / "sample" / "model"
     if args.resume:
         vocab = json.loads((folder / "vocab.json").read_text())
     else:
@@ -198,7 +205,7 @@ def main() -> None:
     rows = [torch.tensor([at[c] for c in row]) for row in captions]
     counts = {s: int((sources == s).sum()) for s in WEIGHT}
     weight = torch.tensor([WEIGHT[s] / counts[s] for s in sources], dtype=torch.float64)
-    model = CLIPModel.from_pretrained(folder) if args.resume else build_model(vocab)
+    model = CLIPModel.from_pretrained(folder) if args.resume else build_model(vocab, args.width)
     model.train()
     size = sum(p.numel() for p in model.parameters())
     print(f"{len(images)} pictures, {len(unique)} captions, {len(vocab)} tokens, {size} parameters")

@@ -116,14 +116,6 @@ TASKS: dict[str, dict[str, Any]] = {
         "source": "Debian package openclipart-png 1:0.18+dfsg-19",
         "licence": "public domain",
     },
-    "picture_kinds": {
-        "classes": ["letter", "number", "word", "arrow", "emoji", "clip art", "flag"],
-        "templates": ["a picture of a {}", "{}"],
-        "description": "What the picture shows; pictures of this task's kind are known well.",
-        "source": "the same as of the tasks above",
-        "licence": "the same as of the tasks above",
-        "each": 160,
-    },
 }
 
 

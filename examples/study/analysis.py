@@ -1,6 +1,7 @@
 """Outcomes + transferability scores -> the figures of the study; `report.py` prints and draws them.
 
-A group is the runs of one method at one level of the learning rate (or at both). Within a group the
+A group is the runs of one method at one level of the learning rate (or at both) and one number of
+steps. Within a group the
 seeds of a task are averaged first, so that n is the number of tasks: two seeds of one task are not
 two observations.
 """
@@ -31,14 +32,14 @@ MEASURED = {
     "zero-shot error": lambda o: 1 - o.zero_shot_accuracy,
     "linear probe": lambda o: probe_gain(o),
 }
-SHARES = (0.05, 0.1, 0.2, 0.3, 0.5, 0.7)
+SHARES = (0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.5, 0.7)
 LEAST_TASKS = 3  # a line through two points has no error to speak of
 COVERAGE = 0.9
 
 
 @dataclass(frozen=True)
 class Group:
-    """The runs of one method at one level: "gentle", "harsh", "both" or "level 3" and so on."""
+    """The runs of one method at one level: "gentle", "harsh", "gentle, short", "both" and so on."""
 
     method: str
     level: str
@@ -79,20 +80,32 @@ def seed_of(outcome):
     return outcome.recipe.get("seed", 0)
 
 
+def steps_of(outcome):
+    return outcome.recipe.get("steps", 0)
+
+
 def groups_of(outcomes):
-    """All groups: the gentle ones first, each method once, then the harsh, then both together."""
-    by_method = defaultdict(lambda: defaultdict(list))
+    """All groups: the gentle ones first, each method once, then the harsh, then both together.
+
+    Those of fewer steps than the method's longest runs follow the longest of their rate.
+    """
+    longest, by_method = {}, defaultdict(lambda: defaultdict(list))
     for outcome in outcomes:
-        by_method[outcome.method][rate_of(outcome)].append(outcome)
+        longest[outcome.method] = max(longest.get(outcome.method, 0), steps_of(outcome))
+    shorter = defaultdict(lambda: defaultdict(list))
+    for outcome in outcomes:
+        is_short = steps_of(outcome) < longest[outcome.method]
+        (shorter if is_short else by_method)[outcome.method][rate_of(outcome)].append(outcome)
     order = [m for m in METHODS if m in by_method] + sorted(set(by_method) - set(METHODS))
     groups = []
     for i in range(max(map(len, by_method.values()), default=0)):
-        for method in order:
-            rates = sorted(by_method[method])
-            if i < len(rates):
-                level = LEVELS[i] if i < len(LEVELS) else f"level {i + 1}"
-                runs = tuple(by_method[method][rates[i]])
-                groups.append(Group(method, level, (rates[i],), runs))
+        for found, note in ((by_method, ""), (shorter, ", short")):
+            for method in order:
+                rates = sorted(by_method[method])
+                if i < len(rates) and found[method][rates[i]]:
+                    level = LEVELS[i] if i < len(LEVELS) else f"level {i + 1}"
+                    runs = tuple(found[method][rates[i]])
+                    groups.append(Group(method, level + note, (rates[i],), runs))
     for method in order:
         if len(by_method[method]) > 1:
             per_rate = by_method[method].values()

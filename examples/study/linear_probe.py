@@ -1,21 +1,18 @@
 """How much of the recorded gain does a linear probe explain, with no past run at all?
 
     python examples/study/linear_probe.py    # half a minute on one core
-    python examples/study/linear_probe.py --outcomes outcomes.jsonl    # write the probes into it
 
-Embeds training and test images of the ten shipped tasks with the untouched model, fits the probe
+Embeds training and test images of the shipped tasks with the untouched model, fits the probe
 to the training images, and compares its accuracy on the test images with the accuracies after
 saved fine-tunes. Means over a task's runs. Expected output: LINEAR_PROBE.txt.
 
 The mean of other tasks is that of the gain under the same method, added to zero-shot accuracy.
-Test images are those of `Outcome.final_accuracy`. Ten tasks of one small model, all of whose
+Test images are those of `Outcome.final_accuracy`. Thirteen tasks of one small model, all of whose
 embeddings were seen when the probe's form was chosen: not a promise for another model.
 `compare_heads.py` holds other classifiers against this one.
 """
 
-import json
-from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -23,7 +20,7 @@ from rich.console import Console
 from rich.table import Table
 from transformers import HfArgumentParser
 
-from iimm_callbacks import linear_probe, read_outcomes, sample, zero_shot_accuracy
+from iimm_callbacks import linear_probe, sample, zero_shot_accuracy
 from iimm_callbacks.models.encoders import class_embeddings, find_encoder
 
 
@@ -31,7 +28,6 @@ from iimm_callbacks.models.encoders import class_embeddings, find_encoder
 class Settings:
     tasks: list[str] = field(default_factory=sample.task_names, metadata={"help": "Shipped tasks"})
     n_images: int = field(default=1000, metadata={"help": "Most images of a split"})
-    outcomes: str = field(default="", metadata={"help": "JSON-lines file to write the probes into"})
 
 
 @torch.no_grad()
@@ -58,23 +54,6 @@ def probe_tasks(settings):
         probe = linear_probe(images, texts, labels, logit_scale=scale, held_out=(test, truth))
         found[name] = zero_shot_accuracy(test, texts, truth), probe
     return found
-
-
-def with_probe(outcome, probe):
-    """The outcome with its task's probe, which depends on model and task alone."""
-    scored = f"{probe.n_scored} test images"
-    return replace(
-        outcome,
-        n_train=len(sample.load_dataset(outcome.task, "train")),
-        linear_probe_accuracy=round(probe.accuracy, 6),
-        linear_probe_standard_error=round(probe.standard_error, 6),
-        linear_probe_n_train=probe.n_train,
-        images={
-            "zero_shot_accuracy": scored,
-            "final_accuracy": scored,
-            "linear_probe_accuracy": f"fitted to {probe.n_train} training images, {scored}",
-        },
-    )
 
 
 def r_squared(x, y):
@@ -117,10 +96,6 @@ def main(arguments=None):
     for method in sorted({o.method for o in outcomes}):
         graded.add_row(method, *grade(found, outcomes, method))
     console.print(graded)
-    if settings.outcomes:
-        path = Path(settings.outcomes)
-        rows = [with_probe(o, found[o.task][1]) for o in read_outcomes(path)]
-        path.write_text("".join(f"{json.dumps(asdict(row), sort_keys=True)}\n" for row in rows))
 
 
 if __name__ == "__main__":

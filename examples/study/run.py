@@ -24,6 +24,8 @@ from filelock import FileLock
 from signals import Signals
 from tqdm import tqdm
 from transformers import (
+    AutoProcessor,
+    CLIPModel,
     HfArgumentParser,
     PrinterCallback,
     ProgressCallback,
@@ -56,9 +58,9 @@ EVERY, SOME = tuple(LEARNING_RATES), ("full", "lora")
 RUNS = (
     (0, LONG, 0, EVERY),
     (1, LONG, 0, SOME),
-    (0, LONG, 1, EVERY),
     (0, SHORT, 0, SOME),
     (1, SHORT, 0, SOME),
+    (0, LONG, 1, EVERY),
 )
 LOOKS = [0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.5, 0.7, 1.0]
 OFF_TARGET_IMAGES = 128  # of each task
@@ -72,14 +74,15 @@ class Settings:
     runs: int = field(default=len(RUNS), metadata={"help": "Of the kinds of run; the first ones"})
     scale: float = field(default=1.0, metadata={"help": "Multiplies the number of steps"})
     workers: int = field(default=2, metadata={"help": "Processes, one thread each"})
+    model: str = field(default="", metadata={"help": "Folder of another model of 48 px"})
     signals: str = field(default="", metadata={"help": "JSON-lines file for what signals.py sees"})
 
 
 @cache
-def training_rows(task):
+def training_rows(task, folder):
     """The task's training images, preprocessed once for all runs of this process."""
     data = sample.load_dataset(task, "train")
-    batch = ImageCollator(sample.load_processor())([data[i] for i in range(len(data))])
+    batch = ImageCollator(load_processor(folder))([data[i] for i in range(len(data))])
     pairs = zip(batch["pixel_values"], batch["labels"], strict=True)
     return [{"pixel_values": pixels, "labels": label} for pixels, label in pairs]
 
@@ -107,13 +110,19 @@ class Job:
         )
 
 
-def run(job, output, signals_file):
+@cache
+def load_processor(folder):
+    return AutoProcessor.from_pretrained(folder) if folder else sample.load_processor()
+
+
+def run(job, settings):
     """One guarded run -> its outcome, which is then in the file."""
     torch.manual_seed(job.seed)
-    task, processor = probe_task(job.task), sample.load_processor()
+    task, processor = probe_task(job.task), load_processor(settings.model)
     off_target = [probe_task(n, OFF_TARGET_IMAGES) for n in sample.task_names() if n != job.task]
     options = {"processor": processor} if job.method == "clip_adapter" else {}
-    model = prepare(sample.load_model(), job.method, **options)
+    model = CLIPModel.from_pretrained(settings.model) if settings.model else sample.load_model()
+    model = prepare(model, job.method, **options)
     guard = IIMMCallback(
         task,
         off_target,
@@ -140,7 +149,7 @@ def run(job, output, signals_file):
                 use_cpu=True,
                 seed=job.seed,
             ),
-            train_dataset=training_rows(job.task),
+            train_dataset=training_rows(job.task, settings.model),
             processing_class=processor,
             callbacks=[guard],
         )
@@ -148,10 +157,10 @@ def run(job, output, signals_file):
             trainer.remove_callback(printer)
         with Signals(model) as signals:
             trainer.train()
-    append_outcome(output, tidy(guard.outcome))
-    if signals_file:
+    append_outcome(settings.output, tidy(guard.outcome))
+    if settings.signals:
         line = json.dumps([asdict(job), signals.looks]) + "\n"
-        with FileLock(f"{signals_file}.lock"), open(signals_file, "a", encoding="utf-8") as file:
+        with FileLock(f"{settings.signals}.lock"), Path(settings.signals).open("a") as file:
             file.write(line)
     return guard.outcome
 
@@ -159,7 +168,8 @@ def run(job, output, signals_file):
 def tidy(outcome):
     """The outcome as it ships: rounded, and without a word about the machine."""
     row = json.loads(json.dumps(asdict(outcome)), parse_float=lambda text: round(float(text), 6))
-    return replace(parse_outcome(row), model="sample/model", run="")
+    name = "/".join(Path(outcome.model).parts[-2:])
+    return replace(parse_outcome(row), model=name, run="")
 
 
 def start_worker():
@@ -181,7 +191,7 @@ def main(argv=None):
     ]
     jobs = [job for job in jobs if job not in done]
     with tqdm(total=len(jobs)) as bar:
-        for o in outcomes_of(jobs, str(path), settings):
+        for o in outcomes_of(jobs, settings):
             rate = o.recipe["learning_rate"]
             bar.write(
                 f"{o.task}, {o.method} {rate:g}: gain {o.gain:+.3f}, forgetting {o.forgetting:+.3f}"
@@ -189,16 +199,14 @@ def main(argv=None):
             bar.update()
 
 
-def outcomes_of(jobs, output, settings):
+def outcomes_of(jobs, settings):
     """Outcomes as they come. A worker that dies ends the study; what is done is saved."""
     if settings.workers == 1:
-        yield from (run(job, output, settings.signals) for job in jobs)
+        yield from (run(job, settings) for job in jobs)
         return
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(settings.workers, context, start_worker) as pool:
-        for future in as_completed(
-            [pool.submit(run, job, output, settings.signals) for job in jobs]
-        ):
+        for future in as_completed([pool.submit(run, job, settings) for job in jobs]):
             yield future.result()
 
 

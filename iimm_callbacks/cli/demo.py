@@ -27,7 +27,7 @@ def demo(
     """Fine-tune the shipped sample under guard: see it work.
 
     A small CLIP learns handwritten digits, offline, in under a minute; the guard stops it once it
-    is likely to forget more than 5 points of letters and emoji. The run is not saved among yours.
+    is likely to forget more than 3 points of letters and emoji. The run is not saved among yours.
     """
     from ..records.run_file import file_name
 
@@ -73,7 +73,7 @@ def _guard() -> tuple[IIMMCallback, list[Outcome]]:
     guard = IIMMCallback(
         Task("digits", sample.load_dataset(_TASK), templates="the number {}"),
         [Task("letters", letters, templates="the letter {}"), Task("emoji", emoji)],
-        max_forgetting=0.05,
+        max_forgetting=0.03,
         action="stop",
         max_overhead=None,  # so short a run would drop its looks to keep to the default
         outcomes=outcomes,

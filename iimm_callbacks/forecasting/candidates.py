@@ -29,6 +29,7 @@ _POOLING = 1.0
 # Set on simulated records of nine tasks, see tests/test_candidates.py: less is slow to use what
 # explains, more runs after noise.
 _SHARPNESS, _PENALTY = 0.5, float(np.log(4))
+_SINGULAR = 1e8  # condition number
 
 
 @dataclass(frozen=True)
@@ -314,6 +315,8 @@ def _fit(table: Table, candidate: Candidate, method: str, scored: NDArray[np.boo
     size = float(np.mean(x[rows, 0] ** 2)) if p else 1.0
     ridge = np.diag([1e-9 * size] * (p - offsets) + [_POOLING * size] * offsets)
     whole = gram.sum(0) + ridge
+    if p and np.linalg.cond(whole) > _SINGULAR:
+        return None  # features that say the same: what lies between them would be made up
     inverse = np.linalg.inv(whole)
     without = np.linalg.inv(whole - gram)  # [T, p, p]
     betas = (without @ (moment.sum(0) - moment)[:, :, None])[:, :, 0]  # [T, p]

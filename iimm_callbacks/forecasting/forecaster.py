@@ -18,7 +18,8 @@ from ..measures.measure import Measurement
 from ..records.forecast import QUANTITIES, Forecast, Prediction
 from ..records.outcomes import Outcome, one_of_each_run
 from .estimates import Estimates, Sight
-from .runs import Ask, Run, Runs, choose, saved_name
+from .off_target import by_task
+from .runs import Ask, Run, Runs, choose, of_a_kind, saved_name
 
 if TYPE_CHECKING:
     from .grading import Grade
@@ -160,6 +161,7 @@ class Forecaster:
             runs.base_rate,
             in_range,
             self._next_look(runs, ask, next_share),
+            _by_task(runs, ask, predictions["forgetting"]),
             (ask, runs),
         )
 
@@ -170,6 +172,7 @@ class Forecaster:
         share: float,
         seen: Mapping[str, tuple[float, float]],
         next_share: float | None = None,
+        drops: Mapping[str, float] | None = None,
     ) -> Forecast:
         """The forecast during training, from what has been observed so far.
 
@@ -179,6 +182,7 @@ class Forecaster:
             seen: ``"gain"``, ``"forgetting"``, ``"worst"`` -> observed value and its standard
                 error, fractions.
             next_share: Share of the steps at which the next look is due, if known.
+            drops: Drop of each off-target task so far, fractions, if known.
 
         Returns:
             A new `Forecast`. At the last step it equals what is observed.
@@ -192,7 +196,12 @@ class Forecaster:
         if share >= 1:
             last: dict[str, Any] = {name: Prediction(*seen[name], math.inf) for name in seen}
             return replace(
-                forecast, **last, basis="what is observed", base_rate=False, next_look={}
+                forecast,
+                **last,
+                basis="what is observed",
+                base_rate=False,
+                next_look={},
+                off_target={},
             )
         updated: dict[str, Any] = {}
         evidence = dict(forecast.evidence)
@@ -217,7 +226,15 @@ class Forecaster:
         if not updated:
             return forecast
         basis = f"{forecast.basis}; {' and '.join(updated)} at {share:.0%} of the steps"
-        return replace(forecast, **updated, basis=basis, evidence=evidence, next_look=next_look)
+        mean = updated.get("forgetting", forecast.forgetting)
+        return replace(
+            forecast,
+            **updated,
+            basis=basis,
+            evidence=evidence,
+            next_look=next_look,
+            off_target=_by_task(runs, ask, mean, (share, drops) if drops else None),
+        )
 
     def grade(self, outcomes: Iterable[Outcome], **settings: Any) -> Grade:
         """Leave-one-task-out evaluation on saved runs: see `grading.grade`."""
@@ -234,6 +251,17 @@ class Forecaster:
             q: self._estimates.before(runs, ask, q, next_share) for q in ("forgetting", "worst")
         }
         return {name: p for name, (p, _, _) in found.items() if p is not None}
+
+
+def _by_task(
+    runs: Runs,
+    ask: Ask,
+    mean: Prediction | None,
+    seen: tuple[float, Mapping[str, float]] | None = None,
+) -> dict[str, Prediction]:
+    if mean is None:
+        return {}
+    return by_task(of_a_kind(runs.rows, ask, "forgetting"), ask, mean, seen)
 
 
 def _load_borrowed(record: Sequence[Run]) -> list[Run]:

@@ -221,7 +221,13 @@ def _replay(o: Outcome, forecaster: Forecaster, others: Sequence[Outcome]) -> _R
         }
         coming = shares[i + 1] if i + 1 < len(shares) else None
         forecasts.append(
-            forecaster.update(forecasts[0], share=shares[i], seen=seen, next_share=coming)
+            forecaster.update(
+                forecasts[0],
+                share=shares[i],
+                seen=seen,
+                next_share=coming,
+                drops=looks[i].get("drops"),
+            )
         )
     plain = {q: _plain(o, q, others) for q in QUANTITIES}
     return _Replay(o, tuple(shares), tuple(looks), tuple(forecasts), plain)

@@ -90,6 +90,20 @@ class Run:
             self._known[key] = self._read(quantity, share)
         return self._known[key]
 
+    def drops_at(self, share: float) -> dict[str, float] | None:
+        """What each off-target task had lost at this share of the steps, between looks a mix.
+
+        None where no look tells, or none so late.
+        """
+        looks = [look for look in self._looks if "drops" in look]
+        if not looks or looks[-1]["share"] < share:
+            return None
+        shares = [0.0, *(look["share"] for look in looks)]
+        return {
+            name: float(np.interp(share, shares, [0.0, *(look["drops"][name] for look in looks)]))
+            for name in set.intersection(*(set(look["drops"]) for look in looks))
+        }
+
     def noise_at(self, quantity: str, share: float) -> float | None:
         """Standard error of the look next to this share, where it is saved."""
         looks = [look for look in self._looks if f"{quantity}_se" in look]

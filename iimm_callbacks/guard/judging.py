@@ -25,12 +25,13 @@ def judge(forecast: Forecast | None, observed: Forgetting | None, limits: Limits
     """The verdict on a run.
 
     The probability of exceeding the limit is taken from the forecast of the end (Student-t) and
-    from what is observed (normal, with the paired sampling error); the larger counts: above 0.5 it
-    warns. It stops from ``limits.confidence`` on, but for the forecast's sake not before the limit
-    is likely to be exceeded at the *next look*, where that is known: until then there is something
-    to be gained within the limit. An observed drop within its own sampling error raises no alarm,
-    whatever the limit. A forecast that is borrowed from other models' runs may warn before the
-    first look in training; it stops no run there.
+    from what is observed (normal, with the paired sampling error). The larger counts; where both
+    are above 0.5, p and q, it is ``1 - (1 - p)(1 - q)``. Above 0.5 it warns. It stops from
+    ``limits.confidence`` on, but for the forecast's sake alone not before the limit is likely to be
+    exceeded at the *next look*, where that is known: until then there is something to be gained
+    within the limit. An observed drop within its own sampling error raises no alarm, whatever the
+    limit. A forecast that is borrowed from other models' runs may warn before the first look in
+    training; it stops no run there.
 
     Args:
         forecast: Of the end of the run; ``None`` or absent where there is none.
@@ -44,10 +45,13 @@ def judge(forecast: Forecast | None, observed: Forgetting | None, limits: Limits
     if limit is None:
         return Verdict("continue", None, "no limit set")
     borrowed = observed is None and forecast is not None and forecast.base_rate
-    candidates = [
-        *_by_forecast(forecast, limits, limit, may_stop=not borrowed),
-        *_by_observed(observed, limits, limit),
-    ]
+    expected = _by_forecast(forecast, limits, limit, may_stop=not borrowed)
+    seen = _by_observed(observed, limits, limit)
+    candidates = [*expected, *seen]
+    if candidates[1:] and min(candidates)[0] > 0.5:
+        # Over the limit, and expected to stay: to wait for more would only lose more.
+        (p, ahead, _), (q, now, _) = expected[0], seen[0]
+        candidates.append((1 - (1 - p) * (1 - q), f"{now}, {ahead}", True))
     if not candidates:
         return Verdict("continue", None, "nothing to judge by yet")
     probability, text, _ = max(candidates)
@@ -183,12 +187,13 @@ def judge_look(
     task, *off_target = look.correct
     gain = paired_drop(baseline.seen(task), look.seen(task))
     seen = {"gain": (-gain.value, gain.standard_error)}
-    observed = None
+    observed = drops = None
     if off_target:
         observed = forgetting(_some(baseline, off_target), _some(look, off_target))
         seen["forgetting"] = (observed.mean.value, observed.mean.standard_error)
         seen["worst"] = (observed.worst.value, observed.worst.standard_error)
-    forecast = update(prior, share=share, seen=seen, next_share=coming)
+        drops = {name: drop.value for name, drop in observed.tasks.items()}
+    forecast = update(prior, share=share, seen=seen, next_share=coming, drops=drops)
     # At the end there is nothing left to forecast.
     verdict = judge(forecast if share < 1 else None, observed, limits)
     return Judged(forecast, verdict, _row(look, baseline, share, forecast, verdict, observed, seen))

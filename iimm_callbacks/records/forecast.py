@@ -96,6 +96,8 @@ class Forecast:
             run before the first look at how that one goes.
         in_range: Whether recipe and IIMM lie within the saved runs.
         next_look: "forgetting", "worst" -> `Prediction` for the next look, where that is known.
+        off_target: Off-target task -> `Prediction` of its drop at the end, the largest first; empty
+            where saved runs on too few tasks tell them apart.
     """
 
     gain: Prediction | None
@@ -108,16 +110,22 @@ class Forecast:
     base_rate: bool = False
     in_range: bool = True
     next_look: Mapping[str, Prediction] = field(default_factory=dict)
+    off_target: Mapping[str, Prediction] = field(default_factory=dict)
     _asked: Any = field(default=None, repr=False, compare=False)
 
     def to_json(self) -> dict[str, Any]:
         """As JSON-ready data: points and intervals in fractions, and all it rests on."""
         predictions = {q: p for q in QUANTITIES if (p := getattr(self, q)) is not None}
         return {
-            **{q: {"point": p.point, "low": p.low, "high": p.high} for q, p in predictions.items()},
+            **{name: _interval(p) for name, p in predictions.items()},
+            "off_target": {name: _interval(p) for name, p in self.off_target.items()},
             "basis": self.basis,
             "n_outcomes": self.n_outcomes,
             "evidence": {name: asdict(found) for name, found in self.evidence.items()},
             "notes": list(self.notes),
             "base_rate": self.base_rate,
         }
+
+
+def _interval(p: Prediction) -> dict[str, float]:
+    return {"point": p.point, "low": p.low, "high": p.high}

@@ -22,7 +22,7 @@ from .terminal import (
 
 
 def preflight_lines(record: dict[str, Any], plan: str) -> str:
-    """Before training: accuracy, forecasts and what they rest on, limit and verdict, looks.
+    """Before training: accuracy, forecasts, the task most at risk, limit and verdict, looks.
 
     Args:
         record: `IIMMMonitor.record`.
@@ -42,6 +42,9 @@ def preflight_lines(record: dict[str, Any], plan: str) -> str:
         where = " points at the end, 90 % interval; from" if name in forecast else ":"
         found = f"{interval(forecast.get(name))}{where} {_basis(forecast)}"
         grid.add_row(f"  forecast {name}", found)
+    if risks := forecast.get("off_target"):
+        name = next(iter(risks))
+        grid.add_row("  most at risk", f"{name}: {interval(risks[name])} points lost")
     grid.add_row("  limit", _limit(record["limits"], row))
     grid.add_row("  looks", plan)
     return page(f"IIMM before training: {record['task']} ({record['method']})", grid)

@@ -51,10 +51,12 @@ def preflight_table(record: dict[str, Any]) -> str:
     metrics = record.get("metrics", {})
     above = score_name(metrics, record["task"])
     table.add_row(above, percent(row[keys.ACCURACY]), record["task"])
+    risks = record["forecast"].get("off_target", {})
     for name in record["off_target"]:
         score = score_name(metrics, name)
         value = percent(row[keys.accuracy_key(name)])
-        table.add_row("" if score == above else score, value, f"{name} (off-target)")
+        risk = f", forecast drop {interval(risks[name])}" if name in risks else ""
+        table.add_row("" if score == above else score, value, f"{name} (off-target){risk}")
         above = score
     if (probe := record.get("linear_probe")) is not None and probe["accuracy"] is not None:
         spread = f" ± {100 * probe['standard_error']:.1f}"

@@ -1,13 +1,16 @@
 """A look by another metric is judged as one by accuracy is."""
 
 import json
+import math
 
 import numpy as np
 import pytest
+from scipy import special
 
-from iimm_callbacks import Forecaster, Limits, Measurement
-from iimm_callbacks.guard.judging import judge_first, judge_look
-from iimm_callbacks.measures.accuracy import Score, forgetting, paired_drop
+from iimm_callbacks import Forecast, Forecaster, Limits, Measurement
+from iimm_callbacks.guard.judging import judge, judge_first, judge_look
+from iimm_callbacks.measures.accuracy import Drop, Forgetting, Score, forgetting, paired_drop
+from iimm_callbacks.records.forecast import Prediction
 from iimm_callbacks.records.look import Look
 
 MEASURED = Measurement(0.3, 0.2, 0.4, 0.01, 40, 4)
@@ -51,6 +54,26 @@ def test_a_metric_that_is_accuracy_gives_the_verdict_of_accuracy(by_metric, afte
         assert errors[0] == pytest.approx(errors[1])
         assert one.row == pytest.approx(other.row)
         assert one.verdict.level == other.verdict.level
+
+
+@pytest.mark.parametrize(
+    ("ahead", "seen", "level", "probability"),
+    [
+        (0.7, 0.7, "stop", 0.91),  # over the limit and expected to stay: 1 - 0.3²
+        (0.55, 0.55, "warn", 0.7975),
+        (0.3, 0.7, "warn", 0.7),  # expected to come back
+        (0.7, 0.3, "warn", 0.7),  # not there yet
+    ],
+)
+def test_what_is_seen_and_what_is_expected_add_up(ahead, seen, level, probability):
+    limit, se = 0.05, 0.01
+    # At the next look it is still within the limit: the forecast alone stops nothing.
+    inside = {"forgetting": Prediction(0.0, 0.01, math.inf)}
+    expected = Prediction(limit + se * float(special.ndtri(ahead)), se, math.inf)
+    forecast = Forecast(None, expected, None, "", next_look=inside)
+    drop = Drop(limit + se * float(special.ndtri(seen)), se)
+    found = judge(forecast, Forgetting({"a": drop}, drop, "a"), Limits(limit))
+    assert (found.level, found.exceed_probability) == (level, pytest.approx(probability))
 
 
 def test_verdict_and_row_are_in_the_metrics_units():

@@ -12,10 +12,11 @@ from iimm_callbacks.probing.probe import Probe
 STUDY = Path(__file__).parents[2] / "examples" / "study"
 
 
-def test_there_are_at_least_six_tasks_with_enough_pictures():
-    sizes = {name: len(sample.load_dataset(name)) for name in sample.task_names()}
-    assert len(sizes) >= 6
-    assert sum(size >= 250 for size in sizes.values()) >= 6
+def test_tasks_have_enough_pictures_to_learn_from_and_to_measure_with():
+    names = sample.task_names()
+    sizes = {n: [len(sample.load_dataset(n, s)) for s in ("train", "test")] for n in names}
+    assert 10 <= len(sizes) <= 14
+    assert sum(train >= 585 and test >= 300 for train, test in sizes.values()) >= 10
 
 
 @pytest.mark.parametrize("name", sample.task_names())
@@ -42,7 +43,9 @@ def test_the_recorded_runs_are_of_the_shipped_model_and_gain_and_forget():
     for method in ("full", "lora"):
         runs = [o for o in outcomes if o.method == method]
         assert {o.task for o in runs} == set(sample.task_names())
-        assert max(o.gain for o in runs) > 0.15
+        gains = [max(o.gain for o in runs if o.task == task) for task in sample.task_names()]
+        assert sum(gain >= 0.1 for gain in gains) >= 7
+        assert min(gains) < 0.05  # and on some there is nothing to gain
     full = [o.forgetting for o in outcomes if o.method == "full"]
     assert sum(full) / len(full) > 0.01
 
@@ -65,18 +68,15 @@ def test_the_recorded_linear_probes_are_those_of_the_tasks(monkeypatch):
     found = study.probe_tasks(study.Settings(tasks=["handwritten_digits", "flag_regions"]))
     recorded = sample.load_outcomes()
     for name, (before, probe) in found.items():
-        runs = [o for o in recorded if o.task == name]
-        assert len(runs) == 15
-        for run in (study.with_probe(o, probe) for o in runs):
-            before_and_probe = (run.zero_shot_accuracy, run.linear_probe_accuracy)
-            assert before_and_probe == pytest.approx((before, probe.accuracy), abs=1e-6)
-        for run in runs:  # one image of 300 may tip on another processor
+        n_train = len(sample.load_dataset(name, "train"))
+        for run in (o for o in recorded if o.task == name):
+            # One image of 300 may tip on another processor.
+            assert run.zero_shot_accuracy == pytest.approx(before, abs=0.011)
             assert run.linear_probe_accuracy == pytest.approx(probe.accuracy, abs=0.011)
             assert run.linear_probe_standard_error == pytest.approx(probe.standard_error, abs=1e-3)
-            n_train = len(sample.load_dataset(name, "train"))
             assert (run.n_train, run.linear_probe_n_train, probe.n_train) == (n_train,) * 3
-            assert run.images["final_accuracy"] == f"{run.n_images} test images"
-            assert run.images["linear_probe_accuracy"].startswith(f"fitted to {n_train} training")
+            note = run.images["linear_probe_accuracy"]
+            assert note.startswith(f"fitted to {n_train} of {n_train} training images")
 
 
 def test_every_recorded_run_has_a_linear_probe_and_one_for_each_task():
@@ -85,7 +85,7 @@ def test_every_recorded_run_has_a_linear_probe_and_one_for_each_task():
         found = (o.linear_probe_accuracy, o.linear_probe_standard_error, o.n_train)
         assert None not in found
         probes.setdefault(o.task, set()).add(found)
-    assert [len(found) for found in probes.values()] == [1] * 10
+    assert [len(found) for found in probes.values()] == [1] * len(sample.task_names())
 
 
 def test_no_recorded_run_names_a_folder_of_anyones_machine():

@@ -14,7 +14,8 @@ import pytest
 import torch
 from transformers import TrainerCallback, TrainingArguments
 
-from iimm_callbacks import IIMMCallback, Outcome, Task, append_outcome, read_outcomes
+from iimm_callbacks import IIMMCallback, Outcome, Task, append_outcome, read_outcomes, sample
+from iimm_callbacks.forecasting.base_rates import load_base_rates
 from iimm_callbacks.models.tuning import prepare
 from iimm_callbacks.models.wrappers import model_fingerprint
 from iimm_callbacks.probing.probe import Probe
@@ -480,7 +481,8 @@ def test_what_is_borrowed_is_shown_logged_and_stops_nothing_before_the_first_loo
     trainer.train()
     printed = " ".join(capsys.readouterr().out.split())
     assert "forgetting borrowed forecast" in printed
-    assert "Base rates: borrowed from 226 complete runs of 4 other models" in printed
+    shipped = len(load_base_rates()) + len(sample.load_outcomes())
+    assert f"Base rates: borrowed from {shipped} complete runs of 4 other models" in printed
     assert "leave-one-model-out error" in printed
     first = rows(trainer)[0]
     assert {"eval_iimm_gain_forecast", "eval_iimm_forgetting_forecast"} <= set(first)
