@@ -14,7 +14,15 @@ import pytest
 import torch
 from transformers import TrainerCallback, TrainingArguments
 
-from iimm_callbacks import IIMMCallback, Outcome, Task, append_outcome, read_outcomes, sample
+from iimm_callbacks import (
+    IIMMCallback,
+    Limits,
+    Outcome,
+    Task,
+    append_outcome,
+    read_outcomes,
+    sample,
+)
 from iimm_callbacks.forecasting.base_rates import load_base_rates
 from iimm_callbacks.models.tuning import prepare
 from iimm_callbacks.models.wrappers import model_fingerprint
@@ -367,7 +375,8 @@ def test_warn_goes_on_and_repeats_only_when_it_gets_worse(
     make_trainer, guard, script_looks, caplog
 ):
     script_looks(lambda step: {0: 1, 2: 0.6, 4: 0.6, 6: 0.1, 8: 0.1, 10: 0.1}[step])
-    trainer = make_trainer([guard(every=2, max_forgetting=0.38)], max_steps=10)
+    limits = Limits(0.38, confidence=0.95)
+    trainer = make_trainer([guard(every=2, max_forgetting=limits)], max_steps=10)
     with caplog.at_level(logging.WARNING, logger="iimm_callbacks"):
         trainer.train()
     assert trainer.state.global_step == 10
