@@ -155,7 +155,7 @@ def test_the_accelerate_loop_tells_the_tracker_and_goes_on_from_its_checkpoint(
 
 @bare_processes
 def test_the_examples_run_on_two_processes_and_a_stop_stops_both(example, python, tmp_path):
-    run = ["--smoke", "--learning_rate", "2e-3", "--output_dir"]
+    run = ["--smoke", "--learning_rate", "1e-3", "--output_dir"]
     example("accelerate_loop").main([*run, "alone"])
     # A script of its own, to see what the second process has: only the first one writes.
     (tmp_path / "worker.py").write_text(
@@ -178,8 +178,7 @@ def test_the_examples_run_on_two_processes_and_a_stop_stops_both(example, python
     alone, first, second = (read_looks(tmp_path / n) for n in ("alone", "rank-0", "rank-1"))
     assert first == second == read_looks(tmp_path / "two")
     assert first[0] == alone[0]
-    levels = [look["level"] for look in first]
-    assert (levels.index("stop"), first[-1]["step"] < 8) == (len(levels) - 1, True)
+    assert [look["level"] for look in first] == ["warn", "stop"]
     for ours, theirs in zip(first, alone, strict=True):
         assert ours["eval_iimm"] == pytest.approx(theirs["eval_iimm"], abs=1e-5)
     assert read_weights(tmp_path / "two").keys() == read_weights(tmp_path / "alone").keys()

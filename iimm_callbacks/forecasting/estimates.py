@@ -127,13 +127,6 @@ class Estimates:
             sight.prior,
             before.left_out if before else {},
         )
-        if (
-            pooled is not None
-            and quantity == "gain"
-            and sight.prior is not None
-            and pooled.prediction.scale > sight.prior.scale
-        ):
-            return sight.prior, pooled.evidence  # other models' lines are less sure than the probe
         return _of_pool(pooled, ask, quantity)
 
     def _pooled(self, runs: Runs, ask: Ask, quantity: str, until: float) -> Pooled | None:

@@ -8,17 +8,14 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
-from scipy import stats
-from tqdm.auto import tqdm
 
 from ..guard.judging import judge
 from ..guard.schedule import DEFAULT_SHARES
 from ..measures.accuracy import Drop, Forgetting
-from ..measures.measure import Measurement
-from ..records.forecast import QUANTITIES, Forecast, Prediction
+from ..records.forecast import QUANTITIES, Prediction
 from ..records.outcomes import Outcome, one_of_each_run
 from ..records.verdict import Limits
-from .runs import about
+from .replay import Replay, replay_all
 
 if TYPE_CHECKING:
     from .forecaster import Forecaster
@@ -118,15 +115,6 @@ class Grade:
         }
 
 
-@dataclass(frozen=True)
-class _Replay:
-    outcome: Outcome
-    shares: tuple[float, ...]
-    looks: tuple[dict[str, float], ...]  # at these shares
-    forecasts: tuple[Forecast, ...]
-    plain: dict[str, tuple[float, float]]  # quantity -> plain mean, line on zero-shot error
-
-
 def grade(
     new: Callable[[], Forecaster],
     outcomes: Iterable[Outcome],
@@ -152,7 +140,7 @@ def grade(
         ValueError: No run can be replayed.
     """
     runs = one_of_each_run(outcomes)
-    replays = _replay_all(new, runs)
+    replays = replay_all(new, runs)
     if not replays:
         raise ValueError(
             "`outcomes` must hold complete runs with looks on at least 2 tasks, got "
@@ -181,80 +169,8 @@ def grade(
     return Grade(tuple(forecasts), tuple(guard), len(replays), len(runs) - len(replays))
 
 
-def _replay_all(new: Callable[[], Forecaster], runs: Sequence[Outcome]) -> list[_Replay]:
-    replays = []
-    forecasters: dict[str, Forecaster] = {}
-    for o in tqdm(runs, desc="replaying", unit="run", disable=None, leave=False, delay=2):
-        if not o.complete or not o.trajectory:
-            continue
-        others = [other for other in runs if other.task != o.task]
-        if o.task not in forecasters:
-            forecasters[o.task] = new().fit(others, base_rates=False)
-        replay = _replay(o, forecasters[o.task], others)
-        if replay is not None:
-            replays.append(replay)
-    return replays
-
-
-def _replay(o: Outcome, forecaster: Forecaster, others: Sequence[Outcome]) -> _Replay | None:
-    looks = sorted(o.trajectory, key=lambda look: look["share"])
-    looks = [{"share": 0.0, "gain": 0.0}] * (looks[0]["share"] > 0) + looks
-    shares = [look["share"] for look in looks]
-    measure = Measurement(
-        _known(o.iimm),
-        _known(o.inter),
-        _known(o.intra),
-        _known(o.standard_error),
-        o.n_images or 0,
-        o.n_classes or 0,
-    )
-    forecasts = [
-        forecaster.predict(measure, **about(o), next_share=shares[1] if len(shares) > 1 else None)
-    ]
-    if not forecasts[0].n_outcomes:
-        return None
-    for i in range(1, len(looks)):
-        seen: dict[str, tuple[float, float]] = {
-            name: (looks[i][name], looks[i].get(f"{name}_se", 0.0))
-            for name in QUANTITIES
-            if name in looks[i]
-        }
-        coming = shares[i + 1] if i + 1 < len(shares) else None
-        forecasts.append(
-            forecaster.update(
-                forecasts[0],
-                share=shares[i],
-                seen=seen,
-                next_share=coming,
-                drops=looks[i].get("drops"),
-            )
-        )
-    plain = {q: _plain(o, q, others) for q in QUANTITIES}
-    return _Replay(o, tuple(shares), tuple(looks), tuple(forecasts), plain)
-
-
-def _known(number: float | None) -> float:
-    return math.nan if number is None else number
-
-
-def _plain(o: Outcome, quantity: str, others: Sequence[Outcome]) -> tuple[float, float]:
-    """Plain mean of the method's other runs, and their line on zero-shot error."""
-    rows = [
-        (1 - other.zero_shot_accuracy, getattr(other, quantity))
-        for other in others
-        if (other.model_fingerprint, other.method) == (o.model_fingerprint, o.method)
-        and other.complete
-        and getattr(other, quantity) is not None
-    ]
-    mean = float(np.mean([y for _, y in rows])) if rows else math.nan
-    if len(rows) < 2 or np.ptp([x for x, _ in rows]) == 0:
-        return mean, math.nan
-    line = stats.linregress(*zip(*rows, strict=True))
-    return mean, float(line.intercept + line.slope * (1 - o.zero_shot_accuracy))
-
-
 def _grade_forecast(
-    replays: Sequence[_Replay], quantity: str, method: str, share: float
+    replays: Sequence[Replay], quantity: str, method: str, share: float
 ) -> ForecastGrade | None:
     rows = []
     for r in replays:
@@ -292,7 +208,7 @@ def _grade_forecast(
     )
 
 
-def _grade_policy(replays: Sequence[_Replay], policy: str, limits: Limits) -> GuardGrade:
+def _grade_policy(replays: Sequence[Replay], policy: str, limits: Limits) -> GuardGrade:
     quantity = "forgetting" if limits.limit_on == "mean" else "worst"
     limit = limits.max_forgetting
     assert limit is not None
@@ -328,7 +244,7 @@ def _grade_policy(replays: Sequence[_Replay], policy: str, limits: Limits) -> Gu
     )
 
 
-def _stops_at(r: _Replay, policy: str, limits: Limits, quantity: str) -> int:
+def _stops_at(r: Replay, policy: str, limits: Limits, quantity: str) -> int:
     """The look at which the run is stopped; the last one, where it is not."""
     last = len(r.looks) - 1
     values = [look.get(quantity, 0.0) for look in r.looks]

@@ -31,6 +31,7 @@ from .mixed_model import Effect, Floats, Rows, left_out, predict
 from .runs import Ask, Run
 
 _DOF = 3  # of the intervals before any run of the model is saved
+_SO_FAR = "what was seen so far, pooled"
 
 _GAIN = (
     Effect("long_error", (), 0.5),
@@ -151,7 +152,7 @@ def during_training(
         until: As `before_training`.
         share: Of the steps that are done.
         seen: Value so far and its standard error.
-        prior: The forecast before training, of a gain.
+        prior: The forecast of the end before training.
         priors: The same of each run, without its task.
 
     Returns:
@@ -180,13 +181,58 @@ def during_training(
     def to_come(run: Run) -> float:
         return _at(run, quantity, until) - _at(run, quantity, share)
 
-    found = _pool(rows, ask, quantity, effects, "what was seen so far, pooled", to_come, more)
+    found = _pool(rows, ask, quantity, effects, _SO_FAR, to_come, more)
     p = found.prediction
-    return Pooled(
-        Prediction(value + p.point, math.hypot(p.scale, math.sqrt(excess)), p.dof),
-        found.evidence,
-        {},
+    line = Prediction(value + p.point, p.scale, p.dof)
+    known = [run for run in rows if run in priors]
+    if prior is not None and known:
+        value_then, so_far, end = (
+            np.array([_at(run, quantity, s) for run in known]) for s in (until, share, 1.0)
+        )
+        expected = np.array([priors[run] for run in known])
+        of_line = value_then - so_far - np.array([found.left_out[run] for run in known])
+        found = _join(line, prior, of_line, value_then - expected, end - expected, found.evidence)
+        line = found.prediction
+    return replace(
+        found,
+        prediction=replace(line, scale=math.hypot(line.scale, math.sqrt(excess))),
+        left_out={},
     )
+
+
+def _join(
+    line: Prediction,
+    prior: Prediction,
+    of_line: Floats,
+    of_prior: Floats,
+    usual: Floats,
+    evidence: Evidence,
+) -> Pooled:
+    """Two forecasts of one value, mixed as was best on saved runs; no less sure than `prior`.
+
+    Args:
+        line: From what was seen so far.
+        prior: From before training, of the end.
+        of_line: [n] misses of the first on saved runs, without their task.
+        of_prior: [n] those of the second.
+        usual: [n] misses of the forecast before training at the end.
+        evidence: Of `line`.
+    """
+    apart = of_prior - of_line
+    share = float(of_prior @ apart) / max(float(apart @ apart), 1e-12)  # least squares
+    share = min(max(share, 0.0), 1.0)
+    left = of_prior - share * apart
+    ratio = math.sqrt(float(left @ left) / max(float(usual @ usual), 1e-12))
+    point = share * line.point + (1 - share) * prior.point
+    joined = Prediction(point, prior.scale * min(ratio, 1.0), prior.dof)
+    reach = joined.scale * float(special.stdtrit(joined.dof, (1 + COVERAGE) / 2))
+    evidence = replace(
+        evidence,
+        predictors={_SO_FAR: share, "forecast before training": 1 - share},
+        error=float(np.abs(left).mean()),
+        coverage=float((np.abs(left) <= reach).mean()),
+    )
+    return Pooled(joined, evidence, {})
 
 
 def bounded(prediction: Prediction, ask: Ask, quantity: str) -> Prediction:

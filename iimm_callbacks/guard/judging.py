@@ -192,7 +192,7 @@ def judge_look(
         observed = forgetting(_some(baseline, off_target), _some(look, off_target))
         seen["forgetting"] = (observed.mean.value, observed.mean.standard_error)
         seen["worst"] = (observed.worst.value, observed.worst.standard_error)
-        drops = {name: drop.value for name, drop in observed.tasks.items()}
+        drops = observed.values
     forecast = update(prior, share=share, seen=seen, next_share=coming, drops=drops)
     # At the end there is nothing left to forecast.
     verdict = judge(forecast if share < 1 else None, observed, limits)
@@ -212,15 +212,12 @@ def _row(
     observed: Forgetting | None,
     seen: Mapping[str, tuple[float, float]],
 ) -> dict[str, Any]:
-    return (
-        keys.look_row(look, baseline, forecast, observed, verdict)
-        | {
-            "step": look.step,
-            "share": share,
-            "level": verdict.level,
-            "reason": verdict.reason,
-            "n_images": sum(map(len, look.correct.values())),
-            "standard_errors": {name: error for name, (_, error) in seen.items()},
-        }
-        | ({"drops": {name: d.value for name, d in observed.tasks.items()}} if observed else {})
-    )
+    row = keys.look_row(look, baseline, forecast, observed, verdict) | {
+        "step": look.step,
+        "share": share,
+        "level": verdict.level,
+        "reason": verdict.reason,
+        "n_images": sum(map(len, look.correct.values())),
+        "standard_errors": {name: error for name, (_, error) in seen.items()},
+    }
+    return row if observed is None else row | {"drops": observed.values}

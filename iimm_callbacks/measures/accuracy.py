@@ -163,6 +163,11 @@ class Forgetting:
     worst_task: str
 
     @property
+    def values(self) -> dict[str, float]:
+        """Task name -> its drop, a fraction."""
+        return {name: drop.value for name, drop in self.tasks.items()}
+
+    @property
     def worst(self) -> Drop:
         """The largest drop of any one task. Picked for being largest, so it is biased upwards."""
         return self.tasks[self.worst_task]

@@ -178,6 +178,7 @@ _LOOK = object_of(
     },
     anything,
 )  # fmt: skip
+_PREDICTION = object_of({"point": finite, "low": finite, "high": finite}, rest=anything)
 _FORECAST = object_of(
     {
         "basis": text, "notes": list_of(text), "base_rate": flag,
@@ -190,10 +191,8 @@ _FORECAST = object_of(
             rest=anything,
         )),
     },
-    dict.fromkeys(
-        ("gain", "forgetting", "worst"),
-        object_of({"point": finite, "low": finite, "high": finite}, rest=anything),
-    ),
+    {"gain": _PREDICTION, "forgetting": _PREDICTION, "worst": _PREDICTION,
+     "off_target": dict_of(_PREDICTION)},
     anything,
 )  # fmt: skip
 _LIMITS = object_of(

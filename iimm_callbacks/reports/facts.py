@@ -104,12 +104,14 @@ def _agree(record: dict[str, Any], predicted: dict[str, float] | None, value: fl
 
 
 def off_target(record: dict[str, Any]) -> list[dict[str, str]]:
-    """One row per off-target task, the largest drop first."""
+    """One row per off-target task, the largest drop first; its forecast where there is any."""
     limit, metrics = record["limits"]["max_forgetting"], record.get("metrics", {})
+    risks = record["forecast"].get("off_target", {})
     return [
         {
             "name": f"{name}{own_metric(metrics, name)}",
             "before": percent(before), "after": percent(after), "drop": points(before - after),
+            "forecast": interval(risks.get(name)) if risks else "",
             "over": "" if limit is None else "yes" if before - after > limit else "no",
         }
         for name, before, after in sorted(_accuracies(record), key=lambda row: row[2] - row[1])

@@ -105,7 +105,7 @@ def outcome(task, drop=0.05, gain=0.2, *, x=0.4, before=0.5, method="full", mode
 def plant(path, fingerprint, method="full", base=0.1):
     """Eight runs whose mean forgetting scatters about `base`."""
     rng = np.random.default_rng(0)
-    for i, x in enumerate(np.linspace(0.25, 0.5, 8)):
+    for i, x in enumerate(np.linspace(0.3, 0.5, 8)):
         drop, gain = base + 0.005 * rng.normal(), 0.2 + 0.005 * rng.normal()
         planted = outcome(f"task {i}", drop, gain, x=float(x), method=method, model=fingerprint)
         append_outcome(path, planted)

@@ -693,10 +693,11 @@ def test_a_first_run_borrows_the_line_from_what_was_lost_so_far(share):
     for name in ("forgetting", "worst"):
         one, other = getattr(low, name), getattr(high, name)
         assert one.point + 0.04 < other.point
-        if share >= 0.3:  # a first look at what the whole run will lose says little
-            assert one.scale < 1.1 * getattr(prior, name).scale
+        assert one.scale < 1.1 * getattr(prior, name).scale
         assert high.next_look[name].scale <= other.scale * 1.05
-    assert high.gain.scale <= prior.gain.scale  # the linear probe is kept where it is surer
+    assert high.gain.scale <= prior.gain.scale
+    if share >= 0.3:  # before that the gain so far tells nothing: the linear probe's forecast stays
+        assert high.gain.scale < prior.gain.scale
 
 
 def test_it_never_extrapolates_in_steps():

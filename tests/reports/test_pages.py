@@ -17,7 +17,7 @@ from test_untrusted import PLACES, change_at, json_values
 from iimm_callbacks import Outcome
 from iimm_callbacks.monitor import IIMMMonitor
 from iimm_callbacks.records import keys
-from iimm_callbacks.records.run_file import check_run
+from iimm_callbacks.records.run_file import check_run, read_run, save_run
 from iimm_callbacks.reports import facts
 from iimm_callbacks.reports.compare import compare_runs
 from iimm_callbacks.reports.drawing import (
@@ -191,6 +191,21 @@ def test_the_grade_says_where_simpler_forecasts_were_better(tmp_path):
 def test_every_off_target_task_is_there_and_how_many_lost_more_than_the_limit(page):
     assert page.shows("emoji 50.0 % 37.5 % +12.5 yes [v2] 75.0 % 75.0 % +0.0 no")
     assert page.shows("1 of 2 off-target tasks have lost more than 5.0 points; the limit of")
+
+
+def test_the_forecast_of_each_off_target_task_stands_beside_its_drop(tmp_path):
+    record = full_record()
+    record["forecast"]["off_target"] = {"emoji": {"point": 0.1, "low": 0.02, "high": 0.18}}
+    page = report(record, tmp_path, PAST)
+    assert page.shows(
+        "emoji 50.0 % 37.5 % +12.5 +10.0 [+2.0, +18.0] yes [v2] 75.0 % 75.0 % +0.0 none"
+    )
+    save_run(record, tmp_path / "run.json")
+    assert read_run(tmp_path / "run.json") == record
+    record["forecast"]["off_target"]["emoji"]["low"] = "<b>"
+    save_run(record, tmp_path / "run.json")
+    with pytest.raises(ValueError, match=r"off_target.*'low'.* must be a finite number, got '<b>'"):
+        read_run(tmp_path / "run.json")
 
 
 def test_the_measure_the_verdicts_and_the_recipe_are_there(page):
