@@ -15,9 +15,9 @@ pytestmark = pytest.mark.once
 PACKAGE = Path(iimm_callbacks.__file__).parent
 FLOORS = [
     "measures", "records", "data", "models", "probing", "sample", "guard", "forecasting",
-    "rescue", "reports", "monitor", "trainer", "cli",
+    "rescue", "reports", "monitor", "trainer", "calibration", "cli",
 ]  # fmt: skip
-ENTRIES = 15
+ENTRIES = 16
 
 
 def imports(package):

@@ -23,7 +23,7 @@ from transformers import HfArgumentParser
 from iimm_callbacks import Forecaster, Measurement, Outcome, read_outcomes, sample
 from iimm_callbacks.forecasting.base_rates import load_base_rates
 from iimm_callbacks.forecasting.grading import SHARES
-from iimm_callbacks.forecasting.runs import about
+from iimm_callbacks.forecasting.runs import about, measured
 
 TASKS = (0, 1, 2, 3, 5)  # with saved runs, and all others
 DRAWS = 2  # of which tasks these are
@@ -171,9 +171,7 @@ def forecast_rows(grade):
 
 
 def predict(forecaster, o):
-    m = Measurement(*(math.nan if x is None else x for x in (o.iimm, o.inter, o.intra)),
-                    o.standard_error or math.nan, o.n_images or 0, o.n_classes or 0)  # fmt: skip
-    return forecaster.predict(m, **about(o))
+    return forecaster.predict(measured(o), **about(o))
 
 
 def simple_rules(o, known, quantity, base_rates):

@@ -11,10 +11,9 @@ import numpy as np
 from scipy import stats
 from tqdm.auto import tqdm
 
-from ..measures.measure import Measurement
 from ..records.forecast import QUANTITIES, Forecast
 from ..records.outcomes import Outcome
-from .runs import about
+from .runs import about, measured
 
 if TYPE_CHECKING:
     from .forecaster import Forecaster
@@ -65,16 +64,10 @@ def _replay(o: Outcome, forecaster: Forecaster, others: Sequence[Outcome]) -> Re
     looks = sorted(o.trajectory, key=lambda look: look["share"])
     looks = [{"share": 0.0, "gain": 0.0}] * (looks[0]["share"] > 0) + looks
     shares = [look["share"] for look in looks]
-    measure = Measurement(
-        _known(o.iimm),
-        _known(o.inter),
-        _known(o.intra),
-        _known(o.standard_error),
-        o.n_images or 0,
-        o.n_classes or 0,
-    )
     forecasts = [
-        forecaster.predict(measure, **about(o), next_share=shares[1] if len(shares) > 1 else None)
+        forecaster.predict(
+            measured(o), **about(o), next_share=shares[1] if len(shares) > 1 else None
+        )
     ]
     if not forecasts[0].n_outcomes:
         return None
@@ -96,10 +89,6 @@ def _replay(o: Outcome, forecaster: Forecaster, others: Sequence[Outcome]) -> Re
         )
     plain = {q: _plain(o, q, others) for q in QUANTITIES}
     return Replay(o, tuple(shares), tuple(looks), tuple(forecasts), plain)
-
-
-def _known(number: float | None) -> float:
-    return math.nan if number is None else number
 
 
 def _plain(o: Outcome, quantity: str, others: Sequence[Outcome]) -> tuple[float, float]:

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from ..measures.measure import Measurement
 from ..records.outcomes import Outcome
 from .candidates import MIN_TASKS
 
@@ -62,6 +63,13 @@ def about(outcome: Outcome) -> dict[str, Any]:
         "linear_probe_standard_error": outcome.linear_probe_standard_error,
         "n_train": outcome.n_train,
     }
+
+
+def measured(outcome: Outcome) -> Measurement:
+    """The measure of the untouched model that a run was saved with; NaN where there is none."""
+    terms = (outcome.iimm, outcome.inter, outcome.intra, outcome.standard_error)
+    iimm, inter, intra, error = (math.nan if term is None else term for term in terms)
+    return Measurement(iimm, inter, intra, error, outcome.n_images or 0, outcome.n_classes or 0)
 
 
 class Run:

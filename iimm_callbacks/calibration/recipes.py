@@ -1,0 +1,217 @@
+"""A recipe: method and `TrainingArguments`, from flags or a YAML or JSON file."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from itertools import product
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import nn
+    from transformers import TrainingArguments
+
+METHODS = ("full", "bitfit", "attention", "lora", "clip_adapter")
+# Where none is given: those of the shipped study, a tenth of it where all weights of a large model
+# move.
+_USUAL_RATES = dict.fromkeys(METHODS, 1e-3) | {"full": 1e-5, "attention": 1e-5}
+_USUAL = {"max_steps": 150, "per_device_train_batch_size": 32}
+# What a calibration decides for itself: nothing is kept of a run but its outcome and run file.
+_FIXED = {
+    "save_strategy": "no",
+    "eval_strategy": "no",
+    "report_to": "none",
+    "remove_unused_columns": False,
+    "disable_tqdm": True,
+    "push_to_hub": False,
+    "load_best_model_at_end": False,
+}
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How the model is fine-tuned.
+
+    Attributes:
+        method: Of `models.tuning.prepare`; with `peft` the name of its kind in lower case.
+        arguments: Of `TrainingArguments`, without ``output_dir``. ``per_device_train_batch_size``
+            is that of one process; n processes train on n times as many images a step.
+        peft: Keyword arguments of a `peft` config with its ``peft_type``; empty: none.
+
+    Raises:
+        ValueError: An unknown method, an argument that `TrainingArguments` does not have or take, a
+            ``peft_type`` that peft does not know, or no number of steps.
+
+    Example:
+        >>> Recipe("lora", {"learning_rate": 1e-3, "max_steps": 50}).name
+        'lora 0.001'
+    """
+
+    method: str = "full"
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+    peft: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.peft:
+            object.__setattr__(self, "method", _kind_of(self.peft))
+        elif self.method not in METHODS:
+            raise ValueError(
+                f"`method` must be one of {', '.join(METHODS)}, got {self.method!r}; others are "
+                "given as `peft`"
+            )
+        usual = _USUAL | {"learning_rate": _USUAL_RATES.get(self.method, 1e-3)}
+        arguments = usual | _numbers(self.arguments)
+        object.__setattr__(self, "arguments", arguments)
+        _check(arguments)
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps of a run."""
+        return int(self.arguments["max_steps"])
+
+    @property
+    def name(self) -> str:
+        """Method and learning rate, for people."""
+        return f"{self.method} {float(self.arguments['learning_rate']):g}"
+
+    def training_arguments(
+        self, folder: str | Path, steps: int, use_cpu: bool = False
+    ) -> TrainingArguments:
+        """What the Trainer is given for a run of so many steps that writes to a folder."""
+        import torch
+        from transformers import TrainingArguments
+
+        given = dict(self.arguments) | _FIXED | {"output_dir": str(folder), "max_steps": steps}
+        if use_cpu:
+            given["use_cpu"] = True
+        given.setdefault("logging_steps", steps)
+        given.setdefault("dataloader_pin_memory", torch.cuda.is_available())
+        return TrainingArguments(**given)
+
+    def prepare(self, model: nn.Module, processor: Any) -> nn.Module:
+        """The model, changed in place, ready to be trained by the method.
+
+        Raises:
+            ImportError: It needs peft.
+            ValueError: The model has nothing of what the method trains.
+        """
+        from ..models.tuning import prepare
+
+        if self.peft:
+            from peft import get_peft_config, get_peft_model
+
+            wrapped: nn.Module = get_peft_model(model, get_peft_config(dict(self.peft)))
+            return wrapped
+        options = {"processor": processor} if self.method == "clip_adapter" else {}
+        return prepare(model, self.method, **options)
+
+
+def read_recipes(
+    path: Path | None = None,
+    *,
+    methods: Sequence[str] = (),
+    rates: Sequence[float] = (),
+    **given: Any,
+) -> list[Recipe]:
+    """Every method with every learning rate, of a file and of flags, which go before it.
+
+    Args:
+        path: A YAML or JSON file of `TrainingArguments`; in it ``method`` and ``learning_rate`` may
+            be lists, and ``peft`` a `peft` config with its ``peft_type``. ``None``: no file.
+        methods: Instead of the file's; without any: full.
+        rates: Instead of the file's.
+        given: Further `TrainingArguments`; None is passed over.
+
+    Raises:
+        ValueError: The file cannot be read, or as `Recipe`.
+    """
+    read = _read(path)
+    flags = {"method": list(methods), "learning_rate": list(rates)}
+    read |= {name: value for name, value in (flags | given).items() if value not in (None, [])}
+    if methods:
+        read.pop("peft", None)
+    peft = read.pop("peft", None) or {}
+    if not isinstance(peft, dict):
+        raise ValueError(f"`peft` of `--recipe` must be the settings of a config, got {peft!r}")
+    choices = {name: _listed(read.pop(name, [])) for name in ("method", "learning_rate")}
+    found = []
+    for method, rate in product(choices["method"] or ["full"], choices["learning_rate"] or [None]):
+        rates_ = {} if rate is None else {"learning_rate": rate}
+        found.append(Recipe(method, read | rates_, peft))
+    return found
+
+
+def _read(path: Path | None) -> dict[str, Any]:
+    if path is None:
+        return {}
+    import yaml
+
+    try:
+        text = path.expanduser().read_text(encoding="utf-8")
+        read = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
+    except (OSError, UnicodeDecodeError, ValueError, yaml.YAMLError) as error:
+        told = " ".join(str(getattr(error, "strerror", None) or error).split())
+        raise ValueError(f"`--recipe` must be a YAML or JSON file, got {path} ({told})") from error
+    if not isinstance(read, dict):
+        raise ValueError(
+            f"`--recipe` must hold names and values of `TrainingArguments`, got {path} with a "
+            f"{type(read).__name__}"
+        )
+    return read
+
+
+def _check(arguments: Mapping[str, Any]) -> None:
+    from transformers import TrainingArguments
+
+    known = {f.name for f in fields(TrainingArguments) if f.init}
+    for name in arguments:
+        if name not in known:
+            raise ValueError(
+                f"`{name}` of the recipe must be `method`, `peft` or an argument of "
+                "`TrainingArguments`, which has none of that name"
+            )
+        if name == "output_dir" or (name in _FIXED and arguments[name] != _FIXED[name]):
+            raise ValueError(f"`{name}` must be left out of the recipe: calibration sets it")
+    rate, steps = (arguments[name] for name in ("learning_rate", "max_steps"))
+    if not isinstance(rate, int | float) or isinstance(rate, bool) or not 0 < rate < math.inf:
+        raise ValueError(f"`learning_rate` of the recipe must be a positive number, got {rate!r}")
+    if not isinstance(steps, int) or isinstance(steps, bool) or steps < 1:
+        raise ValueError(
+            f"`max_steps` of the recipe must be a number of steps of at least 1, got {steps!r}; "
+            "epochs are of different length on each task"
+        )
+
+
+def _numbers(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """YAML takes 1e-5, without a dot, for text."""
+
+    def number(value: Any) -> Any:
+        try:
+            return float(value) if isinstance(value, str) and value[:1].isdigit() else value
+        except ValueError:
+            return value
+
+    return {str(name): number(value) for name, value in arguments.items()}
+
+
+def _kind_of(peft: Mapping[str, Any]) -> str:
+    try:
+        from peft import get_peft_config
+    except ImportError as error:
+        raise ImportError("`peft` needs peft; pip install 'iimm_callbacks[peft]'") from error
+    try:
+        config = get_peft_config(dict(peft))
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"`peft` must be the settings of a peft config with its `peft_type`, got {dict(peft)} "
+            f"({type(error).__name__}: {error})"
+        ) from error
+    kind = str(getattr(config.peft_type, "value", config.peft_type)).lower()
+    return "dora" if getattr(config, "use_dora", False) else kind
+
+
+def _listed(value: Any) -> list[Any]:
+    return list(value) if isinstance(value, list | tuple) else [value]

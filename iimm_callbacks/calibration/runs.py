@@ -1,0 +1,213 @@
+"""Model + task + recipe -> the outcome of a fine-tune under guard, by the Trainer or a script."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from accelerate.utils.memory import clear_device_cache
+from torch import nn
+from torch.utils.data import Dataset
+from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, set_seed
+
+from ..data.tasks import Task
+from ..models.classifier import ImageCollator, PromptClassifier
+from ..records.outcomes import Outcome
+from ..records.store import read_outcomes
+from ..trainer.callback import IIMMCallback
+from .recipes import Recipe
+
+# Shares of the steps at which a run is looked at, besides 0 and 1: fixed, so that neither the clock
+# nor an interruption changes what is learnt.
+LOOKS = (0.1, 0.2, 0.4)
+_TIMED = 4  # steps; the first one warms up
+_LAST_LINES = 5  # of a script that failed
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is fine-tuned again and again.
+
+    Attributes:
+        model: Untouched; it is copied for each run.
+        processor: As `IIMMCallback`.
+        use_cpu: Whether the Trainer keeps off a GPU.
+    """
+
+    model: nn.Module
+    processor: Any
+    use_cpu: bool = False
+
+
+class Examples(Dataset):  # type: ignore[type-arg]
+    """A task's images and labels one by one, as the probe reads them."""
+
+    def __init__(self, task: Task) -> None:
+        self.task = task
+
+    def __len__(self) -> int:
+        return len(self.task)
+
+    def __getitem__(self, position: int) -> tuple[Any, int]:
+        """The image, decoded, and its class index."""
+        return self.task.images([position])[0], self.task.labels([position])[0]
+
+
+class _Clock(TrainerCallback):  # type: ignore[misc]  # transformers is untyped here
+    """Seconds of each optimizer step."""
+
+    def __init__(self) -> None:
+        self.seconds: list[float] = []
+        self._last = 0.0
+
+    def on_train_begin(self, *_: Any, **__: Any) -> None:
+        self._last = time.perf_counter()
+
+    def on_step_end(self, *_: Any, **__: Any) -> None:
+        now = time.perf_counter()
+        self.seconds.append(now - self._last)
+        self._last = now
+
+
+def seconds_of_a_step(
+    subject: Subject, task: Task, train: Task, recipe: Recipe, folder: Path
+) -> float:
+    """What an optimizer step takes, from a few of them; the model is left as it was.
+
+    Raises:
+        Exception: Training by the recipe fails.
+    """
+    clock = _Clock()
+    with _trainer(subject, task, train, recipe, min(_TIMED, recipe.steps), folder, clock) as one:
+        one.train()
+    later = clock.seconds[1:] or clock.seconds
+    return sum(later) / len(later)
+
+
+def fine_tune(
+    subject: Subject,
+    task: Task,
+    train: Task,
+    off_target: Sequence[Task] | None,
+    recipe: Recipe,
+    steps: int,
+    folder: Path,
+) -> Outcome:
+    """One run under a guard that only watches. On several ranks all must call it.
+
+    Args:
+        subject: The model; it is left as it was.
+        task: Held-out images of what is learnt.
+        train: Its training images, with the same classes.
+        off_target: As `IIMMCallback`.
+        recipe: How.
+        steps: How many steps.
+        folder: For the run file.
+
+    Returns:
+        Its outcome; not saved yet.
+
+    Raises:
+        Exception: Training or measuring fails.
+    """
+    guard = IIMMCallback(
+        task,
+        off_target,
+        max_forgetting=None,
+        every=[*LOOKS, 1.0],
+        outcomes=[],  # whoever calls saves it, under a name of its own
+        max_overhead=None,
+        train=train,
+        card=False,
+        strict=True,
+        verbose=False,
+    )
+    with _trainer(subject, task, train, recipe, steps, folder, guard) as trainer:
+        trainer.train()
+    assert guard.outcome is not None
+    if steps == recipe.steps:
+        return guard.outcome
+    return replace(guard.outcome, recipe=guard.outcome.recipe | {"asked_steps": recipe.steps})
+
+
+@contextmanager
+def _trainer(
+    subject: Subject,
+    task: Task,
+    train: Task,
+    recipe: Recipe,
+    steps: int,
+    folder: Path,
+    callback: TrainerCallback,
+) -> Iterator[Trainer]:
+    """A Trainer of a copy of the model; what it held is given back."""
+    arguments = recipe.training_arguments(folder, steps, subject.use_cpu)
+    set_seed(arguments.seed)
+    tuned = recipe.prepare(copy.deepcopy(subject.model), subject.processor)
+    collator = ImageCollator(subject.processor)
+    is_pair = isinstance(subject.processor, tuple)  # of open_clip
+    trainer = Trainer(
+        model=PromptClassifier(tuned, task, subject.processor),
+        args=arguments,
+        train_dataset=Examples(train),
+        data_collator=collator,
+        processing_class=None if is_pair else subject.processor,
+        callbacks=[callback],
+    )
+    for printer in (PrinterCallback, ProgressCallback):
+        trainer.remove_callback(printer)
+    try:
+        yield trainer
+    finally:
+        trainer.accelerator.free_memory()
+        trainer.model = trainer.model_wrapped = trainer.optimizer = trainer.lr_scheduler = None
+        del tuned, trainer
+        gc.collect()
+        clear_device_cache()
+
+
+def run_script(script: Path, data: Path, folder: Path, watch: str) -> Outcome:
+    """One run of a user's own training script, whose guard finds here that it only watches.
+
+    It is called as ``python SCRIPT DATA FOLDER``; its guard must save to the default store.
+
+    Args:
+        script: The file.
+        data: Folder with ``train`` and ``test``, in each a folder of images per class.
+        folder: For what it writes.
+        watch: Name of the environment variable that tells guards to watch only.
+
+    Raises:
+        RuntimeError: It failed, with its last lines; or its guard saved no complete outcome.
+    """
+    store = folder / "outcomes.jsonl"
+    store.unlink(missing_ok=True)
+    done = subprocess.run(
+        [sys.executable, str(script), str(data), str(folder)],
+        env=os.environ | {"IIMM_CALLBACKS_STORE": str(store), watch: "1"},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        errors="replace",
+        check=False,
+    )
+    (folder / "script.log").write_text(done.stdout + done.stderr, encoding="utf-8")
+    if done.returncode:
+        last = " | ".join((done.stderr or done.stdout).strip().splitlines()[-_LAST_LINES:])
+        raise RuntimeError(f"{script.name} ended with exit code {done.returncode}: {last}")
+    found = [o for o in read_outcomes(store) if o.complete] if store.exists() else []
+    if len(found) != 1:
+        raise RuntimeError(
+            f"{script.name} must save the outcome of one complete run, got {len(found)}: give its "
+            "`IIMMCallback` no `outcomes`, and let it train to its last step"
+        )
+    return found[0]
