@@ -8,12 +8,14 @@ whether each was met. Ends with exit code 0 either way: a missed aim is a result
 GRADES.txt.
 
 The first runs of a model are graded with its world left out: no outcome of the sample saved nor
-in the prior; for a published pair, its task left out of all three models.
+in the prior; for a published pair, its task left out of all three models. `second_model.jsonl` has
+runs of another small CLIP (see README.md): the model is left out, both ways.
 """
 
 import math
 import sys
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 from rich.console import Console
@@ -23,6 +25,7 @@ from transformers import HfArgumentParser
 from iimm_callbacks import Forecaster, Measurement, Outcome, read_outcomes, sample
 from iimm_callbacks.forecasting.base_rates import load_base_rates
 from iimm_callbacks.forecasting.grading import SHARES
+from iimm_callbacks.forecasting.replay import replay_one
 from iimm_callbacks.forecasting.runs import about, measured
 
 TASKS = (0, 1, 2, 3, 5)  # with saved runs, and all others
@@ -35,9 +38,17 @@ DURING = {
 FIRST, LATER = 0.45, 0.40  # of the plain mean's error: no run of the model saved, and all others
 
 
+MODEL_OUT = {"gain": {0.0: 0.5}, "forgetting": {0.1: 0.85, 0.2: 0.75, 0.3: 0.7}}
+HERE = Path(__file__).parent
+
+
 @dataclass
 class Settings:
     outcomes: str = field(default="", metadata={"help": "JSON lines; default: the shipped ones"})
+    more: str = field(default="", metadata={"help": "More runs of that model, as JSON lines"})
+    second: str = field(
+        default=str(HERE / "second_model.jsonl"), metadata={"help": "Runs of another model"}
+    )
     draws: int = field(default=200, metadata={"help": "Simulated records"})
 
 
@@ -271,6 +282,31 @@ def first_rows(found, n_tasks):
     return rows
 
 
+def model_out_rows(asked, known):
+    """Runs of one model, forecast look by look from those of another and published ones."""
+    forecaster, found = Forecaster().fit(known), {}
+    for o in asked:
+        replay = replay_one(o, forecaster, [k for k in asked if k.task != o.task])
+        for quantity, aims in MODEL_OUT.items():
+            mean, _ = replay.plain[quantity]
+            for share in aims:
+                at = next(i for i, s in enumerate(replay.shares) if abs(s - share) < 0.01)
+                p, end = getattr(replay.forecasts[at], quantity), getattr(o, quantity)
+                inside = p.low <= end <= p.high
+                found.setdefault((quantity, share), []).append(
+                    (abs(p.point - end), abs(mean - end), inside)
+                )
+    rows = []
+    for (quantity, share), values in found.items():
+        error, plain, held = np.mean(values, axis=0)
+        aim = MODEL_OUT[quantity][share]
+        what = f"{asked[0].model} from {known[0].model}, {quantity} at {share:.0%}"
+        text = f"{error / plain:.2f} ({100 * error:.2f} of {100 * plain:.2f} points)"
+        rows.append(Row(f"{what}: error ≤ {aim} of the plain mean's", text, error <= aim * plain))
+        rows.append(Row(f"{what}: 90 % intervals cover ≥ 85 %", f"{held:.1%}", held >= 0.85))
+    return rows
+
+
 def published_rows():
     pairs = [o for o in load_base_rates() if o.linear_probe_accuracy and o.method == "full"]
     errors, held = [], []
@@ -351,12 +387,15 @@ def guard_table(grade):
 def main(argv=None):
     (settings,) = HfArgumentParser(Settings).parse_args_into_dataclasses(argv)
     outcomes = read_outcomes(settings.outcomes) if settings.outcomes else sample.load_outcomes()
+    outcomes += read_outcomes(settings.more) if settings.more else []
     grade = Forecaster().grade(outcomes)
     rows = forecast_rows(grade) + simulate(settings.draws) + guard_rows(grade)
     if not settings.outcomes:
         found = curve(outcomes)
         n_tasks = len({o.task for o in outcomes})
         rows = [*first_rows(found, n_tasks), *published_rows(), *curve_rows(found), *rows]
+        second = read_outcomes(settings.second)
+        rows += model_out_rows(second, outcomes) + model_out_rows(outcomes, second)
     console = Console(width=120)
     table = Table(title=f"Aims, on {grade.n_runs} runs, each forecast without its task")
     for column in ("aim", "found", ""):

@@ -5,11 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from time import perf_counter
 from typing import Any
 
 import torch
@@ -153,7 +153,7 @@ def calibrate(
             measured or trained by a recipe.
         OSError: An outcome or run file cannot be written.
     """
-    began = time.perf_counter()
+    began = perf_counter()
     state = PartialState(cpu=True) if use_cpu else PartialState()
     is_first = state.is_main_process
     _check(tasks, recipes, n_tasks, script, state.num_processes)
@@ -173,7 +173,7 @@ def calibrate(
     keys = _Keys(fingerprint, lessons, recipes, off_target, script)
 
     def left() -> float | None:
-        return None if budget is None else budget - (time.perf_counter() - began)
+        return None if budget is None else budget - (perf_counter() - began)
 
     def plan() -> list[Job]:
         saved = _read_plan(output / "plan.json", keys.of_all())
@@ -205,7 +205,7 @@ def calibrate(
             lesson = lessons[job.task]
             title = f"{lesson.task.name}, {names[job.recipe]}, {job.steps} steps"
             folder = output / f"{file_name(lesson.task.name)[5:-5]}-{keys.of(job)}"
-            started = time.perf_counter()
+            started = perf_counter()
             try:
                 if is_first:
                     folder.mkdir(parents=True, exist_ok=True)
@@ -221,7 +221,7 @@ def calibrate(
                     append_outcome(store, outcome)
                 done[outcome.run] = outcome
                 say(_result(title, outcome))
-            took = time.perf_counter() - started
+            took = perf_counter() - started
             slower = max(took / job.seconds, 1.0) if job.seconds else 1.0
             bar.update()
     own = [done[keys.of(job)] for job in jobs if keys.of(job) in done]

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from .. import __version__
-from . import demo, doctor, outcomes, rescuing, runs
+from . import calibrating, demo, doctor, outcomes, rescuing, runs
 from .loading import SAMPLE, check_name, load_model, load_task, load_training
 from .outcomes import Store, read_record
 from .shell import Answer, Commands, LimitOn, Reading, command
@@ -49,6 +49,7 @@ app.add_typer(outcomes.app, name="outcomes")
 command(app, "demo")(demo.demo)
 command(app, "doctor")(doctor.doctor)
 
+command(app, "calibrate")(calibrating.calibrate)
 command(app, "rescue")(rescuing.rescue)
 
 Confidence = Annotated[float, typer.Option(help="Probability of exceeding to stop from")]

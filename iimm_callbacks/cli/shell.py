@@ -6,6 +6,7 @@ import contextlib
 import inspect
 import json
 import math
+import os
 import sys
 import tempfile
 import traceback
@@ -23,8 +24,8 @@ _QUIET = Annotated[bool, typer.Option("--quiet", help="Show no progress")]
 _DEBUG = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error")]
 _GROUPS = {  # of options in the help; any other is of the output
     "Data": "split template image_column label_column task_name probe_size seed train off_target"
-    " processor device batch_size",
-    "Recipe": "method learning_rate steps",
+    " processor device batch_size task tasks",
+    "Recipe": "method learning_rate steps recipe train_batch_size script budget",
     "Limit": "max_forgetting limit_on confidence require_forecast limit",
 }
 
@@ -128,7 +129,8 @@ def command(group: typer.Typer, name: str) -> Callable[[Callable[..., Answer]], 
             with contextlib.redirect_stderr(err), contextlib.redirect_stdout(err):
                 answer = function(**given)
             data = json.dumps(_plain(answer.data), indent=1, allow_nan=False)
-            typer.echo(data if as_json else _shown(answer.text))
+            if os.environ.get("RANK", "0") == "0":  # of several ranks one answers
+                typer.echo(data if as_json else _shown(answer.text))
             raise typer.Exit(answer.exit_code)
 
         # What typer reads a function's options from.

@@ -54,13 +54,20 @@ def replay_all(new: Callable[[], Forecaster], runs: Sequence[Outcome]) -> list[R
         others = [other for other in runs if other.task != o.task]
         if o.task not in forecasters:
             forecasters[o.task] = new().fit(others, base_rates=False)
-        replay = _replay(o, forecasters[o.task], others)
+        replay = replay_one(o, forecasters[o.task], others)
         if replay is not None:
             replays.append(replay)
     return replays
 
 
-def _replay(o: Outcome, forecaster: Forecaster, others: Sequence[Outcome]) -> Replay | None:
+def replay_one(o: Outcome, forecaster: Forecaster, others: Sequence[Outcome]) -> Replay | None:
+    """A run, forecast look by look; None where nothing is known.
+
+    Args:
+        o: A complete run with looks.
+        forecaster: Fitted to runs without it.
+        others: Runs that the plain mean and the line on zero-shot error are of.
+    """
     looks = sorted(o.trajectory, key=lambda look: look["share"])
     looks = [{"share": 0.0, "gain": 0.0}] * (looks[0]["share"] > 0) + looks
     shares = [look["share"] for look in looks]

@@ -144,6 +144,42 @@ def grades(data: dict[str, Any], methods: Sequence[str]) -> str:
     return page(table, guard, *[left] * (data["n_left_out"] > 0))
 
 
+def calibration(data: dict[str, Any]) -> str:
+    """What a calibration taught: errors of the forecast before and now, and what to choose from.
+
+    Args:
+        data: What `iimm calibrate --json` prints.
+    """
+    n_runs, n_tasks = len(data["runs"]), len({run["task"] for run in data["runs"]})
+    title = f"Error of forecasts before training, in points: {n_runs} runs on {n_tasks} tasks"
+    errors = _table(title, "forecast of", "method", "runs", "borrowed", "now")
+    for row in data["errors"]:
+        about = [_QUANTITIES[row["quantity"]], row["method"], str(row["n_runs"])]
+        errors.add_row(*about, _size(row["borrowed"]), _size(row["own"]))
+    columns = ("method", "learning rate", "steps", "tasks", "gain", "forgetting", "choice")
+    recipes = _table("What each recipe came to: means in points", *columns)
+    for row in data["expected"]:
+        rate = "" if row["learning_rate"] is None else f"{row['learning_rate']:g}"
+        numbers = [rate, str(row["steps"] or ""), str(row["n_tasks"])]
+        ends = [_or_nothing(row[name]) for name in ("gain", "forgetting")]
+        recipes.add_row(row["method"], *numbers, *ends, "yes" if row["is_frontier"] else "")
+    parts: list[Table | str] = [errors] if data["errors"] else []
+    parts += [recipes, "Choice: no other recipe gains more and forgets less."]
+    if data["errors"]:
+        parts.append("Now: from the runs on the other tasks. Borrowed: from other models' runs.")
+    parts += [f"Failed: {run}: {why}" for run, why in data["failed"].items()]
+    missing = data["n_planned"] - n_runs
+    if missing:
+        parts.append(
+            f"{missing} of {data['n_planned']} runs are missing; the same command does them."
+        )
+    curves = [row for row in data["curve"] if row["gain"] is not None]
+    if len(curves) > 1:
+        steps = ", ".join(f"{_size(row['gain'])} with {row['n_tasks']}" for row in curves)
+        parts.append(f"Error of the gain by tasks on record: {steps}.")
+    return page(*parts, *(f"Written to {path}." for path in data["pictures"]))
+
+
 def _evidence(rows: dict[str, Any], names: dict[str, str]) -> Table:
     narrow = ("error", "plain mean", "zero- shot", "in 90 %", "runs/ tasks")
     table = Table(

@@ -1,0 +1,351 @@
+"""`calibrate`: plans within a budget, does no run twice, teaches the next forecast."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tiny import FAMILIES
+
+from iimm_callbacks import IIMMMonitor, Limits, Outcome, Task, read_outcomes
+from iimm_callbacks.calibration import Recipe, calibrate, learnt, runs
+from iimm_callbacks.calibration.budget import Cost, Job, fit, seconds_of
+from iimm_callbacks.calibration.choice import most_different
+from iimm_callbacks.calibration.recipes import read_recipes
+from iimm_callbacks.models.wrappers import model_fingerprint
+from iimm_callbacks.probing.probe import Probe
+
+module = sys.modules["iimm_callbacks.calibration.calibrate"]
+COLOURS = {"red": (220, 40, 40), "green": (40, 200, 60), "blue": (40, 60, 220)}
+FAST = {"learning_rate": 1e-2, "max_steps": 5, "per_device_train_batch_size": 4}
+FULL = Recipe("full", FAST)
+
+
+def pictures(names, n, seed, size=16):
+    """(image, label) pairs of noisy colours."""
+    rng = np.random.default_rng(seed)
+    pairs = []
+    for i in range(n):
+        colour = np.array(COLOURS[names[i % len(names)]])
+        noisy = np.clip(colour + rng.normal(0, 40, (size, size, 3)), 0, 255).astype("uint8")
+        pairs.append((Image.fromarray(noisy), i % len(names)))
+    return pairs
+
+
+def lesson(name, names, seed):
+    template = "a photo of the {} thing"
+    task = Task(name, pictures(names, 24, seed), class_names=names, templates=template)
+    train = Task(name, pictures(names, 30, seed + 1), class_names=names, templates=template)
+    return task, train
+
+
+LESSONS = [
+    lesson("warm", ["red", "green"], 10),
+    lesson("cold", ["green", "blue"], 20),
+    lesson("both", ["red", "green", "blue"], 30),
+]
+KEPT = [lesson("kept", ["blue", "red"], 40)[0]]
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    return FAMILIES["CLIP"]()
+
+
+@pytest.fixture
+def start(tiny, tmp_path):
+    model, processor = tiny
+    fixed = {"off_target": KEPT, "store": tmp_path / "store.jsonl", "output": tmp_path / "out"}
+
+    def calibration(tasks=LESSONS, recipes=(FULL,), **settings):
+        given = fixed | {"use_cpu": True, "progress": False} | settings
+        return calibrate(model, list(tasks), list(recipes), processor=processor, **given)
+
+    return calibration
+
+
+def test_every_run_is_saved_and_teaches_the_forecast(start, tiny, tmp_path):
+    model, processor = tiny
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    found = start(recipes=[Recipe("full", FAST), Recipe("bitfit", FAST)])
+    saved = read_outcomes(tmp_path / "store.jsonl")
+    assert saved == found.outcomes
+    assert [(o.task, o.method) for o in saved] == [
+        (task.name, method) for task, _ in LESSONS for method in ("full", "bitfit")
+    ]
+    assert all(torch.equal(before[name], p) for name, p in model.named_parameters())
+    # The very fingerprints that a real run's forecast looks for.
+    probe = Probe(LESSONS[0][0], KEPT, processor=processor)
+    probe.prepare(model)
+    assert saved[0].task_fingerprint == probe.fingerprints["warm"]
+    assert {o.model_fingerprint for o in saved} == {model_fingerprint(model)}
+    assert all(
+        o.complete and o.recipe["steps"] == 5 and "asked_steps" not in o.recipe for o in saved
+    )
+    assert [look["share"] for look in saved[0].trajectory] == [0.0, 0.2, 0.4, 1.0]  # of 5
+    assert [e.n_runs for e in found.errors if e.method == "all"] == [6, 6]
+    assert [row["n_tasks"] for row in found.curve] == [0, 1, 2]
+    assert len(found.run_files) == 6
+    json.dumps(found.to_json(), allow_nan=False)
+
+
+def test_the_errors_are_those_of_forecasts_without_the_own_task():
+    def run(task, zero_shot, gain, method="full"):
+        return Outcome("m", "fp", method, task, "", 0.3, 0.2, 0.4, 0.01, 100, 5, zero_shot,
+                       zero_shot + gain, {"x": 0.5}, {"x": 0.5 - gain / 4})  # fmt: skip
+
+    own = [run(f"t{i}", 0.2 + 0.1 * i, 0.4) for i in range(4)]
+    gain, drop = (e for e in learnt.errors(own, []) if e.method == "all")
+    # All three other runs gained 40 points and lost 10.
+    assert gain.own < 0.02 < gain.borrowed
+    assert drop.own < 0.02 < drop.borrowed
+    curve = [row["gain"] for row in learnt.learning_curve(own, [])]
+    assert curve[0] == pytest.approx(gain.borrowed)
+    assert curve[-1] == pytest.approx(gain.own)
+    assert learnt.errors(own[:1], []) == learnt.learning_curve(own[:1], []) == []
+
+
+def test_the_frontier_is_what_nothing_beats_in_both():
+    def run(method, gain, drop):
+        return Outcome("m", "fp", method, "t", "", None, None, None, None, None, None, 0.4,
+                       0.4 + gain, {"x": 0.5}, {"x": 0.5 - drop})  # fmt: skip
+
+    rows = learnt.expected(
+        [run("full", 0.3, 0.1), run("lora", 0.2, 0.02), run("bitfit", 0.1, 0.05)]
+    )
+    assert {row.method: row.is_frontier for row in rows} == {
+        "full": True, "lora": True, "bitfit": False,
+    }  # fmt: skip
+
+
+def test_killed_after_any_run_it_goes_on_to_the_same_outcomes(start, tmp_path, monkeypatch):
+    whole = start(store=tmp_path / "whole.jsonl", output=tmp_path / "whole").outcomes
+    save = module.append_outcome
+    for _ in range(len(whole)):
+
+        def save_and_die(path, outcome):
+            save(path, outcome)
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(module, "append_outcome", save_and_die)
+        with pytest.raises(KeyboardInterrupt):
+            start()
+    monkeypatch.setattr(module, "append_outcome", lambda *_: pytest.fail("a run was done twice"))
+    again = start()
+    assert again.outcomes == whole
+    assert read_outcomes(tmp_path / "store.jsonl") == whole
+
+
+def test_other_images_or_another_recipe_are_other_runs(start, tmp_path):
+    start(tasks=LESSONS[:1])
+    start(tasks=[lesson("warm", ["red", "green"], 99)])
+    start(tasks=LESSONS[:1], recipes=[Recipe("full", FAST | {"weight_decay": 0.1})])
+    assert len({o.run for o in read_outcomes(tmp_path / "store.jsonl")}) == 3
+
+
+def test_one_run_that_fails_costs_that_run_only(start, monkeypatch):
+    real = module.fine_tune
+
+    def fails(subject, task, *others):
+        if task.name == "cold":
+            raise RuntimeError("loss is NaN")
+        return real(subject, task, *others)
+
+    monkeypatch.setattr(module, "fine_tune", fails)
+    found = start()
+    assert [o.task for o in found.outcomes] == ["warm", "both"]
+    assert found.failed == {"cold, full 0.01, 5 steps": "RuntimeError: loss is NaN"}
+
+
+def test_a_full_disk_ends_it_at_once(start, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(module, "append_outcome", full)
+    with pytest.raises(OSError, match="No space left"):
+        start()
+
+
+def test_a_recipe_that_cannot_train_the_model_is_told_before_the_first_run(start, tmp_path):
+    wrong = Recipe(peft={"peft_type": "LORA", "target_modules": ["nothing_of_this_name"]})
+    with pytest.raises(ValueError, match=r"`recipes` .* lora 0.001, which fails .*nothing_of_this"):
+        start(recipes=[wrong])
+    assert not (tmp_path / "store.jsonl").exists()
+
+
+def test_a_short_budget_makes_runs_shorter_and_marks_them(start, monkeypatch):
+    monkeypatch.setattr(module, "_time", lambda *_: Cost([1.0, 1.0], [100.0]))
+    monkeypatch.setattr(module, "perf_counter", lambda: 0.0)
+    recipe = Recipe("full", FAST | {"max_steps": 40})
+    found = start(tasks=LESSONS[:2], recipes=[recipe], budget=2 + 2 * 100 * 25.0)
+    assert [o.recipe["steps"] for o in found.outcomes] == [25, 25]
+    assert [o.recipe["asked_steps"] for o in found.outcomes] == [40, 40]
+    assert all(o.complete for o in found.outcomes)
+
+
+def test_what_fits():
+    jobs, cost = [Job(t, r, 100) for t in range(2) for r in range(2)], Cost([10, 20], [0.1, 0.3])
+    assert sum(job.seconds for job in fit(jobs, cost, None)) == pytest.approx(60 + 80)
+    assert [job.steps for job in fit(jobs, cost, 100)] == [50] * 4
+    few = fit(jobs, cost, 50)  # a fifth of the steps: 12, 16, 22, 26 seconds
+    assert [(job.task, job.recipe, job.steps) for job in few] == [
+        (0, 0, 20),
+        (0, 1, 20),
+        (1, 0, 20),
+    ]
+    with pytest.raises(ValueError, match=r"`budget` must allow a run .* takes 12 s .* got 5 s"):
+        fit(jobs, cost, 5)
+    for text in ("", "5", "m", "1h 30m", "-5m", "0s"):
+        with pytest.raises(ValueError, match="--budget"):
+            seconds_of(text)
+
+
+def test_the_most_different_are_chosen(start):
+    features = [[0.0, 1.0], [0.1, 1.0], [5.0, 1.0], [0.0, 9.0], [0.0, 1.1]]
+    assert set(most_different(features, 3)) >= {2, 3}
+    assert sorted(most_different(features, 9)) == [0, 1, 2, 3, 4]
+    assert most_different([[1.0], [1.0]], 2) == [0, 1]  # no spread at all
+    found = start(n_tasks=2)
+    assert len(found.tasks) == 2
+    assert [o.task for o in found.outcomes] == found.tasks
+
+
+def test_recipes_of_a_file_and_of_flags(tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(
+        "method: [full, lora]\nlearning_rate: [1e-5, 0.001]\nmax_steps: 7\nadam_beta2: 0.98"
+    )
+    found = read_recipes(path)
+    assert [r.name for r in found] == ["full 1e-05", "full 0.001", "lora 1e-05", "lora 0.001"]
+    assert {r.steps for r in found} == {7}
+    assert found[0].training_arguments(tmp_path, 3, True).adam_beta2 == 0.98
+    assert [r.name for r in read_recipes(path, methods=["bitfit"], rates=[0.5])] == ["bitfit 0.5"]
+    path = tmp_path / "recipe.json"
+    path.write_text('{"peft": {"peft_type": "LORA", "r": 2, "target_modules": ["q_proj"]}}')
+    assert [r.method for r in read_recipes(path)] == ["lora"]
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("max_stepz: 5", "`max_stepz` of the recipe must be"),
+        ("method: alchemy", "`method` must be one of full"),
+        ("learning_rate: fast", "`learning_rate` of the recipe must be a positive number"),
+        ("max_steps: 0", "`max_steps` of the recipe"),
+        ("save_strategy: epoch", "`save_strategy` must be left out"),
+        ("- full", "got .* with a list"),
+        ("{", "must be a YAML or JSON file"),
+        ("peft: {peft_type: ALCHEMY}", "`peft` must be the settings of a peft config"),
+        ("peft: 3", "`peft` of `--recipe` must be the settings"),
+    ],
+)
+def test_a_wrong_recipe_is_named(text, told, tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=told):
+        read_recipes(path)
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ({"tasks": []}, "`tasks` must hold a task"),
+        ({"recipes": []}, "`recipes` must hold a recipe"),
+        ({"n_tasks": 0}, "`n_tasks` must be a number of at least 1"),
+        ({"tasks": [LESSONS[0], LESSONS[0]]}, "warm"),
+        ({"script": "nowhere.py"}, "`script` must be a file"),
+        ({"tasks": [(LESSONS[0][0], LESSONS[1][1])]}, "other classes than `task`"),
+    ],
+)
+def test_wrong_input_is_named(start, settings, told):
+    with pytest.raises(ValueError, match=told):
+        start(**settings)
+
+
+def test_a_guard_that_is_told_to_watch_has_no_limit(monkeypatch):
+    monkeypatch.setenv(module.WATCH, "1")
+    monitor = IIMMMonitor(LESSONS[0][0], KEPT, max_forgetting=0.01, outcomes=None)
+    assert monitor.limits == Limits(None)
+
+
+SCRIPT = """
+import sys
+from pathlib import Path
+from transformers import Trainer, TrainingArguments
+from tiny import FAMILIES
+from iimm_callbacks import IIMMCallback, ImageCollator, PromptClassifier, Task
+
+data, folder = Path(sys.argv[1]), sys.argv[2]
+model, processor = FAMILIES["CLIP"]()
+template = "a photo of the {} thing"
+settings = {"name": data.name, "templates": template}
+task, train = (Task.from_folder(data / split, **settings) for split in ("test", "train"))
+kept = Task.from_folder(data / "train", name="kept", templates="{}")
+rows = [(train.images([i])[0], train.labels([i])[0]) for i in range(len(train))]
+guard = IIMMCallback(task, kept, max_forgetting=0.0001, action="stop", train=train)
+arguments = TrainingArguments(
+    folder, max_steps=6, learning_rate=1e-1, per_device_train_batch_size=4, use_cpu=True,
+    report_to="none", save_strategy="no", remove_unused_columns=False)
+Trainer(PromptClassifier(model, task, processor), arguments, train_dataset=rows,
+    data_collator=ImageCollator(processor), callbacks=[guard]).train()
+assert not FAIL, "the optimizer is on fire"
+"""
+
+
+def test_a_script_of_ones_own_is_run_for_each_task(start, tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([path for path in sys.path if path]))
+    script = tmp_path / "train.py"
+    script.write_text(SCRIPT.replace("FAIL", "data.name == 'cold'"))
+    found = start(tasks=LESSONS[:2], recipes=[], script=script)
+    (outcome,) = found.outcomes
+    # Its guard, told to stop at a hundredth of a point, only watched; it read the images it got.
+    assert (outcome.task, outcome.complete, outcome.recipe["steps"]) == ("warm", True, 6)
+    assert (outcome.n_images, outcome.n_train) == (24, 30)
+    assert "exit code 1: " in found.failed["cold, train.py, 1 steps"]
+    assert "the optimizer is on fire" in found.failed["cold, train.py, 1 steps"]
+
+
+def test_a_script_without_a_guard_is_told(tmp_path):
+    script = tmp_path / "train.py"
+    script.write_text("pass")
+    with pytest.raises(RuntimeError, match=r"train.py must save the outcome .* got 0"):
+        runs.run_script(script, tmp_path, tmp_path, module.WATCH)
+
+
+def calibrate_on_rank(rank, folder, batch):
+    model, processor = FAMILIES["CLIP"]()
+    recipe = Recipe("full", FAST | {"per_device_train_batch_size": batch})
+    fixed = {"processor": processor, "off_target": KEPT, "use_cpu": True, "progress": False}
+    store, output = folder / f"{batch}.jsonl", folder / f"out{batch}"
+    calibrate(model, LESSONS[:2], [recipe], store=store, output=output, **fixed)
+
+
+def test_two_ranks_give_the_outcomes_of_one(tmp_path):
+    program = tmp_path / "ranks.py"
+    program.write_text(
+        "import sys; from pathlib import Path; from forked import on_ranks\n"
+        "from test_calibration import calibrate_on_rank\n"
+        "world, folder = int(sys.argv[1]), Path(sys.argv[2])\n"
+        "on_ranks(world, lambda rank: calibrate_on_rank(rank, folder, 4 // world), folder)\n"
+    )
+    paths = [os.path.dirname(__file__), *sys.path]
+    for world in (1, 2):
+        done = subprocess.run(
+            [sys.executable, program, str(world), str(tmp_path)],
+            env=os.environ | {"PYTHONPATH": os.pathsep.join(path for path in paths if path)},
+            capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+    alone, shared = (read_outcomes(tmp_path / f"{batch}.jsonl") for batch in (4, 2))
+    assert len(alone) == len(shared) == 2
+    for one, other in zip(alone, shared, strict=True):
+        assert one.recipe == other.recipe  # batch_size counts both ranks
+        assert one.zero_shot_accuracy == other.zero_shot_accuracy
+        assert one.gain == pytest.approx(other.gain, abs=1.5 / 24)  # sums in another order
+        assert one.forgetting == pytest.approx(other.forgetting, abs=1.5 / 24)
+        assert replace(one, run="").task_fingerprint == other.task_fingerprint
