@@ -8,6 +8,8 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .calibration.calibrate import calibrate
+    from .calibration.recipes import Recipe
     from .data.tasks import Task
     from .forecasting.forecaster import Forecaster
     from .measures.accuracy import forgetting, gain_over_zero_shot_error, zero_shot_accuracy
@@ -28,6 +30,8 @@ __version__ = "0.1.0"
 # needs no Trainer does not wait for it, and `iimm doctor` runs where transformers is broken.
 _HOMES = {
     "measures.accuracy": ("forgetting", "gain_over_zero_shot_error", "zero_shot_accuracy"),
+    "calibration.calibrate": ("calibrate",),
+    "calibration.recipes": ("Recipe",),
     "trainer.callback": ("IIMMCallback",),
     "data.tasks": ("Task",),
     "records.forecast": ("Forecast",),
@@ -55,9 +59,11 @@ __all__ = [
     "Measurement",
     "Outcome",
     "PromptClassifier",
+    "Recipe",
     "Task",
     "Verdict",
     "append_outcome",
+    "calibrate",
     "drift_bound",
     "forgetting",
     "gain_over_zero_shot_error",

@@ -28,7 +28,6 @@ from ..records.log import get_logger
 from ..records.outcomes import Outcome, one_of_each_run
 from ..records.run_file import file_name, save_run
 from ..records.store import append_outcome, default_store, read_outcomes
-from ..sample import off_target_tasks
 from . import learnt
 from .budget import Cost, Job, fit, words
 from .choice import most_different
@@ -348,6 +347,8 @@ def _time(
     folder: Path,
 ) -> Cost:
     """What looks and steps take; a recipe that the model cannot be trained by is an error."""
+    from ..sample import off_target_tasks
+
     looks = []
     for lesson in lessons:
         others = off_target_tasks(lesson.task, off_target)

@@ -116,11 +116,12 @@ def read_recipes(
     rates: Sequence[float] = (),
     **given: Any,
 ) -> list[Recipe]:
-    """Every method with every learning rate, of a file and of flags, which go before it.
+    """Every method with every learning rate, of a file and of flags, which take its place.
 
     Args:
-        path: A YAML or JSON file of `TrainingArguments`; in it ``method`` and ``learning_rate`` may
-            be lists, and ``peft`` a `peft` config with its ``peft_type``. ``None``: no file.
+        path: A YAML or JSON file of `TrainingArguments`, or of a list of several; in it ``method``
+            and ``learning_rate`` may be lists, and ``peft`` a `peft` config with its ``peft_type``.
+            ``None``: no file.
         methods: Instead of the file's; without any: full.
         rates: Instead of the file's.
         given: Further `TrainingArguments`; None is passed over.
@@ -128,25 +129,26 @@ def read_recipes(
     Raises:
         ValueError: The file cannot be read, or as `Recipe`.
     """
-    read = _read(path)
-    flags = {"method": list(methods), "learning_rate": list(rates)}
-    read |= {name: value for name, value in (flags | given).items() if value not in (None, [])}
+    flags: dict[str, Any] = {"method": list(methods), "learning_rate": list(rates)} | given
+    flags = {name: value for name, value in flags.items() if value not in (None, [])}
     if methods:
-        read.pop("peft", None)
+        flags["peft"] = None
+    return [recipe for read in _read(path) for recipe in _each(read | flags)]
+
+
+def _each(read: dict[str, Any]) -> list[Recipe]:
+    """A recipe for each method and learning rate of a file's entry."""
     peft = read.pop("peft", None) or {}
     if not isinstance(peft, dict):
         raise ValueError(f"`peft` of `--recipe` must be the settings of a config, got {peft!r}")
-    choices = {name: _listed(read.pop(name, [])) for name in ("method", "learning_rate")}
-    found = []
-    for method, rate in product(choices["method"] or ["full"], choices["learning_rate"] or [None]):
-        rates_ = {} if rate is None else {"learning_rate": rate}
-        found.append(Recipe(method, read | rates_, peft))
-    return found
+    methods = _listed(read.pop("method", "full"))
+    rates = [{"learning_rate": rate} for rate in _listed(read.pop("learning_rate", []))] or [{}]
+    return [Recipe(method, read | rate, peft) for method, rate in product(methods, rates)]
 
 
-def _read(path: Path | None) -> dict[str, Any]:
+def _read(path: Path | None) -> list[dict[str, Any]]:
     if path is None:
-        return {}
+        return [{}]
     import yaml
 
     try:
@@ -155,12 +157,14 @@ def _read(path: Path | None) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError, ValueError, yaml.YAMLError) as error:
         told = " ".join(str(getattr(error, "strerror", None) or error).split())
         raise ValueError(f"`--recipe` must be a YAML or JSON file, got {path} ({told})") from error
-    if not isinstance(read, dict):
-        raise ValueError(
-            f"`--recipe` must hold names and values of `TrainingArguments`, got {path} with a "
-            f"{type(read).__name__}"
-        )
-    return read
+    found = _listed(read)
+    for one in found:
+        if not isinstance(one, dict):
+            raise ValueError(
+                f"`--recipe` must hold names and values of `TrainingArguments`, got {path} with "
+                f"{one!r:.80}"
+            )
+    return found
 
 
 def _check(arguments: Mapping[str, Any]) -> None:

@@ -1,5 +1,6 @@
 """The `iimm` command."""
 
-from .commands import METHODS, app, main
+from ..calibration.recipes import METHODS
+from .commands import app, main
 
 __all__ = ["METHODS", "app", "main"]

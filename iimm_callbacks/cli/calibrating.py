@@ -87,7 +87,7 @@ def calibrate(
     for argument, some in (("--task", names), ("--off-target", learning.off_target or ())):
         for name in some:
             check_name(name, argument, is_model=False)
-    from ..calibration import calibrate as run
+    from ..calibration.calibrate import calibrate as run
     from ..reports import tables
 
     output = output.expanduser()

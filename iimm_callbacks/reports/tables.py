@@ -11,7 +11,10 @@ from .terminal import WIDTH, forecast_lines, interval, level_words, page, percen
 
 _QUANTITIES = {"gain": "gain", "forgetting": "mean forgetting", "worst": "worst forgetting"}
 _LEAST_SHARE = 0.1  # of a predictor that is named
-_LEFT = ("measured", "meaning", "method", "forecast of", "model", "task", "ended", "policy")
+_LEFT = (
+    "measured", "meaning", "method", "forecast of", "model", "task", "ended", "policy", "recipe",
+    "why",
+)  # fmt: skip
 
 
 def measured(data: dict[str, Any]) -> str:
@@ -178,6 +181,47 @@ def calibration(data: dict[str, Any]) -> str:
         steps = ", ".join(f"{_size(row['gain'])} with {row['n_tasks']}" for row in curves)
         parts.append(f"Error of the gain by tasks on record: {steps}.")
     return page(*parts, *(f"Written to {path}." for path in data["pictures"]))
+
+
+def plan(data: dict[str, Any]) -> str:
+    """The recipes in the order in which to take them, and why.
+
+    Args:
+        data: What `iimm plan --json` prints.
+    """
+    limit = f"{points(data['limits']['max_forgetting']).removeprefix('+')} points"
+    table = _table(
+        f"{data['task']}: most gain within {limit} of {data['limits']['limit_on']} forgetting",
+        "recipe", "gain", "mean forgetting", "P(exceed)", "tasks", "why",
+    )  # fmt: skip
+    for row in data["options"]:
+        risk = row["exceed_probability"]
+        cells = [interval(row["forecast"].get(q)) for q in ("gain", "forgetting")]
+        name = _named(row["name"], row["forecast"])
+        shown = "" if risk is None else f"{risk:.2f}"
+        table.add_row(name, *cells, shown, str(row["n_tasks"]), _why(row, data))
+    parts: list[Table | str] = [table, "In points, 90 % intervals; tasks: that it was run on."]
+    if data["tried"] is not None:
+        ends = [_or_nothing(data["tried"][name]) for name in ("gain", "forgetting")]
+        parts.append(f"Tried: gain {ends[0]}, forgetting {ends[1]} points; the run is saved.")
+    best = next((row for row in data["options"] if row["name"] == data["choice"]), None)
+    if best is None:
+        return page(*parts, f"No choice: every recipe has a risk above {data['risk']:.2f}.")
+    parts.append(f"Choose {best['name']}.")
+    if not best["tried"]:
+        parts.append("To be surer: --try runs it on this task, and answers from what came of it.")
+    return page(*parts)
+
+
+def _why(row: dict[str, Any], data: dict[str, Any]) -> str:
+    if row["exceed_probability"] is None or not row["forecast"].get("gain"):
+        return "no forecast"
+    if not row["allowed"]:
+        return f"risk above {data['risk']:.2f}"
+    tried = "tried: " if row["tried"] else ""
+    if row["name"] == data["choice"]:
+        return f"{tried}most gain"
+    return f"{tried}less gain" + (", not told apart" if row["not_told_apart"] else "")
 
 
 def _evidence(rows: dict[str, Any], names: dict[str, str]) -> Table:

@@ -12,15 +12,25 @@ import torch
 from PIL import Image
 from tiny import FAMILIES
 
-from iimm_callbacks import IIMMMonitor, Limits, Outcome, Task, read_outcomes
-from iimm_callbacks.calibration import Recipe, calibrate, learnt, runs
+from iimm_callbacks import (
+    Forecaster,
+    IIMMMonitor,
+    Limits,
+    Measurement,
+    Outcome,
+    Recipe,
+    Task,
+    calibrate,
+    read_outcomes,
+)
+from iimm_callbacks.calibration import calibrate as module
+from iimm_callbacks.calibration import learnt, options, runs
 from iimm_callbacks.calibration.budget import Cost, Job, fit, seconds_of
 from iimm_callbacks.calibration.choice import most_different
 from iimm_callbacks.calibration.recipes import read_recipes
 from iimm_callbacks.models.wrappers import model_fingerprint
 from iimm_callbacks.probing.probe import Probe
 
-module = sys.modules["iimm_callbacks.calibration.calibrate"]
 COLOURS = {"red": (220, 40, 40), "green": (40, 200, 60), "blue": (40, 60, 220)}
 FAST = {"learning_rate": 1e-2, "max_steps": 5, "per_device_train_batch_size": 4}
 FULL = Recipe("full", FAST)
@@ -121,6 +131,46 @@ def test_the_frontier_is_what_nothing_beats_in_both():
     assert {row.method: row.is_frontier for row in rows} == {
         "full": True, "lora": True, "bitfit": False,
     }  # fmt: skip
+
+
+def run_of(task, method, gain, drop, rate=0.1, zero_shot=0.4):
+    return Outcome("m", "fp", method, task, "", 0.3, 0.2, 0.4, 0.01, 100, 5, zero_shot,
+                   zero_shot + gain, {"x": 0.5}, {"x": 0.5 - drop},
+                   recipe={"learning_rate": rate, "steps": 10})  # fmt: skip
+
+
+def test_the_choice_gains_most_of_what_likely_stays_within_the_limit():
+    ends = {"full": (0.3, 0.1), "lora": (0.2, 0.02), "bitfit": (0.1, 0.0)}
+    record = [
+        run_of(f"t{i}", method, gain + 0.002 * i, drop + 0.001 * i)
+        for i in range(6)
+        for method, (gain, drop) in ends.items()
+    ]
+    known = options.recipes_on_record(record, "fp")
+    assert {key: len(tasks) for key, tasks in known.items()} == {
+        (method, 0.1, 10): 6 for method in ends
+    }
+    assert options.recipes_on_record(record, "other") == {}
+    forecaster, measure = Forecaster().fit(record), Measurement(0.3, 0.2, 0.4, 0.01, 100, 5)
+    found = [
+        options.Option(method, {"learning_rate": rate, "steps": steps}, len(tasks),
+            forecaster.predict(measure, method=method, zero_shot_accuracy=0.4, model="fp"))
+        for (method, rate, steps), tasks in known.items()
+    ]  # fmt: skip
+    order = [o.method for o in options.ranked(found, Limits(0.05))]
+    assert order == ["lora", "bitfit", "full"]
+    assert options.choice(found, Limits(0.05)).method == "lora"
+    assert options.choice(found, Limits(0.3)).method == "full"
+    assert options.choice(found, Limits(None)).method == "full"
+    assert options.choice(found[:1], Limits(0.05)) is None  # full alone
+    full, lora, _ = found
+    assert options.told_apart(full, lora, record, "fp")
+    assert not options.told_apart(full, lora, record[:6], "fp")  # two tasks in common
+    same = [replace(o, method="lora") for o in record if o.method == "full"]
+    assert not options.told_apart(full, lora, [*record[::3], *same], "fp")
+    seen = options.observed(lora, run_of("t", "lora", 0.25, 0.07))
+    assert (seen.forecast.gain.point, seen.risk(Limits(0.05)), seen.is_tried) == (0.25, 1.0, True)
+    assert seen.risk(Limits(0.08)) == 0.0
 
 
 def test_killed_after_any_run_it_goes_on_to_the_same_outcomes(start, tmp_path, monkeypatch):
@@ -225,6 +275,10 @@ def test_recipes_of_a_file_and_of_flags(tmp_path):
     assert {r.steps for r in found} == {7}
     assert found[0].training_arguments(tmp_path, 3, True).adam_beta2 == 0.98
     assert [r.name for r in read_recipes(path, methods=["bitfit"], rates=[0.5])] == ["bitfit 0.5"]
+    path.write_text("- {method: full, learning_rate: 1e-4}\n- {method: lora, max_steps: 3}")
+    assert [(r.name, r.steps) for r in read_recipes(path, max_steps=9)] == [
+        ("full 0.0001", 9), ("lora 0.001", 9),
+    ]  # fmt: skip
     path = tmp_path / "recipe.json"
     path.write_text('{"peft": {"peft_type": "LORA", "r": 2, "target_modules": ["q_proj"]}}')
     assert [r.method for r in read_recipes(path)] == ["lora"]
@@ -238,7 +292,7 @@ def test_recipes_of_a_file_and_of_flags(tmp_path):
         ("learning_rate: fast", "`learning_rate` of the recipe must be a positive number"),
         ("max_steps: 0", "`max_steps` of the recipe"),
         ("save_strategy: epoch", "`save_strategy` must be left out"),
-        ("- full", "got .* with a list"),
+        ("- full", "got .* with 'full'"),
         ("{", "must be a YAML or JSON file"),
         ("peft: {peft_type: ALCHEMY}", "`peft` must be the settings of a peft config"),
         ("peft: 3", "`peft` of `--recipe` must be the settings"),

@@ -1,0 +1,161 @@
+"""`iimm plan`: which method, learning rate and number of steps gain most within the limit."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict
+from itertools import product
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from .measuring import Measured, Subject, check_methods, check_names, limits_of, measure, read_runs
+from .outcomes import Store
+from .shell import Answer, LimitOn
+
+if TYPE_CHECKING:
+    from ..calibration.options import Option
+    from ..records.outcomes import Outcome
+    from ..records.verdict import Limits
+
+
+def plan(
+    subject: Subject,
+    max_forgetting: Annotated[float, typer.Option(help="Limit, a fraction")] = 0.05,
+    limit_on: LimitOn = "mean",
+    risk: Annotated[
+        float, typer.Option(help="Probability of exceeding that a choice may have")
+    ] = 0.3,
+    method: Annotated[
+        list[str] | None, typer.Option(help="Repeatable [default: on record]")
+    ] = None,
+    learning_rate: Annotated[
+        list[float] | None, typer.Option(help="Repeatable [default: on record]")
+    ] = None,
+    steps: Annotated[list[int] | None, typer.Option(help="Repeatable [default: on record]")] = None,
+    off_target: Annotated[
+        list[str] | None, typer.Option(help="Name of a task not to forget; repeatable")
+    ] = None,
+    attempt: Annotated[
+        bool, typer.Option("--try", help="Run the choice, save it, answer again; needs --train")
+    ] = False,
+    store: Store = None,
+) -> Answer:
+    """Rank the recipes on record by gain within the limit.
+
+    Recipes are those of the saved runs of MODEL (`iimm calibrate` makes some), or those that you
+    name. Exit code 0, or 2 where none may be chosen.
+    """
+    if not 0 < risk < 1:
+        raise ValueError(f"`--risk` must be a probability between 0 and 1, got {risk}")
+    if attempt and subject.train is None:
+        raise ValueError("`--try` needs `--train`, the training data, got none")
+    limits = limits_of(max_forgetting, limit_on, 0.8)
+    check_names(subject)
+    record = read_runs(subject.model, store)
+    check_methods(method or (), record)
+    from ..calibration.options import choice, observed
+    from ..reports import tables
+
+    found = measure(subject)
+    asked = (method, learning_rate, steps)
+    options = _options(found, record, asked, off_target or ())
+    best = choice(options, limits, risk)
+    tried = None
+    if attempt and best is not None:
+        tried = _try(found, best, store)
+        options = _options(found, [*record, tried], asked, off_target or ())
+        same = (best.method, best.recipe)
+        options = [observed(o, tried) if (o.method, o.recipe) == same else o for o in options]
+        best = choice(options, limits, risk)
+    data = found.data | _as_data(options, best, limits, risk, record, found.about["model"])
+    data["tried"] = None if tried is None else {
+        name: getattr(tried, name) for name in ("gain", "forgetting", "worst", "run")
+    }  # fmt: skip
+    return Answer(data, tables.plan(data), 2 if best is None else 0)
+
+
+def _options(
+    found: Measured,
+    record: Sequence[Outcome],
+    asked: tuple[Sequence[str] | None, Sequence[float] | None, Sequence[int] | None],
+    off_target: Sequence[str],
+) -> list[Option]:
+    """The recipes on record, those of them that were asked for, or what was asked for instead."""
+    from ..calibration.options import Option, recipes_on_record
+    from ..calibration.recipes import METHODS
+    from ..forecasting.forecaster import Forecaster
+
+    known = recipes_on_record(record, found.about["model"])
+    wanted = list(known) or [(method, None, None) for method in METHODS]
+    for position, choices in enumerate(asked):
+        if not choices:
+            continue
+        kept = [key for key in wanted if key[position] in choices]
+        lacking = [value for value in choices if value not in [key[position] for key in kept]]
+        others: list[Any] = [
+            (*key[:position], value, *key[position + 1 :])
+            for key, value in product(wanted, lacking)
+        ]
+        wanted = list(dict.fromkeys([*kept, *others]))
+    forecaster = Forecaster().fit(record)
+    options = []
+    for key in wanted:
+        named = dict(zip(("learning_rate", "steps"), key[1:], strict=True))
+        recipe = {name: value for name, value in named.items() if value is not None}
+        forecast = forecaster.predict(
+            found.measurement, method=key[0], recipe=recipe, off_target=off_target, **found.about
+        )
+        options.append(Option(key[0], recipe, len(known.get(key, ())), forecast))
+    return options
+
+
+def _try(found: Measured, option: Option, store: Path | None) -> Outcome:
+    """The option, run on the task under a guard that watches, and saved."""
+    from ..calibration.recipes import Recipe
+    from ..calibration.runs import Subject as Model
+    from ..calibration.runs import fine_tune
+    from ..data.training import training_task
+    from ..records.store import append_outcome, default_store
+
+    opened, named = found.opened, dict(option.recipe)
+    steps = named.pop("steps", None)
+    recipe = Recipe(option.method, named | ({} if steps is None else {"max_steps": steps}))
+    model = Model(opened.model.cpu(), opened.processor)
+    train = training_task(opened.train, opened.task)
+    with tempfile.TemporaryDirectory() as folder:
+        outcome = fine_tune(model, opened.task, train, None, recipe, recipe.steps, Path(folder))
+    append_outcome(default_store() if store is None else store.expanduser(), outcome)
+    return outcome
+
+
+def _as_data(
+    options: Sequence[Option],
+    best: Option | None,
+    limits: Limits,
+    risk: float,
+    record: Sequence[Outcome],
+    model: str,
+) -> dict[str, Any]:
+    from ..calibration.options import ranked, told_apart
+
+    rows = []
+    for option in ranked(options, limits, risk):
+        own = option.risk(limits)
+        allowed = own is not None and own <= risk and option.forecast.gain is not None
+        alike = None
+        if allowed and best is not None and option is not best:
+            alike = not told_apart(best, option, record, model)
+        rows.append({
+            "name": option.name, "method": option.method, "recipe": dict(option.recipe),
+            "n_tasks": option.n_tasks, "tried": option.is_tried, "exceed_probability": own,
+            "allowed": allowed, "not_told_apart": alike, "forecast": option.forecast.to_json(),
+        })  # fmt: skip
+    return {
+        "limits": asdict(limits),
+        "risk": risk,
+        "options": rows,
+        "choice": None if best is None else best.name,
+    }
