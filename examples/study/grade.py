@@ -22,7 +22,8 @@ from rich.console import Console
 from rich.table import Table
 from transformers import HfArgumentParser
 
-from iimm_callbacks import Forecaster, Measurement, Outcome, read_outcomes, sample
+from iimm_callbacks import Forecaster, Limits, Measurement, Outcome, read_outcomes, sample
+from iimm_callbacks.calibration.options import Option, choice
 from iimm_callbacks.forecasting.base_rates import load_base_rates
 from iimm_callbacks.forecasting.grading import SHARES
 from iimm_callbacks.forecasting.replay import replay_one
@@ -39,6 +40,7 @@ FIRST, LATER = 0.45, 0.40  # of the plain mean's error: no run of the model save
 
 
 MODEL_OUT = {"gain": {0.0: 0.5}, "forgetting": {0.1: 0.85, 0.2: 0.75, 0.3: 0.7}}
+LIMITS, NOISE = (0.02, 0.03, 0.05), 1.645  # standard errors: one-sided 95 %
 HERE = Path(__file__).parent
 
 
@@ -307,6 +309,33 @@ def model_out_rows(asked, known):
     return rows
 
 
+def plan_rows(outcomes):
+    """What `iimm plan` would have chosen for each task, its own runs left out, by limit."""
+    found = {}
+    for task in sorted({o.task for o in outcomes}):
+        forecaster = Forecaster().fit([o for o in outcomes if o.task != task])
+        runs = [o for o in outcomes if o.task == task]
+        options = [
+            Option(o.method, {"run": i}, 0, predict(forecaster, o)) for i, o in enumerate(runs)
+        ]
+        for limit in LIMITS:
+            chosen = choice(options, Limits(limit))
+            o = None if chosen is None else runs[chosen.recipe["run"]]
+            best = max((x.gain for x in runs if x.forgetting <= limit), default=0.0)
+            noise = 0.0 if o is None else NOISE * o.trajectory[-1].get("forgetting_se", 0.0)
+            over = o is not None and o.forgetting > limit + noise
+            found.setdefault(limit, []).append((0.0 if o is None else o.gain, best, over))
+    rows = []
+    for limit, values in found.items():
+        gain, best, over = np.mean(values, axis=0)
+        what = f"iimm plan, limit {100 * limit:.0f} points"
+        text = f"{gain / best:.2f} ({100 * gain:.1f} of {100 * best:.1f} points)"
+        rows.append(Row(f"{what}: gain ≥ 0.9 of the best within it", text, gain >= 0.9 * best))
+        text = f"{over:.0%} of {len(values)} tasks"
+        rows.append(Row(f"{what}: over it beyond noise in ≤ 5 %", text, over <= 0.05))
+    return rows
+
+
 def published_rows():
     pairs = [o for o in load_base_rates() if o.linear_probe_accuracy and o.method == "full"]
     errors, held = [], []
@@ -396,6 +425,7 @@ def main(argv=None):
         rows = [*first_rows(found, n_tasks), *published_rows(), *curve_rows(found), *rows]
         second = read_outcomes(settings.second)
         rows += model_out_rows(second, outcomes) + model_out_rows(outcomes, second)
+        rows += plan_rows(outcomes)
     console = Console(width=120)
     table = Table(title=f"Aims, on {grade.n_runs} runs, each forecast without its task")
     for column in ("aim", "found", ""):

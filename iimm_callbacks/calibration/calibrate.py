@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -12,31 +11,26 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
-import torch
 from accelerate import PartialState
 from torch import nn
 from tqdm.auto import tqdm
 
 from ..data.tasks import OFF_TARGET_PROBE_SIZE, TASK_PROBE_SIZE, Task, check_tasks
-from ..data.training import SAMPLE_SIZE, training_task
+from ..data.training import SAMPLE_SIZE
 from ..models.wrappers import model_fingerprint
-from ..monitor.monitor import WATCH
 from ..probing import ranks
-from ..probing.learnable import TrainingSet
-from ..probing.probe import Probe
 from ..records.log import get_logger
 from ..records.outcomes import Outcome, one_of_each_run
 from ..records.run_file import file_name, save_run
 from ..records.store import append_outcome, default_store, read_outcomes
+from ..records.verdict import WATCH
 from . import learnt
 from .budget import Cost, Job, fit, words
-from .choice import most_different
+from .lessons import Lesson, measure, write_folder
 from .recipes import Recipe
 from .runs import LOOKS, Subject, fine_tune, run_script, seconds_of_a_step
 
 logger = get_logger(__name__)
-
-_CHOOSING = 256  # training images that the linear probe of a task to choose from learns from
 
 
 @dataclass(frozen=True)
@@ -83,25 +77,6 @@ class Calibration:
             "expected": [asdict(row) for row in self.expected],
             "run_files": [str(path) for path in self.run_files],
         }
-
-
-@dataclass(frozen=True)
-class _Lesson:
-    """A task that can be learnt.
-
-    Attributes:
-        task: Its held-out images.
-        train: Its training images.
-        fingerprint: Of the held-out ones.
-        features: IIMM, headroom of the linear probe, zero-shot accuracy.
-        seconds: That a look at one image takes.
-    """
-
-    task: Task
-    train: Task
-    fingerprint: str
-    features: tuple[float, float, float]
-    seconds: float
 
 
 def calibrate(
@@ -165,7 +140,7 @@ def calibrate(
         if progress and is_first:
             tqdm.write(text)
 
-    lessons = _measure(model, tasks, processor, n_tasks, state.device)
+    lessons = measure(model, tasks, processor, n_tasks, state.device)
     if len(tasks) > n_tasks:
         say(f"Chosen of {len(tasks)} tasks: {', '.join(one.task.name for one in lessons)}.")
     names = [recipe.name for recipe in recipes] if script is None else [Path(script).name]
@@ -231,7 +206,7 @@ def calibrate(
 
 def _run(
     subject: Subject,
-    lesson: _Lesson,
+    lesson: Lesson,
     off_target: Sequence[Task] | None,
     recipes: Sequence[Recipe],
     job: Job,
@@ -241,7 +216,7 @@ def _run(
     if script is not None:
         data = folder.parent / "data" / file_name(lesson.task.name)[5:-5]
         for task, split in ((lesson.train, "train"), (lesson.task, "test")):
-            _write_folder(task, data / split)
+            write_folder(task, data / split)
         return run_script(Path(script), data, folder, WATCH)
     recipe = recipes[job.recipe]
     return fine_tune(subject, lesson.task, lesson.train, off_target, recipe, job.steps, folder)
@@ -249,7 +224,7 @@ def _run(
 
 def _learn(
     fingerprint: str,
-    lessons: Sequence[_Lesson],
+    lessons: Sequence[Lesson],
     jobs: Sequence[Job],
     own: list[Outcome],
     known: Sequence[Outcome],
@@ -303,45 +278,9 @@ def _check(
         )
 
 
-def _measure(
-    model: nn.Module,
-    tasks: Sequence[tuple[Task, Any]],
-    processor: Any,
-    n_tasks: int,
-    device: torch.device,
-) -> list[_Lesson]:
-    """The tasks that are learnt, measured; the model is left where it was."""
-    home = next(model.parameters()).device
-    model.to(device)
-    try:
-        found = [_lesson(model, task, train, processor) for task, train in tasks]
-    finally:
-        model.to(home)
-    if len(found) <= n_tasks:
-        return found
-    chosen = most_different([lesson.features for lesson in found], n_tasks)
-    return [found[i] for i in sorted(chosen)]
-
-
-def _lesson(model: nn.Module, task: Task, train: Any, processor: Any) -> _Lesson:
-    read = training_task(train, task)
-    probe = Probe(task, processor=processor, progress=False, train=TrainingSet(read))
-    probe.training_size = _CHOOSING
-    look = probe.look(model, 0, linear_probe=True)
-    assert look.learnable is not None
-    zero_shot, learnable = look.accuracy(task.name), look.learnable
-    headroom = 0.0
-    if learnable.probe is not None:
-        headroom = learnable.probe.at(learnable.n_train)[0] - zero_shot
-    iimm = look.measurement.iimm
-    features = (iimm if math.isfinite(iimm) else 0.0, headroom, zero_shot)
-    seconds = probe.seconds / max(len(look.correct[task.name]), 1)
-    return _Lesson(task, read, probe.fingerprints[task.name], features, seconds)
-
-
 def _time(
     subject: Subject,
-    lessons: Sequence[_Lesson],
+    lessons: Sequence[Lesson],
     off_target: Sequence[Task] | None,
     recipes: Sequence[Recipe],
     folder: Path,
@@ -375,7 +314,7 @@ class _Keys:
     def __init__(
         self,
         model: str,
-        lessons: Sequence[_Lesson],
+        lessons: Sequence[Lesson],
         recipes: Sequence[Recipe],
         off_target: Sequence[Task] | None,
         script: str | Path | None,
@@ -420,7 +359,7 @@ def _steps(recipes: Sequence[Recipe], position: int) -> int:
 def _plan_in_words(
     jobs: Sequence[Job],
     to_do: Sequence[Job],
-    lessons: Sequence[_Lesson],
+    lessons: Sequence[Lesson],
     names: Sequence[str],
     recipes: Sequence[Recipe],
     budget: float | None,
@@ -453,20 +392,3 @@ def _bar(total: int, shown: bool, seconds: float) -> Iterator[Any]:
     about = f", about {words(seconds)}" if seconds else ""
     with tqdm(total=total, desc=f"calibrating{about}", unit="run", disable=not shown) as bar:
         yield bar
-
-
-def _write_folder(task: Task, folder: Path) -> None:
-    """The task's images as PNG files in a folder of each class; what is there already is kept."""
-    if (folder / ".complete").exists():
-        return
-    width = len(str(len(task.class_names)))
-    for i, name in enumerate(task.class_names):
-        safe = "".join(c if c.isalnum() or c in " -" else "_" for c in name)
-        (folder / f"{i:0{width}}_{safe}").mkdir(parents=True, exist_ok=True)
-    folders = sorted(path for path in folder.iterdir() if path.is_dir())
-    for i in range(len(task)):
-        image, (label,) = task.images([i])[0], task.labels([i])
-        if not hasattr(image, "save"):
-            raise ValueError(f"`script` needs tasks of pictures, got others in {task.name!r}")
-        image.save(folders[label] / f"{i:06}.png")
-    (folder / ".complete").touch()

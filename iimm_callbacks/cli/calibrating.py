@@ -88,7 +88,7 @@ def calibrate(
         for name in some:
             check_name(name, argument, is_model=False)
     from ..calibration.calibrate import calibrate as run
-    from ..reports import tables
+    from ..reports import calibrated
 
     output = output.expanduser()
     with folder_to_write(output, "--output"):
@@ -98,7 +98,7 @@ def calibrate(
             [_pair(name, learning) for name in names],
             recipes,
             processor=reads,
-            off_target=_off_target(learning),
+            off_target=off_target_of(learning.off_target, learning.split),
             n_tasks=learning.tasks,
             store="default" if store is None else store.expanduser(),
             output=output,
@@ -108,7 +108,7 @@ def calibrate(
         )
         data = {"model": model, "output": str(output)} | found.to_json()
         data["pictures"] = _pictures(found.run_files, output)
-    return Answer(data, tables.calibration(data), 0 if found.outcomes else 1)
+    return Answer(data, calibrated.calibration(data), 0 if found.outcomes else 1)
 
 
 def _shipped() -> list[str]:
@@ -129,11 +129,11 @@ def _pair(name: str, learning: Learning) -> tuple[Task, Task]:
     return task, load_task(name, split="train", **settings)[0]
 
 
-def _off_target(learning: Learning) -> list[Task] | None:
-    if learning.off_target is None:
+def off_target_of(names: Sequence[str] | None, split: str | None) -> list[Task] | None:
+    """The off-target tasks of these names; ``None``: the shipped ones."""
+    if names is None:
         return None
-    settings: dict[str, Any] = {"split": learning.split, "argument": "--off-target"}
-    return [load_task(name, **settings)[0] for name in learning.off_target]
+    return [load_task(name, split=split, argument="--off-target")[0] for name in names]
 
 
 def _pictures(run_files: Sequence[Path], output: Path) -> list[str]:

@@ -11,12 +11,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from .loading import check_name, task_name_of
 from .measuring import Measured, Subject, check_methods, check_names, limits_of, measure, read_runs
 from .outcomes import Store
 from .shell import Answer, LimitOn
 
 if TYPE_CHECKING:
     from ..calibration.options import Option
+    from ..data.tasks import Task
     from ..records.outcomes import Outcome
     from ..records.verdict import Limits
 
@@ -36,7 +38,8 @@ def plan(
     ] = None,
     steps: Annotated[list[int] | None, typer.Option(help="Repeatable [default: on record]")] = None,
     off_target: Annotated[
-        list[str] | None, typer.Option(help="Name of a task not to forget; repeatable")
+        list[str] | None,
+        typer.Option(help="Not to forget, as DATASET; repeatable [default: shipped tasks]"),
     ] = None,
     attempt: Annotated[
         bool, typer.Option("--try", help="Run the choice, save it, answer again; needs --train")
@@ -56,17 +59,20 @@ def plan(
     check_names(subject)
     record = read_runs(subject.model, store)
     check_methods(method or (), record)
+    for name in off_target or ():
+        check_name(name, "--off-target", is_model=False)
     from ..calibration.options import choice, observed
-    from ..reports import tables
+    from ..reports import calibrated
 
     found = measure(subject)
     asked = (method, learning_rate, steps)
-    options = _options(found, record, asked, off_target or ())
+    guarded = [task_name_of(name) for name in off_target or ()]
+    options = _options(found, record, asked, guarded)
     best = choice(options, limits, risk)
     tried = None
     if attempt and best is not None:
-        tried = _try(found, best, store)
-        options = _options(found, [*record, tried], asked, off_target or ())
+        tried = _try(found, best, off_target_of(off_target, subject.split), store)
+        options = _options(found, [*record, tried], asked, guarded)
         same = (best.method, best.recipe)
         options = [observed(o, tried) if (o.method, o.recipe) == same else o for o in options]
         best = choice(options, limits, risk)
@@ -74,7 +80,7 @@ def plan(
     data["tried"] = None if tried is None else {
         name: getattr(tried, name) for name in ("gain", "forgetting", "worst", "run")
     }  # fmt: skip
-    return Answer(data, tables.plan(data), 2 if best is None else 0)
+    return Answer(data, calibrated.plan(data), 2 if best is None else 0)
 
 
 def _options(
@@ -112,7 +118,9 @@ def _options(
     return options
 
 
-def _try(found: Measured, option: Option, store: Path | None) -> Outcome:
+def _try(
+    found: Measured, option: Option, off_target: list[Task] | None, store: Path | None
+) -> Outcome:
     """The option, run on the task under a guard that watches, and saved."""
     from ..calibration.recipes import Recipe
     from ..calibration.runs import Subject as Model
@@ -126,7 +134,9 @@ def _try(found: Measured, option: Option, store: Path | None) -> Outcome:
     model = Model(opened.model.cpu(), opened.processor)
     train = training_task(opened.train, opened.task)
     with tempfile.TemporaryDirectory() as folder:
-        outcome = fine_tune(model, opened.task, train, None, recipe, recipe.steps, Path(folder))
+        outcome = fine_tune(
+            model, opened.task, train, off_target, recipe, recipe.steps, Path(folder)
+        )
     append_outcome(default_store() if store is None else store.expanduser(), outcome)
     return outcome
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import time
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
@@ -38,7 +37,6 @@ from .measured import Measured, Verbose
 
 logger = get_logger(__name__)
 
-WATCH = "IIMM_CALLBACKS_WATCH"  # environment variable: guards have no limit, whatever they are told
 _FORMER = {
     "limits": "give the `Limits` as `max_forgetting`",
     "store": "name the file as `outcomes`, or call `append_outcome` with the run's outcome",
@@ -135,9 +133,7 @@ class IIMMMonitor(Measured):
             progress=bool(verbose),
             train=None if train is None else TrainingSet(train),
         )
-        limits = Limits.of(former.get("limits", max_forgetting))
-        if os.environ.get(WATCH):
-            limits = Limits(None)
+        limits = Limits.of(former.get("limits", max_forgetting)).unless_watching()
         pace = Pace(every, max_overhead, guarded=limits.max_forgetting is not None)
         past = Past.of(outcomes, **pick(former, "store"))
         super().__init__(probe, limits, pace, Ledger(past.store, run_file), past.runs)

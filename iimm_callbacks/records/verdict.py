@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, replace
 from numbers import Real
 from typing import Any, Literal
 
+WATCH = "IIMM_CALLBACKS_WATCH"  # environment variable: no guard has a limit, whatever it is told
 LIMIT_ON = ("mean", "worst")
 LEVELS = ("continue", "warn", "stop")
 
@@ -53,6 +55,10 @@ class Limits:
     def of(cls, limit: float | Limits | None, **former: Any) -> Limits:
         """`limit` as `Limits`; `former` are other fields, given by former arguments."""
         return replace(limit if isinstance(limit, Limits) else cls(limit), **former)
+
+    def unless_watching(self) -> Limits:
+        """These limits; none where the environment says that guards only watch."""
+        return replace(self, max_forgetting=None) if os.environ.get(WATCH) else self
 
 
 @dataclass(frozen=True)

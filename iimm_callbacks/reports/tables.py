@@ -9,7 +9,7 @@ from rich.table import Table
 
 from .terminal import WIDTH, forecast_lines, interval, level_words, page, percent, points
 
-_QUANTITIES = {"gain": "gain", "forgetting": "mean forgetting", "worst": "worst forgetting"}
+WORDS = {"gain": "gain", "forgetting": "mean forgetting", "worst": "worst forgetting"}
 _LEAST_SHARE = 0.1  # of a predictor that is named
 _LEFT = (
     "measured", "meaning", "method", "forecast of", "model", "task", "ended", "policy", "recipe",
@@ -26,11 +26,11 @@ def measured(data: dict[str, Any]) -> str:
     Returns:
         Plain text, at most 96 columns; as of all functions here.
     """
-    table = _table(f"IIMM: {data['task']} ({data['model']})", "measured", "value", "meaning")
+    table = new_table(f"IIMM: {data['task']} ({data['model']})", "measured", "value", "meaning")
     error = data["standard_error"]
     spread = "" if error is None or error != error else f" ± {error:.3f}"
-    size = f"{data['n_images']} images, {data['n_classes']} class prompts"
-    table.add_row("IIMM", f"{data['iimm']:.3f}{spread}", size)
+    images = f"{data['n_images']} images, {data['n_classes']} class prompts"
+    table.add_row("IIMM", f"{data['iimm']:.3f}{spread}", images)
     table.add_row("  inter-modal", f"{data['inter']:.3f}", "image to wrong-class text")
     table.add_row("  intra-modal", f"{data['intra']:.3f}", "image to image")
     split = f", split {data['split']}" if data["split"] else ""
@@ -53,14 +53,12 @@ def forecasts(data: dict[str, Any]) -> str:
         data: What `iimm forecast --json` prints, or `iimm preflight --json`.
     """
     rows, limits = data["forecasts"], data["limits"]
-    names = {method: _named(method, row) for method, row in rows.items()}
+    names = {method: named(method, row) for method, row in rows.items()}
     limit = f"{points(limits['max_forgetting']).removeprefix('+')} points"
-    table = _table(
-        "Forecast in points, 90 % interval", "method", *_QUANTITIES.values(), "P(exceed)"
-    )
+    table = new_table("Forecast in points, 90 % interval", "method", *WORDS.values(), "P(exceed)")
     for method, row in rows.items():
         above = row["exceed_probability"]
-        cells = [interval(row.get(q)) for q in _QUANTITIES]
+        cells = [interval(row.get(q)) for q in WORDS]
         table.add_row(names[method], *cells, "" if above is None else f"{above:.2f}")
     parts: list[Table | str] = [table]
     parts.append(f"P(exceed): of {limits['limit_on']} forgetting above {limit}.")
@@ -94,9 +92,9 @@ def outcomes(data: dict[str, Any]) -> str:
     """
     columns = ("model", "method", "task", "zero-shot", "gain", "mean", "worst", "ended")
     rows = data["outcomes"]
-    table = _table(f"{len(rows)} of {data['n_outcomes']} runs in {data['store']}", *columns)
+    table = new_table(f"{len(rows)} of {data['n_outcomes']} runs in {data['store']}", *columns)
     for row in rows:
-        numbers = [_or_nothing(row[q]) for q in _QUANTITIES]
+        numbers = [or_nothing(row[q]) for q in WORDS]
         ended = row["ended"] if row["complete"] else f"incomplete: {row['ended']}"
         about = [row[name] for name in ("model", "method", "task")]
         table.add_row(*about, percent(row["zero_shot_accuracy"]), *numbers, ended)
@@ -110,18 +108,18 @@ def grades(data: dict[str, Any], methods: Sequence[str]) -> str:
         data: What `iimm grade --json` prints.
         methods: Whose forecasts are shown.
     """
-    table = _table(
+    table = new_table(
         f"Forecasts of {data['n_runs']} replayed runs, their task left out: mean error in points",
         "forecast of", "method", "steps", "runs", "error", "plain mean", "zero-shot", "in 90 %",
     )  # fmt: skip
-    for quantity, words in _QUANTITIES.items():
+    for quantity, words in WORDS.items():
         for row in data["forecasts"]:
             if row["quantity"] == quantity and row["method"] in methods:
-                errors = [_size(row[k]) for k in ("error", "error_of_mean", "error_of_zero_shot")]
+                errors = [size(row[k]) for k in ("error", "error_of_mean", "error_of_zero_shot")]
                 about = [words, row["method"], f"{row['share']:.0%}", str(row["n_runs"])]
                 table.add_row(*about, *errors, f"{row['coverage']:.0%}")
         table.add_section()
-    guard = _table(
+    guard = new_table(
         f"Guard on {data['limit_on']} forgetting: what happened to the runs, in points",
         "limit", "policy", "stopped, over", "stopped, under", "kept to limit", "over by", "gain",
         "oracle's", whole="policy",
@@ -134,94 +132,17 @@ def grades(data: dict[str, Any], methods: Sequence[str]) -> str:
         under = row["n_runs"] - row["n_over"]
         kept = "" if row["kept_to_limit"] is None else f"{row['kept_to_limit']:.0%}"
         guard.add_row(
-            _size(row["limit"]),
+            size(row["limit"]),
             row["policy"],
             f"{row['stopped_of_over']}/{row['n_over']}",
             f"{row['stopped_of_under']}/{under}",
             kept,
-            _size(row["over_by"]),
+            size(row["over_by"]),
             points(row["gain"]),
             points(row["gain_of_oracle"]),
         )
     left = f"{data['n_left_out']} runs could not be replayed."
     return page(table, guard, *[left] * (data["n_left_out"] > 0))
-
-
-def calibration(data: dict[str, Any]) -> str:
-    """What a calibration taught: errors of the forecast before and now, and what to choose from.
-
-    Args:
-        data: What `iimm calibrate --json` prints.
-    """
-    n_runs, n_tasks = len(data["runs"]), len({run["task"] for run in data["runs"]})
-    title = f"Error of forecasts before training, in points: {n_runs} runs on {n_tasks} tasks"
-    errors = _table(title, "forecast of", "method", "runs", "borrowed", "now")
-    for row in data["errors"]:
-        about = [_QUANTITIES[row["quantity"]], row["method"], str(row["n_runs"])]
-        errors.add_row(*about, _size(row["borrowed"]), _size(row["own"]))
-    columns = ("method", "learning rate", "steps", "tasks", "gain", "forgetting", "choice")
-    recipes = _table("What each recipe came to: means in points", *columns)
-    for row in data["expected"]:
-        rate = "" if row["learning_rate"] is None else f"{row['learning_rate']:g}"
-        numbers = [rate, str(row["steps"] or ""), str(row["n_tasks"])]
-        ends = [_or_nothing(row[name]) for name in ("gain", "forgetting")]
-        recipes.add_row(row["method"], *numbers, *ends, "yes" if row["is_frontier"] else "")
-    parts: list[Table | str] = [errors] if data["errors"] else []
-    parts += [recipes, "Choice: no other recipe gains more and forgets less."]
-    if data["errors"]:
-        parts.append("Now: from the runs on the other tasks. Borrowed: from other models' runs.")
-    parts += [f"Failed: {run}: {why}" for run, why in data["failed"].items()]
-    missing = data["n_planned"] - n_runs
-    if missing:
-        parts.append(
-            f"{missing} of {data['n_planned']} runs are missing; the same command does them."
-        )
-    curves = [row for row in data["curve"] if row["gain"] is not None]
-    if len(curves) > 1:
-        steps = ", ".join(f"{_size(row['gain'])} with {row['n_tasks']}" for row in curves)
-        parts.append(f"Error of the gain by tasks on record: {steps}.")
-    return page(*parts, *(f"Written to {path}." for path in data["pictures"]))
-
-
-def plan(data: dict[str, Any]) -> str:
-    """The recipes in the order in which to take them, and why.
-
-    Args:
-        data: What `iimm plan --json` prints.
-    """
-    limit = f"{points(data['limits']['max_forgetting']).removeprefix('+')} points"
-    table = _table(
-        f"{data['task']}: most gain within {limit} of {data['limits']['limit_on']} forgetting",
-        "recipe", "gain", "mean forgetting", "P(exceed)", "tasks", "why",
-    )  # fmt: skip
-    for row in data["options"]:
-        risk = row["exceed_probability"]
-        cells = [interval(row["forecast"].get(q)) for q in ("gain", "forgetting")]
-        name = _named(row["name"], row["forecast"])
-        shown = "" if risk is None else f"{risk:.2f}"
-        table.add_row(name, *cells, shown, str(row["n_tasks"]), _why(row, data))
-    parts: list[Table | str] = [table, "In points, 90 % intervals; tasks: that it was run on."]
-    if data["tried"] is not None:
-        ends = [_or_nothing(data["tried"][name]) for name in ("gain", "forgetting")]
-        parts.append(f"Tried: gain {ends[0]}, forgetting {ends[1]} points; the run is saved.")
-    best = next((row for row in data["options"] if row["name"] == data["choice"]), None)
-    if best is None:
-        return page(*parts, f"No choice: every recipe has a risk above {data['risk']:.2f}.")
-    parts.append(f"Choose {best['name']}.")
-    if not best["tried"]:
-        parts.append("To be surer: --try runs it on this task, and answers from what came of it.")
-    return page(*parts)
-
-
-def _why(row: dict[str, Any], data: dict[str, Any]) -> str:
-    if row["exceed_probability"] is None or not row["forecast"].get("gain"):
-        return "no forecast"
-    if not row["allowed"]:
-        return f"risk above {data['risk']:.2f}"
-    tried = "tried: " if row["tried"] else ""
-    if row["name"] == data["choice"]:
-        return f"{tried}most gain"
-    return f"{tried}less gain" + (", not told apart" if row["not_told_apart"] else "")
 
 
 def _evidence(rows: dict[str, Any], names: dict[str, str]) -> Table:
@@ -237,16 +158,16 @@ def _evidence(rows: dict[str, Any], names: dict[str, str]) -> Table:
     table.add_column("predictors", ratio=1)
     for method, row in rows.items():
         for quantity, found in row["evidence"].items():
-            errors = [_size(found[k]) for k in ("error", "error_of_mean", "error_of_zero_shot")]
+            errors = [size(found[k]) for k in ("error", "error_of_mean", "error_of_zero_shot")]
             what = quantity if quantity != "forgetting" else "mean"
-            size = f"{found['n_runs']}/{found['n_tasks']}"
+            rests = f"{found['n_runs']}/{found['n_tasks']}"
             shares = [
                 f"{name} {share:.0%}"
                 for name, share in found["predictors"].items()
                 if share >= _LEAST_SHARE
             ]
             covered = f"{found['coverage']:.0%}"
-            table.add_row(names[method], what, *errors, covered, size, ", ".join(shares))
+            table.add_row(names[method], what, *errors, covered, rests, ", ".join(shares))
         table.add_section()
     return table
 
@@ -275,19 +196,22 @@ def _choice(data: dict[str, Any], names: dict[str, str], limit: str) -> str:
     return f"No choice: no method likely stays within {limit}."
 
 
-def _named(method: str, row: dict[str, Any]) -> str:
+def named(method: str, row: dict[str, Any]) -> str:
+    """A method, marked where its forecast is borrowed."""
     return f"{method} (borrowed)" if row["base_rate"] else method
 
 
-def _or_nothing(fraction: float | None) -> str:
+def or_nothing(fraction: float | None) -> str:
+    """Points with their sign."""
     return "" if fraction is None else points(fraction)
 
 
-def _size(fraction: float | None) -> str:
+def size(fraction: float | None) -> str:
+    """Points without a sign."""
     return "" if fraction is None else points(fraction).removeprefix("+")
 
 
-def _table(title: str, *columns: str, whole: str = "") -> Table:
+def new_table(title: str, *columns: str, whole: str = "") -> Table:
     """Words left, numbers right and unbroken; if `whole` is given, only that column is unbroken."""
     table = Table(title=title, width=WIDTH)
     for column in columns:

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from test_cli import ask, fails, run
 from tiny import FAMILIES
 
 from iimm_callbacks import (
@@ -105,11 +106,11 @@ def test_every_run_is_saved_and_teaches_the_forecast(start, tiny, tmp_path):
 
 
 def test_the_errors_are_those_of_forecasts_without_the_own_task():
-    def run(task, zero_shot, gain, method="full"):
+    def made(task, zero_shot, gain, method="full"):
         return Outcome("m", "fp", method, task, "", 0.3, 0.2, 0.4, 0.01, 100, 5, zero_shot,
                        zero_shot + gain, {"x": 0.5}, {"x": 0.5 - gain / 4})  # fmt: skip
 
-    own = [run(f"t{i}", 0.2 + 0.1 * i, 0.4) for i in range(4)]
+    own = [made(f"t{i}", 0.2 + 0.1 * i, 0.4) for i in range(4)]
     gain, drop = (e for e in learnt.errors(own, []) if e.method == "all")
     # All three other runs gained 40 points and lost 10.
     assert gain.own < 0.02 < gain.borrowed
@@ -121,12 +122,12 @@ def test_the_errors_are_those_of_forecasts_without_the_own_task():
 
 
 def test_the_frontier_is_what_nothing_beats_in_both():
-    def run(method, gain, drop):
+    def made(method, gain, drop):
         return Outcome("m", "fp", method, "t", "", None, None, None, None, None, None, 0.4,
                        0.4 + gain, {"x": 0.5}, {"x": 0.5 - drop})  # fmt: skip
 
     rows = learnt.expected(
-        [run("full", 0.3, 0.1), run("lora", 0.2, 0.02), run("bitfit", 0.1, 0.05)]
+        [made("full", 0.3, 0.1), made("lora", 0.2, 0.02), made("bitfit", 0.1, 0.05)]
     )
     assert {row.method: row.is_frontier for row in rows} == {
         "full": True, "lora": True, "bitfit": False,
@@ -257,6 +258,7 @@ def test_what_fits():
 
 def test_the_most_different_are_chosen(start):
     features = [[0.0, 1.0], [0.1, 1.0], [5.0, 1.0], [0.0, 9.0], [0.0, 1.1]]
+    assert most_different([[0.0], [5.0], [9.0]], 1) == [1]  # the middle
     assert set(most_different(features, 3)) >= {2, 3}
     assert sorted(most_different(features, 9)) == [0, 1, 2, 3, 4]
     assert most_different([[1.0], [1.0]], 2) == [0, 1]  # no spread at all
@@ -325,12 +327,16 @@ def test_a_guard_that_is_told_to_watch_has_no_limit(monkeypatch):
     monkeypatch.setenv(module.WATCH, "1")
     monitor = IIMMMonitor(LESSONS[0][0], KEPT, max_forgetting=0.01, outcomes=None)
     assert monitor.limits == Limits(None)
+    monkeypatch.delenv(module.WATCH)
+    monitor = IIMMMonitor(LESSONS[0][0], KEPT, max_forgetting=0.01, outcomes=None)
+    assert monitor.limits == Limits(0.01)
 
 
 SCRIPT = """
 import sys
 from pathlib import Path
 from transformers import Trainer, TrainingArguments
+from test_cli import ask, fails, run
 from tiny import FAMILIES
 from iimm_callbacks import IIMMCallback, ImageCollator, PromptClassifier, Task
 
@@ -403,3 +409,90 @@ def test_two_ranks_give_the_outcomes_of_one(tmp_path):
         assert one.gain == pytest.approx(other.gain, abs=1.5 / 24)  # sums in another order
         assert one.forgetting == pytest.approx(other.forgetting, abs=1.5 / 24)
         assert replace(one, run="").task_fingerprint == other.task_fingerprint
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """The tiny model and two tasks, as the command line is given them."""
+    from iimm_callbacks.calibration.lessons import write_folder
+
+    folder = tmp_path_factory.mktemp("calibration")
+    for part in FAMILIES["CLIP"]():
+        part.save_pretrained(folder / "model")
+    for task, train in LESSONS[:3]:
+        write_folder(train, folder / task.name / "train")
+        write_folder(task, folder / task.name / "test")
+    return folder
+
+
+COMMAND = ["--steps", 5, "--train-batch-size", 4, "--template", "a photo of the {} thing",
+           "--device", "cpu"]  # fmt: skip
+
+
+def test_the_commands_calibrate_and_plan(folders, tmp_path, monkeypatch):
+    store = tmp_path / "store.jsonl"
+    monkeypatch.setenv("IIMM_CALLBACKS_STORE", str(store))
+    model, kept = folders / "model", ["--off-target", folders / "both"]
+    learnt = ["--task", folders / "warm", "--task", folders / "cold", "--method", "full",
+              "--learning-rate", 0.01, "--output", tmp_path / "out", *kept]  # fmt: skip
+    found = ask("calibrate", model, *learnt, *COMMAND)
+    saved = read_outcomes(store)
+    assert [(row["task"], row["run"]) for row in found["runs"]] == [(o.task, o.run) for o in saved]
+    assert [o.task for o in saved] == ["warm", "cold"]
+    assert all(o.off_target_before.keys() == {"both"} for o in saved)
+    assert all((tmp_path / "out" / f"compare{end}").exists() for end in (".png", ".html"))
+    text = run("calibrate", model, *learnt, *COMMAND).stdout  # all are there
+    assert read_outcomes(store) == saved
+    assert "mean forgetting" in text
+    assert "Choice: no other recipe gains more" in text
+
+    asked = ["plan", model, folders / "both", "--template", "a photo of the {} thing"]
+    planned = ask(*asked, "--max-forgetting", 0.5, "--risk", 0.9)
+    assert [row["recipe"] for row in planned["options"]] == [{"learning_rate": 0.01, "steps": 5}]
+    assert planned["choice"] == "full 0.01 5 steps"
+    assert planned["options"][0]["n_tasks"] == 2
+    more = ask(*asked, "--max-forgetting", 0.5, "--risk", 0.9, "--steps", 5, "--steps", 9,
+               "--method", "full", "--method", "bitfit")  # fmt: skip
+    assert {row["name"] for row in more["options"]} == {
+        f"{method} 0.01 {steps} steps" for method in ("full", "bitfit") for steps in (5, 9)
+    }
+    text = run(*asked, "--max-forgetting", 0.001, "--risk", 0.01, code=2).stdout
+    assert "No choice: every recipe has a risk above 0.01" in text
+
+
+def test_what_plan_tries_is_saved_and_known(folders, tmp_path, monkeypatch):
+    store = tmp_path / "store.jsonl"
+    monkeypatch.setenv("IIMM_CALLBACKS_STORE", str(store))
+    asked = ["plan", folders / "model", folders / "both", "--train", folders / "both",
+             "--method", "full", "--learning-rate", 0.01, "--steps", 5, "--risk", 0.99,
+             "--template", "a photo of the {} thing", "--off-target", folders / "warm"]  # fmt: skip
+    found = ask(*asked, "--try", "--max-forgetting", 0.9)
+    (outcome,) = read_outcomes(store)
+    assert found["tried"]["gain"] == outcome.gain
+    (row,) = found["options"]
+    assert outcome.off_target_before.keys() == {"warm"}
+    assert row["tried"]
+    assert row["forecast"]["gain"]["point"] == outcome.gain
+    assert row["forecast"]["gain"]["low"] == row["forecast"]["gain"]["high"] == outcome.gain
+    assert (outcome.recipe["learning_rate"], outcome.recipe["steps"]) == (0.01, 5)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["calibrate", "MODEL", "--budget", "soon"], "`--budget` must be a time"),
+        (["calibrate", "MODEL", "--method", "magic"], "`method` must be one of full"),
+        (["calibrate", "MODEL", "--task", "./nowhere"], "`--task` must be a folder or a name"),
+        (["calibrate", "MODEL", "--device", "tpu"], "`--device` must be cpu or left out"),
+        (["calibrate", "MODEL", "--task", "FOLDER/warm", "--split", "train"], "held-out images"),
+        (["plan", "MODEL", "FOLDER/warm", "--try"], "`--try` needs `--train`"),
+        (["plan", "MODEL", "FOLDER/warm", "--risk", "2"], "`--risk` must be a probability"),
+        (["plan", "MODEL", "FOLDER/warm", "--method", "magic"], "`--method` must be one of"),
+    ],
+)
+def test_a_wrong_option_is_named(arguments, told, folders, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    given = [a.replace("MODEL", str(folders / "model")).replace("FOLDER", str(folders))
+             for a in arguments]  # fmt: skip
+    where = ["--output", tmp_path / "out"] if given[0] == "calibrate" else []
+    assert told in fails(*given, *where)

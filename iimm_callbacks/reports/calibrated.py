@@ -1,0 +1,87 @@
+"""What a calibration taught, and the recipes to choose from -> tables for the terminal."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.table import Table
+
+from .tables import WORDS, named, new_table, or_nothing, size
+from .terminal import interval, page, points
+
+
+def calibration(data: dict[str, Any]) -> str:
+    """What a calibration taught: errors of the forecast before and now, and what to choose from.
+
+    Args:
+        data: What `iimm calibrate --json` prints.
+    """
+    n_runs, n_tasks = len(data["runs"]), len({run["task"] for run in data["runs"]})
+    title = f"Error of forecasts before training, in points: {n_runs} runs on {n_tasks} tasks"
+    errors = new_table(title, "forecast of", "method", "runs", "borrowed", "now")
+    for row in data["errors"]:
+        about = [WORDS[row["quantity"]], row["method"], str(row["n_runs"])]
+        errors.add_row(*about, size(row["borrowed"]), size(row["own"]))
+    columns = ("method", "learning rate", "steps", "tasks", "gain", "forgetting", "choice")
+    recipes = new_table("What each recipe came to: means in points", *columns)
+    for row in data["expected"]:
+        rate = "" if row["learning_rate"] is None else f"{row['learning_rate']:g}"
+        numbers = [rate, str(row["steps"] or ""), str(row["n_tasks"])]
+        ends = [or_nothing(row[name]) for name in ("gain", "forgetting")]
+        recipes.add_row(row["method"], *numbers, *ends, "yes" if row["is_frontier"] else "")
+    parts: list[Table | str] = [errors] if data["errors"] else []
+    parts += [recipes, "Choice: no other recipe gains more and forgets less."]
+    if data["errors"]:
+        parts.append("Now: from the runs on the other tasks. Borrowed: from other models' runs.")
+    parts += [f"Failed: {run}: {why}" for run, why in data["failed"].items()]
+    missing = data["n_planned"] - n_runs
+    if missing:
+        parts.append(
+            f"{missing} of {data['n_planned']} runs are missing; the same command does them."
+        )
+    curves = [row for row in data["curve"] if row["gain"] is not None]
+    if len(curves) > 1:
+        steps = ", ".join(f"{size(row['gain'])} with {row['n_tasks']}" for row in curves)
+        parts.append(f"Error of the gain by tasks on record: {steps}.")
+    return page(*parts, *(f"Written to {path}." for path in data["pictures"]))
+
+
+def plan(data: dict[str, Any]) -> str:
+    """The recipes in the order in which to take them, and why.
+
+    Args:
+        data: What `iimm plan --json` prints.
+    """
+    limit = f"{points(data['limits']['max_forgetting']).removeprefix('+')} points"
+    table = new_table(
+        f"{data['task']}: most gain within {limit} of {data['limits']['limit_on']} forgetting",
+        "recipe", "gain", "mean forgetting", "P(exceed)", "tasks", "why",
+    )  # fmt: skip
+    for row in data["options"]:
+        risk = row["exceed_probability"]
+        cells = [interval(row["forecast"].get(q)) for q in ("gain", "forgetting")]
+        name = named(row["name"], row["forecast"])
+        shown = "" if risk is None else f"{risk:.2f}"
+        table.add_row(name, *cells, shown, str(row["n_tasks"]), _why(row, data))
+    parts: list[Table | str] = [table, "In points, 90 % intervals; tasks: that it was run on."]
+    if data["tried"] is not None:
+        ends = [or_nothing(data["tried"][name]) for name in ("gain", "forgetting")]
+        parts.append(f"Tried: gain {ends[0]}, forgetting {ends[1]} points; the run is saved.")
+    best = next((row for row in data["options"] if row["name"] == data["choice"]), None)
+    if best is None:
+        return page(*parts, f"No choice: every recipe has a risk above {data['risk']:.2f}.")
+    parts.append(f"Choose {best['name']}.")
+    if not best["tried"]:
+        parts.append("To be surer: --try runs it on this task, and answers from what came of it.")
+    return page(*parts)
+
+
+def _why(row: dict[str, Any], data: dict[str, Any]) -> str:
+    if row["exceed_probability"] is None or not row["forecast"].get("gain"):
+        return "no forecast"
+    if not row["allowed"]:
+        return f"risk above {data['risk']:.2f}"
+    tried = "tried: " if row["tried"] else ""
+    if row["name"] == data["choice"]:
+        return f"{tried}most gain"
+    return f"{tried}less gain" + (", not told apart" if row["not_told_apart"] else "")
