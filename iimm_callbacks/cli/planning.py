@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from .calibrating import off_target_of
 from .loading import check_name, task_name_of
 from .measuring import Measured, Subject, check_methods, check_names, limits_of, measure, read_runs
 from .outcomes import Store

@@ -11,8 +11,8 @@ from typing import Any
 
 from .log import get_logger
 from .outcomes import Outcome
-from .run_file import save_run, sweep
-from .store import append_outcome, as_outcomes, default_store, read_outcomes
+from .run_file import process, save_run, sweep
+from .store import append_outcome, as_outcomes, check_is_path, default_store, read_outcomes
 
 logger = get_logger(__name__)
 
@@ -62,6 +62,8 @@ class Ledger:
 
     def __init__(self, store: str | Path | None, run_file: str | Path | None = None) -> None:
         self.path = default_store() if store == "default" else Path(store) if store else None
+        if self.path is not None:
+            check_is_path(self.path)
         self.run_file = None if run_file is None else Path(run_file)
         self._begun = self._warned = self._is_written = self._is_stored = False
         self._drafts: list[Outcome] = []
@@ -90,7 +92,7 @@ class Ledger:
                 self.run_file.parent.mkdir(parents=True, exist_ok=True)
                 sweep(self.run_file)
             self._begun = True
-            save_run(record, self.run_file)
+            save_run(record | process(record), self.run_file)
             self._is_written = True
         except (OSError, ValueError) as error:
             self._is_written = False

@@ -8,9 +8,13 @@ import json
 import os
 import re
 import secrets
+import socket
+import time
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 from . import keys
 from .checks import (
@@ -32,6 +36,7 @@ from .checks import (
 )
 from .verdict import LEVELS, LIMIT_ON
 
+RUNNING = "running"  # what a run's `ended` is meanwhile
 _LONGEST = 53  # of a task's name in that of a file
 _HASHED = re.compile(r"-[0-9a-f]{16}\Z")
 
@@ -86,6 +91,27 @@ def save_run(record: dict[str, Any], path: str | Path) -> None:
         raise
 
 
+def process(record: dict[str, Any]) -> dict[str, Any]:
+    """What tells later whether a run that is running now still does; empty once it has ended."""
+    if record["ended"] != RUNNING:
+        return {}
+    me = psutil.Process()
+    now = time.time()
+    return {"process": {"host": socket.gethostname(), "pid": me.pid,
+                        "started": me.create_time(), "heartbeat": now}}  # fmt: skip
+
+
+def _is_gone(record: dict[str, Any]) -> bool:
+    """Whether the process of a running run is known to be gone; of another machine's it is not."""
+    found = record.get("process")
+    if record["ended"] != RUNNING or found is None or found["host"] != socket.gethostname():
+        return False
+    try:
+        return bool(abs(psutil.Process(found["pid"]).create_time() - found["started"]) > 1)
+    except psutil.Error:
+        return True
+
+
 def sweep(path: str | Path) -> None:
     """Remove what `save_run` had begun beside a run file when its process was killed.
 
@@ -107,7 +133,8 @@ def read_run(path: str | Path) -> dict[str, Any]:
         path: Of the JSON file.
 
     Returns:
-        The record, equal to the one that was saved.
+        The record, equal to the one that was saved; but a run that was killed, whose process on
+        this machine is gone, is ``"interrupted"`` and no longer ``"running"``.
 
     Raises:
         OSError: The file cannot be read.
@@ -115,7 +142,8 @@ def read_run(path: str | Path) -> dict[str, Any]:
             came.
     """
     try:
-        return check_run(json.loads(Path(path).read_text(encoding="utf-8")))
+        record = check_run(json.loads(Path(path).read_text(encoding="utf-8")))
+        return record | {"ended": "interrupted"} if _is_gone(record) else record
     except RecursionError:
         raise ValueError(f"{path} is no run file: it is nested too deep") from None
     except ValueError as error:
@@ -240,6 +268,7 @@ _RECORD = {
 _OPTIONAL = {  # of a rescued run, and what an old version did not write
     "rescue": check_rescue, "templates": dict_of(list_of(text)), "metrics": dict_of(text),
     "fingerprints": dict_of(text),
+    "process": object_of({"host": text, "pid": count, "started": finite}, rest=anything),
     "linear_probe": or_none(object_of(
         {"note": text}, dict.fromkeys(("accuracy", "standard_error"), or_none(FRACTION)), anything
     )),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, fields
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 logger = get_logger(__name__)
 
 LOCK_SECONDS = 60.0
+_ADDRESS = re.compile(r"[a-z][a-z0-9+.-]+:/", re.IGNORECASE)  # of one slash: what `Path` leaves
 _AS_JSON = (
     "off_target_before", "off_target_after", "trajectory", "recipe", "versions", "images",
 )  # fmt: skip
@@ -38,6 +40,19 @@ def default_store() -> Path:
     return user_cache_path("iimm_callbacks") / "outcomes.jsonl"
 
 
+def check_is_path(path: str | Path) -> None:
+    """Raise where a path is the address of a store elsewhere, which would become a folder here.
+
+    Raises:
+        ValueError: It is one, such as ``memory://team`` or ``s3://bucket/runs``.
+    """
+    if _ADDRESS.match(str(path)):
+        raise ValueError(
+            f"a store of outcomes must be a file on a disk of this machine, got {str(path)!r}; "
+            "exchange runs with other places by `iimm outcomes export` and `import`"
+        )
+
+
 def append_outcome(path: str | Path, outcome: Outcome) -> None:
     """Add one outcome to a JSON-lines file, which is made if it does not exist.
 
@@ -50,8 +65,10 @@ def append_outcome(path: str | Path, outcome: Outcome) -> None:
 
     Raises:
         OSError: The file cannot be written, or others have held the lock for a minute.
-        ValueError: The outcome could not be read back, such as one with NaN in it.
+        ValueError: The outcome could not be read back, such as one with NaN in it; or `path` is an
+            address.
     """
+    check_is_path(path)
     path = Path(path)
     line = _line(outcome)
     try:
@@ -91,7 +108,8 @@ def read_outcomes(path: str | Path) -> list[Outcome]:
     Raises:
         OSError: The file cannot be read.
         TypeError: It is a folder of several splits.
-        ValueError: It is a folder that is damaged as a whole, or names files outside of it.
+        ValueError: It is a folder that is damaged as a whole, or names files outside of it; or an
+            address such as ``s3://...``.
     """
     return _report(_scan(path), str(path))
 
@@ -192,6 +210,7 @@ def _line(outcome: Outcome) -> bytes:
 
 def _scan(path: str | Path) -> Iterator[tuple[str, Outcome | ValueError]]:
     """Each line of a file, or row of a folder: where it is, and the outcome or what is wrong."""
+    check_is_path(path)
     if Path(path).is_dir():
         table = read_table(Path(path))
         yield from _scan_tables([] if table is None else [table])

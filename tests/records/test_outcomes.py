@@ -3,13 +3,16 @@
 import json
 import math
 from dataclasses import asdict, fields, replace
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from iimm_callbacks import Outcome
+from iimm_callbacks import Outcome, append_outcome, read_outcomes
+from iimm_callbacks.records.ledger import Ledger
 from iimm_callbacks.records.outcomes import parse_outcome
+from iimm_callbacks.records.store import check_store
 
 RUN = Outcome(
     model="tiny/clip",
@@ -278,3 +281,13 @@ def test_a_newer_schema_asks_for_an_upgrade():
 def test_another_kind_of_record_is_told_from_a_newer_one(row, says):
     with pytest.raises(ValueError, match=says):
         parse_outcome(row)
+
+
+@pytest.mark.parametrize("address", ["memory://team", "s3://bucket/runs.jsonl", "hf://datasets/a"])
+def test_an_address_never_becomes_a_folder(address, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for path in (address, Path(address)):
+        for use in (read_outcomes, check_store, Ledger, lambda p: append_outcome(p, RUN)):
+            with pytest.raises(ValueError, match="must be a file on a disk of this machine"):
+                use(path)
+    assert not list(tmp_path.iterdir())

@@ -4,6 +4,8 @@ import copy
 import errno
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,7 +14,7 @@ from hypothesis import strategies as st
 from test_report import make_record
 
 from iimm_callbacks.monitor import IIMMMonitor
-from iimm_callbacks.records.run_file import file_name, read_run, save_run, sweep
+from iimm_callbacks.records.run_file import file_name, process, read_run, save_run, sweep
 from iimm_callbacks.reports import terminal as report
 from iimm_callbacks.reports.lines import look_line
 
@@ -266,3 +268,20 @@ def test_any_name_is_a_file_of_its_own(tmp_path_factory, one, other):
     path.write_text("")
     path.unlink()
     assert (file_name(one) == file_name(other)) == (one == other)
+
+
+def test_a_run_whose_process_is_gone_is_interrupted(tmp_path):
+    path, here = tmp_path / "iimm_digits.json", process({"ended": "running"})["process"]
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    for change, ended in [
+        ({}, "running"),
+        ({"pid": dead.pid}, "interrupted"),
+        ({"started": here["started"] - 60}, "interrupted"),  # another process has that id now
+        ({"host": "elsewhere", "pid": dead.pid}, "running"),  # nobody knows
+    ]:
+        save_run(make_record() | {"ended": "running", "process": here | change}, path)
+        assert read_run(path)["ended"] == ended
+    save_run(make_record() | {"process": here | {"pid": dead.pid}}, path)
+    assert read_run(path)["ended"] == make_record()["ended"]  # it had ended before
+    assert process({"ended": "finished"}) == {}
