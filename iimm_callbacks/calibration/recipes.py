@@ -149,12 +149,12 @@ def _each(read: dict[str, Any]) -> list[Recipe]:
 def _read(path: Path | None) -> list[dict[str, Any]]:
     if path is None:
         return [{}]
-    import yaml
+    from yaml import YAMLError, safe_load
 
     try:
         text = path.expanduser().read_text(encoding="utf-8")
-        read = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
-    except (OSError, UnicodeDecodeError, ValueError, yaml.YAMLError) as error:
+        read = json.loads(text) if path.suffix == ".json" else safe_load(text)
+    except (OSError, UnicodeDecodeError, ValueError, YAMLError) as error:
         told = " ".join(str(getattr(error, "strerror", None) or error).split())
         raise ValueError(f"`--recipe` must be a YAML or JSON file, got {path} ({told})") from error
     found = _listed(read)

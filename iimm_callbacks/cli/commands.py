@@ -41,7 +41,7 @@ app = typer.Typer(
 def options(
     version: Annotated[bool, typer.Option("--version", help="Print the version and exit")] = False,
 ) -> None:
-    """Know before you fine-tune a CLIP-like model what it gains and what it forgets."""
+    """Know before you fine-tune what a CLIP-like model gains and forgets."""
     if version:
         typer.echo(__version__)
         raise typer.Exit()

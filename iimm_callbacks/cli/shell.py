@@ -80,6 +80,14 @@ class _NoTerminal:
 class Commands(TyperGroup):
     """Every error is one line on stderr and exit code 1; for wrong usage click's own would be 2."""
 
+    def get_params(self, ctx: Any) -> list[Any]:
+        """Typer's own, its second option for completion left out of the help."""
+        parameters: list[Any] = super().get_params(ctx)
+        for parameter in parameters:
+            if parameter.name == "show_completion":
+                parameter.hidden = True
+        return parameters
+
     def main(self, args: Sequence[str] | None = None, *others: Any, **settings: Any) -> Any:
         """Run one command and exit."""
         args = list(sys.argv[1:] if args is None else args) or ["--help"]

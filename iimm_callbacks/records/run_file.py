@@ -93,7 +93,7 @@ def save_run(record: dict[str, Any], path: str | Path) -> None:
 
 def process(record: dict[str, Any]) -> dict[str, Any]:
     """What tells later whether a run that is running now still does; empty once it has ended."""
-    if record["ended"] != RUNNING:
+    if record.get("ended") != RUNNING:
         return {}
     me = psutil.Process()
     now = time.time()

@@ -286,6 +286,7 @@ MODULES = {
 }
 CALLS = {"eval", "exec", "compile", "__import__"}
 LOADERS = {("torch", "load"), ("torch", "jit"), ("np", "load"), ("numpy", "load"), ("yaml", "load")}
+SAFE = {("yaml", "safe_load"), ("yaml", "YAMLError")}  # plain values only
 KEYWORDS = {"allow_pickle", "trust_remote_code"}
 
 
@@ -297,6 +298,8 @@ def runs_data(source):
             found += [a.name for a in node.names if a.name.split(".")[0] in MODULES]
         elif isinstance(node, ast.ImportFrom):
             names = {(node.module, a.name) for a in node.names}
+            if names <= SAFE:
+                continue
             found += [node.module] if (node.module or "").split(".")[0] in MODULES else []
             found += [".".join(name) for name in names & LOADERS]
         elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
