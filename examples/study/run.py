@@ -6,8 +6,8 @@ Every task x full, BitFit, attention-weight tuning, LoRA and CLIP-Adapter, two s
 LoRA also for a third of the steps and at three times the learning rate. Each run is probed on all
 the other tasks at 2, 5, 10, 15, 20, 30, 50, 70 and 100 % of its steps. It can be stopped and
 started again: runs in the file are skipped. What ships as `sample.load_outcomes()` was made with
-`--runs 4`, in an hour on two cores: one seed; the others are in `second_seed.jsonl`. `report.py` and
-`grade.py` read it. `--signals` also keeps what `signals.py` sees, `--model` fine-tunes another
+`--runs 4`, in an hour on two cores: one seed. The others are in `second_seed.jsonl`. `report.py`
+and `grade.py` read it. `--signals` also keeps what `signals.py` sees, `--model` fine-tunes another
 model, as in `second_model.jsonl`.
 """
 
