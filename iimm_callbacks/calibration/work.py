@@ -1,0 +1,194 @@
+"""Tasks, recipes and a folder -> the runs of a calibration: which, known by what, how long."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from ..data.tasks import OFF_TARGET_PROBE_SIZE, TASK_PROBE_SIZE, Task
+from ..data.training import SAMPLE_SIZE
+from ..models.wrappers import model_fingerprint
+from ..probing import ranks
+from ..records.outcomes import Outcome
+from ..records.run_file import file_name, save_run
+from ..records.verdict import WATCH
+from .budget import Cost, Job, fit, words
+from .lessons import Lesson, write_folder
+from .recipes import Recipe
+from .runs import LOOKS, Subject, fine_tune, run_script, seconds_of_a_step
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a calibration has to do.
+
+    Attributes:
+        subject: The model.
+        lessons: Tasks that are learnt.
+        recipes: None with a script.
+        off_target: As `IIMMCallback`.
+        script: The user's own; or None.
+        output: Folder of plan and runs.
+    """
+
+    subject: Subject
+    lessons: Sequence[Lesson]
+    recipes: Sequence[Recipe]
+    off_target: Sequence[Task] | None
+    script: str | Path | None
+    output: Path
+
+    @cached_property
+    def model(self) -> str:
+        """Its fingerprint."""
+        return model_fingerprint(self.subject.model)
+
+    @property
+    def names(self) -> list[str]:
+        """Of the recipes, or of the script."""
+        if self.script is not None:
+            return [Path(self.script).name]
+        return [recipe.name for recipe in self.recipes]
+
+    @cached_property
+    def _settings(self) -> tuple[list[Any], list[Any], list[Any]]:
+        """What makes runs the same: all in common, by task, by recipe."""
+        guarded = None
+        if self.off_target is not None:
+            guarded = [[task.name, len(task)] for task in self.off_target]
+        code = None if self.script is None else Path(self.script).read_text(encoding="utf-8")
+        lessons = [[x.task.name, x.fingerprint, _digest(_labels(x.train))] for x in self.lessons]
+        recipes = [[r.method, _of_all_ranks(r), dict(r.peft)] for r in self.recipes]
+        return [self.model, guarded, code], lessons, recipes or [[]]
+
+    def key(self, job: Job) -> str:
+        """What a run is known by: the same for the same model, images, recipe and steps."""
+        common, lessons, recipes = self._settings
+        return _digest([*common, lessons[job.task], recipes[job.recipe], job.steps])
+
+    def title(self, job: Job) -> str:
+        """A run, for people."""
+        steps = f", {job.steps} steps" if self.recipes else ""
+        return f"{self.lessons[job.task].task.name}, {self.names[job.recipe]}{steps}"
+
+    def folder(self, job: Job) -> Path:
+        """Where a run's files go."""
+        return self.output / f"{self._stem(job)}-{self.key(job)}"
+
+    def _stem(self, job: Job) -> str:
+        name = file_name(self.lessons[job.task].task.name)
+        return name.removeprefix("iimm_").removesuffix(".json")
+
+    def read_plan(self) -> list[Job] | None:
+        """The runs that an earlier try planned; None where it had other settings."""
+        try:
+            saved = json.loads(self._plan_file.read_text(encoding="utf-8"))
+            if saved["key"] != _digest(self._settings):
+                return None
+            return [Job(**job) for job in saved["jobs"]]
+        except (OSError, ValueError, TypeError, KeyError):
+            return None
+
+    def make_plan(self, cost: Cost, seconds: float | None) -> list[Job]:
+        """The runs that fit into the seconds that are left, task by task; saved.
+
+        Raises:
+            OSError: The plan cannot be written.
+            ValueError: Not one fits.
+        """
+        steps = [recipe.steps for recipe in self.recipes] or [1]
+        wanted = [Job(i, j, n) for i in range(len(self.lessons)) for j, n in enumerate(steps)]
+        jobs = fit(wanted, cost, seconds)
+        self.output.mkdir(parents=True, exist_ok=True)
+        plan = {"key": _digest(self._settings), "jobs": [asdict(job) for job in jobs]}
+        save_run(plan, self._plan_file)
+        return jobs
+
+    @property
+    def _plan_file(self) -> Path:
+        return self.output / "plan.json"
+
+    def time(self) -> Cost:
+        """What looks and steps take; nothing is known of a script.
+
+        Raises:
+            ValueError: The model cannot be trained by a recipe.
+        """
+        if self.script is not None:
+            return Cost([0.0] * len(self.lessons), [0.0])
+        first, folder = self.lessons[0], self.output / "timed"
+        steps = []
+        for recipe in self.recipes:
+            try:
+                seconds = seconds_of_a_step(self.subject, first.task, first.train, recipe, folder)
+            except (ValueError, TypeError, RuntimeError, ImportError) as error:
+                raise ValueError(
+                    f"`recipes` must be ways to train this model, got {recipe.name}, which fails "
+                    f"({type(error).__name__}: {error})"
+                ) from error
+            steps.append(seconds)
+        return Cost([self._seconds_of_looks(lesson) for lesson in self.lessons], steps)
+
+    def _seconds_of_looks(self, lesson: Lesson) -> float:
+        from ..sample import off_target_tasks
+
+        others = off_target_tasks(lesson.task, self.off_target)
+        sizes = [min(len(t), t.probe_size or OFF_TARGET_PROBE_SIZE) for t in others]
+        own = min(len(lesson.task), lesson.task.probe_size or TASK_PROBE_SIZE)
+        images = (len(LOOKS) + 2) * (own + sum(sizes)) + min(len(lesson.train), SAMPLE_SIZE)
+        return images * lesson.seconds
+
+    def in_words(self, jobs: Sequence[Job], to_do: Sequence[Job], budget: float | None) -> str:
+        """The plan."""
+        n_all = len(self.lessons) * len(self.names)
+        parts = [f"{len(jobs)} runs: {', '.join(self.names)} on {len(self.lessons)} tasks"]
+        if len(jobs) < n_all:
+            parts.append(f"{n_all - len(jobs)} more do not fit")
+        if self.recipes:
+            steps = sorted({job.steps for job in jobs})
+            asked = max(recipe.steps for recipe in self.recipes)
+            shorter = f", shorter than the {asked} asked for" if steps[-1] < asked else ""
+            parts.append(f"{' or '.join(map(str, steps))} steps each{shorter}")
+        if len(to_do) < len(jobs):
+            parts.append(f"{len(jobs) - len(to_do)} of them done already")
+        if seconds := sum(job.seconds for job in to_do):
+            within = "" if budget is None else f" of {words(budget)} allowed"
+            parts.append(f"about {words(seconds)}{within}")
+        return f"Calibration: {'; '.join(parts)}."
+
+    def run(self, job: Job) -> Outcome:
+        """A run's outcome, known by its key; not saved yet."""
+        lesson, folder = self.lessons[job.task], self.folder(job)
+        folder.mkdir(parents=True, exist_ok=True)
+        if self.script is None:
+            recipe = self.recipes[job.recipe]
+            outcome = fine_tune(
+                self.subject, lesson.task, lesson.train, self.off_target, recipe, job.steps, folder
+            )
+        else:
+            data = self.output / "data" / self._stem(job)
+            write_folder(lesson.train, data / "train")
+            write_folder(lesson.task, data / "test")
+            outcome = run_script(Path(self.script), data, folder, WATCH)
+        return replace(outcome, run=self.key(job))
+
+
+def _labels(task: Task) -> list[int]:
+    return task.labels(range(len(task)))
+
+
+def _of_all_ranks(recipe: Recipe) -> dict[str, Any]:
+    """Its arguments; two ranks of 16 images a step train as one of 32 does."""
+    arguments = dict(recipe.arguments)
+    each = arguments.pop("per_device_train_batch_size")
+    return arguments | {"batch_size": each * ranks.world()[1]}
+
+
+def _digest(value: Any) -> str:
+    text = json.dumps(value, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
