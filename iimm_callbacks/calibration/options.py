@@ -38,10 +38,10 @@ class Option:
 
     @property
     def name(self) -> str:
-        """For people."""
+        """Method, learning rate and number of steps, for people."""
         rate, steps = self.recipe.get("learning_rate"), self.recipe.get("steps")
         parts = [self.method, *[f"{rate:g}"] * (rate is not None)]
-        return " ".join([*parts, *[f"{steps} steps"] * (steps is not None)])
+        return " ".join([*parts, *[f"× {steps}"] * (steps is not None)])
 
     def risk(self, limits: Limits) -> float | None:
         """Probability of exceeding the limit; None without a forecast, 0 without a limit."""

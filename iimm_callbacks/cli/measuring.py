@@ -210,7 +210,7 @@ def read_runs(model: str, store: Path | None) -> list[Outcome]:
     if model == SAMPLE:
         from ..sample import load_outcomes
 
-        found = found + load_outcomes()
+        found = found + [run for run in load_outcomes() if run not in found]  # none twice
     if not found:
         typer.echo(f"no saved runs in {path}: published averages are used", err=True)
     return found

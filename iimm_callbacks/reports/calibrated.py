@@ -55,15 +55,16 @@ def plan(data: dict[str, Any]) -> str:
     limit = f"{points(data['limits']['max_forgetting']).removeprefix('+')} points"
     table = new_table(
         f"{data['task']}: most gain within {limit} of {data['limits']['limit_on']} forgetting",
-        "recipe", "gain", "mean forgetting", "P(exceed)", "tasks", "why",
+        "recipe", "gain", "mean forgetting", "risk", "why",
     )  # fmt: skip
     for row in data["options"]:
         risk = row["exceed_probability"]
         cells = [interval(row["forecast"].get(q)) for q in ("gain", "forgetting")]
         name = named(row["name"], row["forecast"])
         shown = "" if risk is None else f"{risk:.2f}"
-        table.add_row(name, *cells, shown, str(row["n_tasks"]), _why(row, data))
-    parts: list[Table | str] = [table, "In points, 90 % intervals; tasks: that it was run on."]
+        table.add_row(name, *cells, shown, _why(row, data))
+    parts: list[Table | str] = [table]
+    parts.append("In points, 90 % intervals. Risk: probability of exceeding the limit.")
     if data["tried"] is not None:
         ends = [or_nothing(data["tried"][name]) for name in ("gain", "forgetting")]
         parts.append(f"Tried: gain {ends[0]}, forgetting {ends[1]} points; the run is saved.")

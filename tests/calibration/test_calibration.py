@@ -459,12 +459,12 @@ def test_the_commands_calibrate_and_plan(folders, tmp_path, monkeypatch):
     asked = ["plan", model, folders / "both", "--template", "a photo of the {} thing"]
     planned = ask(*asked, "--max-forgetting", 0.5, "--risk", 0.9)
     assert [row["recipe"] for row in planned["options"]] == [{"learning_rate": 0.01, "steps": 5}]
-    assert planned["choice"] == "full 0.01 5 steps"
+    assert planned["choice"] == "full 0.01 × 5"
     assert planned["options"][0]["n_tasks"] == 2
     more = ask(*asked, "--max-forgetting", 0.5, "--risk", 0.9, "--steps", 5, "--steps", 9,
                "--method", "full", "--method", "bitfit")  # fmt: skip
     assert {row["name"] for row in more["options"]} == {
-        f"{method} 0.01 {steps} steps" for method in ("full", "bitfit") for steps in (5, 9)
+        f"{method} 0.01 × {steps}" for method in ("full", "bitfit") for steps in (5, 9)
     }
     text = run(*asked, "--max-forgetting", 0.001, "--risk", 0.01, code=2).stdout
     assert "No choice: every recipe has a risk above 0.01" in text

@@ -1162,3 +1162,11 @@ main()
     lines = done.stderr.splitlines()
     assert lines[0].startswith(f"iimm_callbacks {iimm_callbacks.__version__}, Python 3.")
     assert "importing torch" in lines[1:]
+
+
+def test_the_shipped_runs_count_once_however_they_are_named(store):
+    asked = ["forecast", "sample", *EMOJI, "--method", "full"]
+    plain = ask(*asked)["forecasts"]
+    assert ask(*asked, "--store", "sample")["forecasts"] == plain
+    run("outcomes", "import", sample.OUTCOMES)
+    assert ask(*asked)["forecasts"] == plain
