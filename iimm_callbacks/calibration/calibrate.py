@@ -195,7 +195,6 @@ def _learn(
 ) -> Calibration:
     own = [done[work.key(job)] for job in jobs if work.key(job) in done]
     others = [o for o in known if o.model_fingerprint != work.model]
-    files = [path for job in jobs for path in sorted(work.folder(job).glob("iimm_*.json"))]
     return Calibration(
         work.model,
         [lesson.task.name for lesson in work.lessons],
@@ -205,7 +204,7 @@ def _learn(
         learnt.errors(own, others),
         learnt.learning_curve(own, others),
         learnt.expected(own),
-        files,
+        [path for job in jobs for path in work.run_files(job)],
     )
 
 

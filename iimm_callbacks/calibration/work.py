@@ -15,7 +15,7 @@ from ..data.training import SAMPLE_SIZE
 from ..models.wrappers import model_fingerprint
 from ..probing import ranks
 from ..records.outcomes import Outcome
-from ..records.run_file import file_name, save_run
+from ..records.run_file import file_name, read_run, save_run
 from ..records.verdict import WATCH
 from .budget import Cost, Job, fit, words
 from .lessons import Lesson, write_folder
@@ -175,7 +175,15 @@ class Work:
             write_folder(lesson.train, data / "train")
             write_folder(lesson.task, data / "test")
             outcome = run_script(Path(self.script), data, folder, WATCH)
-        return replace(outcome, run=self.key(job))
+        outcome = replace(outcome, run=self.key(job))
+        if ranks.world()[0] == 0:  # so that a report knows the run's own outcome
+            for path in self.run_files(job):
+                save_run(read_run(path) | {"run": outcome.run, "recipe": outcome.recipe}, path)
+        return outcome
+
+    def run_files(self, job: Job) -> list[Path]:
+        """What a run has written, if it is on this disk."""
+        return sorted(self.folder(job).glob("iimm_*.json"))
 
 
 def _labels(task: Task) -> list[int]:

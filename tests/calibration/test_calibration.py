@@ -31,6 +31,7 @@ from iimm_callbacks.calibration.choice import most_different
 from iimm_callbacks.calibration.recipes import read_recipes
 from iimm_callbacks.models.wrappers import model_fingerprint
 from iimm_callbacks.probing.probe import Probe
+from iimm_callbacks.records.run_file import read_run
 from iimm_callbacks.records.verdict import WATCH
 
 COLOURS = {"red": (220, 40, 40), "green": (40, 200, 60), "blue": (40, 60, 220)}
@@ -102,7 +103,7 @@ def test_every_run_is_saved_and_teaches_the_forecast(start, tiny, tmp_path):
     assert [look["share"] for look in saved[0].trajectory] == [0.0, 0.2, 0.4, 1.0]  # of 5
     assert [e.n_runs for e in found.errors if e.method == "all"] == [6, 6]
     assert [row["n_tasks"] for row in found.curve] == [0, 1, 2]
-    assert len(found.run_files) == 6
+    assert [read_run(path)["run"] for path in found.run_files] == [o.run for o in saved]
     json.dumps(found.to_json(), allow_nan=False)
 
 
@@ -376,6 +377,9 @@ def test_a_script_of_ones_own_is_run_for_each_task(start, tmp_path, monkeypatch)
     # Its guard, told to stop at a hundredth of a point, only watched; it read the images it got.
     assert (outcome.task, outcome.complete, outcome.recipe["steps"]) == ("warm", True, 6)
     assert (outcome.n_images, outcome.n_train) == (24, 30)
+    assert [read_run(path)["run"] for path in found.run_files if "warm" in path.name] == [
+        outcome.run
+    ]
     assert "exit code 1: " in found.failed["cold, train.py"]
     assert "the optimizer is on fire" in found.failed["cold, train.py"]
 
