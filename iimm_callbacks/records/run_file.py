@@ -14,8 +14,6 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import psutil
-
 from . import keys
 from .checks import (
     DIFFERENCE,
@@ -95,6 +93,8 @@ def process(record: dict[str, Any]) -> dict[str, Any]:
     """What tells later whether a run that is running now still does; empty once it has ended."""
     if record.get("ended") != RUNNING:
         return {}
+    import psutil  # only where a run begins or is read
+
     me = psutil.Process()
     now = time.time()
     return {"process": {"host": socket.gethostname(), "pid": me.pid,
@@ -106,6 +106,8 @@ def _is_gone(record: dict[str, Any]) -> bool:
     found = record.get("process")
     if record["ended"] != RUNNING or found is None or found["host"] != socket.gethostname():
         return False
+    import psutil
+
     try:
         return bool(abs(psutil.Process(found["pid"]).create_time() - found["started"]) > 1)
     except psutil.Error:
