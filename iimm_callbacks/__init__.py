@@ -8,8 +8,6 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .calibration.calibrate import calibrate
-    from .calibration.recipes import Recipe
     from .data.tasks import Task
     from .forecasting.forecaster import Forecaster
     from .measures.accuracy import forgetting, gain_over_zero_shot_error, zero_shot_accuracy
@@ -22,6 +20,8 @@ if TYPE_CHECKING:
     from .records.outcomes import Outcome
     from .records.store import append_outcome, read_outcomes
     from .records.verdict import Limits, Verdict
+    from .trainer.calibration.calibrate import calibrate
+    from .trainer.calibration.recipes import Recipe
     from .trainer.callback import IIMMCallback
 
 __version__ = "0.1.0"
@@ -30,8 +30,8 @@ __version__ = "0.1.0"
 # needs no Trainer does not wait for it, and `iimm doctor` runs where transformers is broken.
 _HOMES = {
     "measures.accuracy": ("forgetting", "gain_over_zero_shot_error", "zero_shot_accuracy"),
-    "calibration.calibrate": ("calibrate",),
-    "calibration.recipes": ("Recipe",),
+    "trainer.calibration.calibrate": ("calibrate",),
+    "trainer.calibration.recipes": ("Recipe",),
     "trainer.callback": ("IIMMCallback",),
     "data.tasks": ("Task",),
     "records.forecast": ("Forecast",),

@@ -1,6 +1,6 @@
 """The `iimm` command."""
 
-from ..calibration.recipes import METHODS
+from ..trainer.calibration.recipes import METHODS
 from .commands import app, main
 
 __all__ = ["METHODS", "app", "main"]

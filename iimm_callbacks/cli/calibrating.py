@@ -69,8 +69,8 @@ def calibrate(
     Finished runs are saved at once; the same command again does those that are missing. Exit code 1
     if none finished.
     """
-    from ..calibration.budget import seconds_of
-    from ..calibration.recipes import read_recipes
+    from ..trainer.calibration.budget import seconds_of
+    from ..trainer.calibration.recipes import read_recipes
 
     seconds = None if budget is None else seconds_of(budget)
     recipes = [] if learning.script is not None else read_recipes(
@@ -87,8 +87,8 @@ def calibrate(
     for argument, some in (("--task", names), ("--off-target", learning.off_target or ())):
         for name in some:
             check_name(name, argument, is_model=False)
-    from ..calibration.calibrate import calibrate as run
     from ..reports import calibrated
+    from ..trainer.calibration.calibrate import calibrate as run
 
     output = output.expanduser()
     with folder_to_write(output, "--output"):

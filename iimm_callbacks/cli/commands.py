@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from .. import __version__
-from ..calibration.recipes import METHODS
+from ..trainer.calibration.recipes import METHODS
 from . import calibrating, demo, doctor, outcomes, planning, rescuing, runs
 from .measuring import (
     Confidence,

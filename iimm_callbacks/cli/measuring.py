@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..calibration.recipes import METHODS
+from ..trainer.calibration.recipes import METHODS
 from .loading import SAMPLE, check_name, load_model, load_task, load_training
 from .outcomes import read_record
 from .shell import LimitOn, Reading

@@ -18,10 +18,10 @@ from .outcomes import Store
 from .shell import Answer, LimitOn
 
 if TYPE_CHECKING:
-    from ..calibration.options import Option
     from ..data.tasks import Task
     from ..records.outcomes import Outcome
     from ..records.verdict import Limits
+    from ..trainer.calibration.options import Option
 
 
 def plan(
@@ -62,8 +62,8 @@ def plan(
     check_methods(method or (), record)
     for name in off_target or ():
         check_name(name, "--off-target", is_model=False)
-    from ..calibration.options import choice, observed
     from ..reports import calibrated
+    from ..trainer.calibration.options import choice, observed
 
     found = measure(subject)
     asked = (method, learning_rate, steps)
@@ -91,9 +91,9 @@ def _options(
     off_target: Sequence[str],
 ) -> list[Option]:
     """The recipes on record, those of them that were asked for, or what was asked for instead."""
-    from ..calibration.options import Option, recipes_on_record
-    from ..calibration.recipes import METHODS
     from ..forecasting.forecaster import Forecaster
+    from ..trainer.calibration.options import Option, recipes_on_record
+    from ..trainer.calibration.recipes import METHODS
 
     known = recipes_on_record(record, found.about["model"])
     wanted = list(known) or [(method, None, None) for method in METHODS]
@@ -123,11 +123,11 @@ def _try(
     found: Measured, option: Option, off_target: list[Task] | None, store: Path | None
 ) -> Outcome:
     """The option, run on the task under a guard that watches, and saved."""
-    from ..calibration.recipes import Recipe
-    from ..calibration.runs import Subject as Model
-    from ..calibration.runs import fine_tune
     from ..data.training import training_task
     from ..records.store import append_outcome, default_store
+    from ..trainer.calibration.recipes import Recipe
+    from ..trainer.calibration.runs import Subject as Model
+    from ..trainer.calibration.runs import fine_tune
 
     opened, named = found.opened, dict(option.recipe)
     steps = named.pop("steps", None)
@@ -150,7 +150,7 @@ def _as_data(
     record: Sequence[Outcome],
     model: str,
 ) -> dict[str, Any]:
-    from ..calibration.options import ranked, told_apart
+    from ..trainer.calibration.options import ranked, told_apart
 
     rows = []
     for option in ranked(options, limits, risk):

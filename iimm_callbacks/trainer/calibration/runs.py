@@ -19,11 +19,11 @@ from torch import nn
 from torch.utils.data import Dataset
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, set_seed
 
-from ..data.tasks import Task
-from ..models.classifier import ImageCollator, PromptClassifier
-from ..records.outcomes import Outcome
-from ..records.store import read_outcomes
-from ..trainer.callback import IIMMCallback
+from ...data.tasks import Task
+from ...models.classifier import ImageCollator, PromptClassifier
+from ...records.outcomes import Outcome
+from ...records.store import read_outcomes
+from ..callback import IIMMCallback
 from .recipes import Recipe
 
 # Shares of the steps at which a run is looked at, besides 0 and 1: fixed, so that neither the clock

@@ -24,15 +24,15 @@ from iimm_callbacks import (
     calibrate,
     read_outcomes,
 )
-from iimm_callbacks.calibration import calibrate as module
-from iimm_callbacks.calibration import learnt, options, runs, work
-from iimm_callbacks.calibration.budget import Cost, Job, fit, seconds_of
-from iimm_callbacks.calibration.choice import most_different
-from iimm_callbacks.calibration.recipes import read_recipes
 from iimm_callbacks.models.wrappers import model_fingerprint
 from iimm_callbacks.probing.probe import Probe
 from iimm_callbacks.records.run_file import read_run
 from iimm_callbacks.records.verdict import WATCH
+from iimm_callbacks.trainer.calibration import calibrate as module
+from iimm_callbacks.trainer.calibration import learnt, options, runs, work
+from iimm_callbacks.trainer.calibration.budget import Cost, Job, fit, seconds_of
+from iimm_callbacks.trainer.calibration.choice import most_different
+from iimm_callbacks.trainer.calibration.recipes import read_recipes
 
 COLOURS = {"red": (220, 40, 40), "green": (40, 200, 60), "blue": (40, 60, 220)}
 FAST = {"learning_rate": 1e-2, "max_steps": 5, "per_device_train_batch_size": 4}
@@ -428,7 +428,7 @@ def test_two_ranks_give_the_outcomes_of_one(tmp_path):
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
     """The tiny model and two tasks, as the command line is given them."""
-    from iimm_callbacks.calibration.lessons import write_folder
+    from iimm_callbacks.trainer.calibration.lessons import write_folder
 
     folder = tmp_path_factory.mktemp("calibration")
     for part in FAMILIES["CLIP"]():

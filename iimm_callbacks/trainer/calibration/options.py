@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
-from ..forecasting.candidates import MIN_TASKS
-from ..records.forecast import Forecast, Prediction
-from ..records.outcomes import Outcome
-from ..records.verdict import Limits
+from ...forecasting.candidates import MIN_TASKS
+from ...records.forecast import Forecast, Prediction
+from ...records.outcomes import Outcome
+from ...records.verdict import Limits
 
 RISK = 0.3  # of exceeding the limit that a choice may have
 _LEVEL = 0.1  # of the test that two recipes gain differently

@@ -13,11 +13,11 @@ from accelerate import PartialState
 from torch import nn
 from tqdm.auto import tqdm
 
-from ..data.tasks import Task, check_tasks
-from ..probing import ranks
-from ..records.log import get_logger
-from ..records.outcomes import Outcome, one_of_each_run
-from ..records.store import append_outcome, check_is_path, default_store, read_outcomes
+from ...data.tasks import Task, check_tasks
+from ...probing import ranks
+from ...records.log import get_logger
+from ...records.outcomes import Outcome, one_of_each_run
+from ...records.store import append_outcome, check_is_path, default_store, read_outcomes
 from . import learnt
 from .budget import Job
 from .lessons import measure

@@ -10,13 +10,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from ..data.tasks import OFF_TARGET_PROBE_SIZE, TASK_PROBE_SIZE, Task
-from ..data.training import SAMPLE_SIZE
-from ..models.wrappers import model_fingerprint
-from ..probing import ranks
-from ..records.outcomes import Outcome
-from ..records.run_file import file_name, read_run, save_run
-from ..records.verdict import WATCH
+from ...data.tasks import OFF_TARGET_PROBE_SIZE, TASK_PROBE_SIZE, Task
+from ...data.training import SAMPLE_SIZE
+from ...models.wrappers import model_fingerprint
+from ...probing import ranks
+from ...records.outcomes import Outcome
+from ...records.run_file import file_name, read_run, save_run
+from ...records.verdict import WATCH
 from .budget import Cost, Job, fit, words
 from .lessons import Lesson, write_folder
 from .recipes import Recipe
@@ -135,7 +135,7 @@ class Work:
         return Cost([self._seconds_of_looks(lesson) for lesson in self.lessons], steps)
 
     def _seconds_of_looks(self, lesson: Lesson) -> float:
-        from ..sample import off_target_tasks
+        from ...sample import off_target_tasks
 
         others = off_target_tasks(lesson.task, self.off_target)
         sizes = [min(len(t), t.probe_size or OFF_TARGET_PROBE_SIZE) for t in others]

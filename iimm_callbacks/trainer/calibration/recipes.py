@@ -98,7 +98,7 @@ class Recipe:
             ImportError: It needs peft.
             ValueError: The model has nothing of what the method trains.
         """
-        from ..models.tuning import prepare
+        from ...models.tuning import prepare
 
         if self.peft:
             from peft import get_peft_config, get_peft_model

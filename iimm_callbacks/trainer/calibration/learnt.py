@@ -8,9 +8,9 @@ from itertools import combinations
 
 import numpy as np
 
-from ..forecasting.forecaster import Forecaster
-from ..forecasting.runs import about, measured
-from ..records.outcomes import Outcome
+from ...forecasting.forecaster import Forecaster
+from ...forecasting.runs import about, measured
+from ...records.outcomes import Outcome
 
 QUANTITIES = ("gain", "forgetting")
 _DRAWS = 3  # sets of known tasks of one size, for each task that is forecast

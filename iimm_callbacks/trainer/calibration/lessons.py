@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..data.tasks import Task
-from ..data.training import training_task
-from ..probing.learnable import TrainingSet
-from ..probing.probe import Probe
+from ...data.tasks import Task
+from ...data.training import training_task
+from ...probing.learnable import TrainingSet
+from ...probing.probe import Probe
 from .choice import most_different
 
 _CHOOSING = 256  # training images that the linear probe of a task to choose from learns from
