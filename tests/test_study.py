@@ -12,6 +12,7 @@ from scipy import stats
 
 from iimm_callbacks import append_outcome, iimm, read_outcomes, sample
 from iimm_callbacks.measures.probe_accuracy import LinearProbe
+from iimm_callbacks.measures.transferability import SCORES
 from iimm_callbacks.records.outcomes import Outcome
 
 pytestmark = pytest.mark.once
@@ -27,8 +28,8 @@ def study(monkeypatch):
 
 
 @pytest.fixture
-def scores(study):
-    return study("transferability").SCORES
+def scores():
+    return SCORES
 
 
 def clusters(n=90, dim=6, n_classes=3, apart=1.0, seed=0):

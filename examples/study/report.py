@@ -4,7 +4,7 @@
     python examples/study/report.py --outcomes outcomes.jsonl    # your own, of the shipped sample
 
 Writes RESULTS.md and three pictures to `--output_dir`. The figures come from
-analysis.py and transferability.py, their form from tables.py and plots.py.
+analysis.py, their form from tables.py and plots.py.
 """
 
 import sys
@@ -28,10 +28,10 @@ from tables import (
     share_table,
     summary,
 )
-from transferability import SCORES
 from transformers import HfArgumentParser
 
 from iimm_callbacks import read_outcomes, sample
+from iimm_callbacks.measures.transferability import SCORES
 from iimm_callbacks.models.encoders import find_encoder
 from iimm_callbacks.models.undisturbed import undisturbed
 from iimm_callbacks.models.wrappers import model_fingerprint

@@ -12,7 +12,7 @@ import typer
 
 from .. import __version__
 from ..trainer.calibration.recipes import METHODS
-from . import calibrating, demo, doctor, outcomes, planning, rescuing, runs
+from . import calibrating, demo, doctor, outcomes, planning, reproducing, rescuing, runs
 from .measuring import (
     Confidence,
     Plan,
@@ -48,6 +48,7 @@ def options(
 
 
 app.add_typer(outcomes.app, name="outcomes")
+app.add_typer(reproducing.app, name="reproduce")
 
 command(app, "demo")(demo.demo)
 command(app, "doctor")(doctor.doctor)

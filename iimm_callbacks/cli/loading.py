@@ -309,7 +309,9 @@ def _load_open_clip(name: str, argument: str) -> tuple[Any, Any]:
         )
     try:
         model, _, transform = open_clip.create_model_and_transforms(
-            architecture, pretrained=pretrained or None
+            architecture,
+            pretrained=pretrained or None,
+            require_pretrained=True,  # else a folder without weights gives random ones
         )
         return model, (transform, open_clip.get_tokenizer(architecture))
     except (RuntimeError, OSError, ValueError) as error:

@@ -24,8 +24,8 @@ _QUIET = Annotated[bool, typer.Option("--quiet", help="Show no progress")]
 _DEBUG = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error")]
 _GROUPS = {  # of options in the help; any other is of the output
     "Data": "split template image_column label_column task_name probe_size seed train off_target"
-    " processor device batch_size task tasks",
-    "Recipe": "method learning_rate steps recipe train_batch_size script budget",
+    " processor device batch_size task tasks models mirror most_test",
+    "Recipe": "method methods learning_rate steps epochs recipe train_batch_size script budget",
     "Limit": "max_forgetting limit_on confidence require_forecast limit",
 }
 

@@ -1,20 +1,28 @@
 """Image embeddings + labels -> H-Score, GBC, LogME, TransRate: what IIMM is to be measured against.
 
-Written from the papers' formulas; numpy only. The four were made to rank *source models* for one
-task. Across tasks of one model, as in this study, H-Score, GBC and TransRate also follow the number
-of classes and of images per class, whatever the embeddings: H-Score and GBC sum over classes or
-pairs of classes, and the coding rate of a class with fewer images than dimensions is short of
-those. No score sees the texts, so none knows the zero-shot accuracy; none was made for forgetting.
+Written from the papers' formulas. The four were made to rank *source models* for one task. Across
+tasks of one model H-Score, GBC and TransRate also follow the number of classes and of images per
+class, whatever the embeddings: H-Score and GBC sum over classes or pairs of classes, and the coding
+rate of a class with fewer images than dimensions is short of those. No score sees the texts, so
+none knows the zero-shot accuracy; none was made for forgetting.
 """
 
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
 import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+Floats = NDArray[np.float64]
 
 EPSILON = 1e-4  # of TransRate, as in its paper's listing
 N_COMPONENTS = 64  # of GBC's PCA, as in its paper
 ITERATIONS = 100  # of LogME's fixed point; a handful is the rule
 
 
-def h_score(embeds, labels):
+def h_score(embeds: ArrayLike, labels: ArrayLike) -> float:
     """How much of the embeddings' variance lies between classes, each direction counting the same.
 
     ``H = tr(cov(f)⁺ cov(E[f|y]))``: Bao et al. 2019, "An Information-Theoretic Approach to
@@ -27,6 +35,9 @@ def h_score(embeds, labels):
     Returns:
         In [0, min(D, C - 1)]; higher is said to transfer better. *Not* for N near D or below, where
         any labels separate, nor for tasks with different numbers of classes, its upper bound.
+
+    Raises:
+        ValueError: Shapes do not match, a value is not finite, or fewer than two classes.
     """
     features, index, counts = _checked(embeds, labels)
     features = features - features.mean(0)
@@ -37,7 +48,7 @@ def h_score(embeds, labels):
     return float(np.sum(inverse * between))
 
 
-def gbc(embeds, labels):
+def gbc(embeds: ArrayLike, labels: ArrayLike) -> float:
     """How little the classes overlap, each taken for a spherical Gaussian.
 
     ``GBC = -Σ_{a≠b} exp(-B(a, b))`` over ordered pairs of classes, with the Bhattacharyya distance
@@ -52,6 +63,9 @@ def gbc(embeds, labels):
     Returns:
         In [-C(C - 1), 0]; higher (nearer 0) is said to transfer better. *Not* for tasks with
         different numbers of classes, whose sums have different lengths.
+
+    Raises:
+        ValueError: Shapes do not match, a value is not finite, or fewer than two classes.
     """
     features, index, counts = _checked(embeds, labels)
     features = _principal_components(features, N_COMPONENTS)
@@ -69,7 +83,7 @@ def gbc(embeds, labels):
     return float(np.trace(overlap) - overlap.sum())
 
 
-def logme(embeds, labels):
+def logme(embeds: ArrayLike, labels: ArrayLike) -> float:
     """How probable the labels are under the best Bayesian linear model of the embeddings.
 
     ``L = 1/(C·N) Σ_c max_{α,β} ln p(y_c | F, α, β)`` with one-against-rest ``y_c`` in {0, 1}, prior
@@ -87,6 +101,9 @@ def logme(embeds, labels):
     Returns:
         Nats per image; higher is said to transfer better. *Not* for tasks with different class
         balance: rarer classes are easier to call by "no".
+
+    Raises:
+        ValueError: Shapes do not match, a value is not finite, or fewer than two classes.
     """
     features, index, counts = _checked(embeds, labels)
     targets = np.eye(len(counts))[index]  # [N, C]
@@ -99,7 +116,7 @@ def logme(embeds, labels):
     return float(np.mean([_evidence(spectrum, w, b, *features.shape) for w, b in pairs]))
 
 
-def transrate(embeds, labels):
+def transrate(embeds: ArrayLike, labels: ArrayLike) -> float:
     """How many nats the labels save when the embeddings are coded up to a distortion.
 
     ``T = R(Z, ε) - Σ_c n_c/N R(Z_c, ε)`` with ``R(Z, ε) = 1/2 ln|I + ZᵀZ/(nε)|``, Z centred over
@@ -113,6 +130,9 @@ def transrate(embeds, labels):
     Returns:
         At least 0; higher is said to transfer better. *Not* for tasks with different numbers of
         images per class: below D, fewer of them make a class look cheaper to code.
+
+    Raises:
+        ValueError: Shapes do not match, a value is not finite, or fewer than two classes.
     """
     features, index, counts = _checked(embeds, labels)
     features = features - features.mean(0)
@@ -120,10 +140,15 @@ def transrate(embeds, labels):
     return _coding_rate(features) - float(np.dot(counts / len(features), rates))
 
 
-SCORES = {"H-Score": h_score, "GBC": gbc, "LogME": logme, "TransRate": transrate}
+SCORES: dict[str, Callable[[ArrayLike, ArrayLike], float]] = {
+    "H-Score": h_score,
+    "GBC": gbc,
+    "LogME": logme,
+    "TransRate": transrate,
+}
 
 
-def _checked(embeds, labels):
+def _checked(embeds: ArrayLike, labels: ArrayLike) -> tuple[Floats, NDArray[Any], NDArray[Any]]:
     """Float64 embeddings [N, D], class index [N] from 0 without gaps, images per class [C]."""
     features = np.asarray(embeds, dtype=np.float64)
     labels = np.asarray(labels)
@@ -140,22 +165,24 @@ def _checked(embeds, labels):
     return features, index, counts
 
 
-def _class_means(features, index, counts):
-    return np.eye(len(counts))[index].T @ features / counts[:, None]  # [C, D]
+def _class_means(features: Floats, index: NDArray[Any], counts: NDArray[Any]) -> Floats:
+    means: Floats = np.eye(len(counts))[index].T @ features / counts[:, None]  # [C, D]
+    return means
 
 
-def _principal_components(features, n):
+def _principal_components(features: Floats, n: int) -> Floats:
     features = features - features.mean(0)
     left, singular, _ = np.linalg.svd(features, full_matrices=False)
-    return left[:, :n] * singular[:n]  # [N, min(n, N, D)]
+    components: Floats = left[:, :n] * singular[:n]  # [N, min(n, N, D)]
+    return components
 
 
-def _coding_rate(features):
+def _coding_rate(features: Floats) -> float:
     n, dim = features.shape
     return 0.5 * float(np.linalg.slogdet(np.eye(dim) + features.T @ features / (n * EPSILON))[1])
 
 
-def _evidence(spectrum, within, beyond, n, dim):
+def _evidence(spectrum: Floats, within: Floats, beyond: float, n: int, dim: int) -> float:
     """Maximum log evidence per image of one target.
 
     In the embeddings' singular basis all is diagonal: `spectrum` [R] are the eigenvalues of FᵀF,
