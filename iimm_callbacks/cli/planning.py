@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -21,7 +21,9 @@ if TYPE_CHECKING:
     from ..data.tasks import Task
     from ..records.outcomes import Outcome
     from ..records.verdict import Limits
+    from ..trainer.calibration import runs
     from ..trainer.calibration.options import Option
+    from ..trainer.calibration.recipes import Recipe
 
 
 def plan(
@@ -72,7 +74,7 @@ def plan(
     best = choice(options, limits, risk)
     tried = None
     if attempt and best is not None:
-        tried = _try(found, best, off_target_of(off_target, subject.split), store)
+        tried = _Attempt.of(found, best).run(off_target_of(off_target, subject.split), store)
         options = _options(found, [*record, tried], asked, guarded)
         same = (best.method, best.recipe)
         options = [observed(o, tried) if (o.method, o.recipe) == same else o for o in options]
@@ -81,6 +83,10 @@ def plan(
     data["tried"] = None if tried is None else {
         name: getattr(tried, name) for name in ("gain", "forgetting", "worst", "run")
     }  # fmt: skip
+    data["try_seconds"] = None
+    if best is not None and not best.is_tried and subject.train is not None:
+        kept = off_target_of(off_target, subject.split)
+        data["try_seconds"] = _Attempt.of(found, best).seconds(found, kept)
     return Answer(data, calibrated.plan(data), 2 if best is None else 0)
 
 
@@ -119,27 +125,53 @@ def _options(
     return options
 
 
-def _try(
-    found: Measured, option: Option, off_target: list[Task] | None, store: Path | None
-) -> Outcome:
-    """The option, run on the task under a guard that watches, and saved."""
-    from ..data.training import training_task
-    from ..records.store import append_outcome, default_store
-    from ..trainer.calibration.recipes import Recipe
-    from ..trainer.calibration.runs import Subject as Model
-    from ..trainer.calibration.runs import fine_tune
+@dataclass(frozen=True)
+class _Attempt:
+    """An option on the task itself: what `runs.fine_tune` is given of it."""
 
-    opened, named = found.opened, dict(option.recipe)
-    steps = named.pop("steps", None)
-    recipe = Recipe(option.method, named | ({} if steps is None else {"max_steps": steps}))
-    model = Model(opened.model.cpu(), opened.processor)
-    train = training_task(opened.train, opened.task)
-    with tempfile.TemporaryDirectory() as folder:
-        outcome = fine_tune(
-            model, opened.task, train, off_target, recipe, recipe.steps, Path(folder)
-        )
-    append_outcome(default_store() if store is None else store.expanduser(), outcome)
-    return outcome
+    subject: runs.Subject
+    task: Task
+    train: Task
+    recipe: Recipe
+
+    @classmethod
+    def of(cls, found: Measured, option: Option) -> _Attempt:
+        from ..data.training import training_task
+        from ..trainer.calibration import runs
+        from ..trainer.calibration.recipes import Recipe
+
+        opened, named = found.opened, dict(option.recipe)
+        steps = named.pop("steps", None)
+        recipe = Recipe(option.method, named | ({} if steps is None else {"max_steps": steps}))
+        model = runs.Subject(opened.model.cpu(), opened.processor)
+        return cls(model, opened.task, training_task(opened.train, opened.task), recipe)
+
+    def seconds(self, found: Measured, off_target: list[Task] | None) -> float:
+        """What it would take, from a few of its steps."""
+        from ..data.tasks import TASK_PROBE_SIZE
+        from ..trainer.calibration.lessons import seconds_of_looks
+        from ..trainer.calibration.runs import seconds_of_a_step
+
+        with tempfile.TemporaryDirectory() as folder:
+            given = (self.subject, self.task, self.train, self.recipe, Path(folder))
+            step = seconds_of_a_step(*given)
+        probe = found.opened.probe
+        an_image = probe.seconds / min(len(self.task), self.task.probe_size or TASK_PROBE_SIZE)
+        looks = seconds_of_looks(self.task, self.train, off_target, an_image)
+        return self.recipe.steps * step + looks
+
+    def run(self, off_target: list[Task] | None, store: Path | None) -> Outcome:
+        """The run under a guard that watches, saved."""
+        from ..records.store import append_outcome, default_store
+        from ..trainer.calibration.runs import fine_tune
+
+        with tempfile.TemporaryDirectory() as folder:
+            outcome = fine_tune(
+                self.subject, self.task, self.train, off_target, self.recipe, self.recipe.steps,
+                Path(folder),
+            )  # fmt: skip
+        append_outcome(default_store() if store is None else store.expanduser(), outcome)
+        return outcome
 
 
 def _as_data(

@@ -7,7 +7,7 @@ from typing import Any
 from rich.table import Table
 
 from .tables import WORDS, named, new_table, or_nothing, size
-from .terminal import interval, page, points
+from .terminal import duration, interval, page, points
 
 
 def calibration(data: dict[str, Any]) -> str:
@@ -73,8 +73,14 @@ def plan(data: dict[str, Any]) -> str:
         return page(*parts, f"No choice: every recipe has a risk above {data['risk']:.2f}.")
     parts.append(f"Choose {best['name']}.")
     if not best["tried"]:
-        parts.append("To be surer: --try runs it on this task, and answers from what came of it.")
+        parts.append(_surer(best["forecast"]["gain"], data["try_seconds"]))
     return page(*parts)
+
+
+def _surer(gain: dict[str, float], seconds: float | None) -> str:
+    width = size(gain["high"] - gain["low"])
+    how = "--train TRAIN --try" if seconds is None else f"--try, about {duration(seconds)},"
+    return f"To be surer: {how} runs it; a gain forecast within {width} points is observed then."
 
 
 def _why(row: dict[str, Any], data: dict[str, Any]) -> str:

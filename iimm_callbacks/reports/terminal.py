@@ -333,6 +333,21 @@ def _size(fraction: float) -> str:
     return points(fraction).removeprefix("+")
 
 
+def duration(seconds: float) -> str:
+    """A time for people.
+
+    Example:
+        >>> duration(42.2), duration(150), duration(5400)
+        ('42 s', '2 min 30 s', '1 h 30 min')
+    """
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60} s" if whole % 60 else f"{whole // 60} min"
+    return f"{whole // 3600} h {whole % 3600 // 60} min"
+
+
 def percent(fraction: float) -> str:
     """A fraction in percent."""
     return f"{100 * fraction:.1f} %"

@@ -497,7 +497,8 @@ def test_open_clip_is_asked_for_the_model_by_its_own_name(monkeypatch, name, ask
     model = torch.nn.Linear(1, 1).half().train()
     calls = []
 
-    def create(architecture, pretrained):
+    def create(architecture, pretrained, require_pretrained):
+        assert require_pretrained is True  # a folder without weights gives random ones
         calls.append((architecture, pretrained))
         return model, "train transform", "test transform"
 

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from dataclasses import replace
 
 import numpy as np
@@ -201,6 +202,28 @@ def test_other_images_or_another_recipe_are_other_runs(start, tmp_path):
     assert len({o.run for o in read_outcomes(tmp_path / "store.jsonl")}) == 3
 
 
+def test_a_training_set_with_other_images_is_another_run(start, tmp_path):
+    (task, train), *_ = LESSONS
+    start(tasks=[(task, train)])
+    pairs = [(image, label) for image, label in train.dataset]
+    pairs[0] = (pairs[0][0].transpose(Image.Transpose.ROTATE_90), pairs[0][1])
+    turned = Task("warm", pairs, class_names=["red", "green"], templates=list(task.templates))
+    start(tasks=[(task, turned)])
+    assert len({o.run for o in read_outcomes(tmp_path / "store.jsonl")}) == 2
+
+
+def test_a_run_that_is_not_done_in_time_is_ended_and_counts_for_nothing(start, monkeypatch, capsys):
+    ticks = iter([*[0.0] * 5, *[1e9] * 99])  # the clock leaps in the first run
+    monkeypatch.setattr(module, "perf_counter", lambda: next(ticks))
+    late = start(tasks=LESSONS[:2], budget=1e8, progress=True)
+    assert late.outcomes == []
+    assert late.failed == {}
+    said = capsys.readouterr().out
+    assert "Out of time: warm, full 0.01, 5 steps was ended, 1 were not begun." in said
+    monkeypatch.setattr(module, "perf_counter", lambda: 0.0)
+    assert len(start(tasks=LESSONS[:2], budget=1e8).outcomes) == 2
+
+
 def test_one_run_that_fails_costs_that_run_only(start, monkeypatch):
     real = work.fine_tune
 
@@ -391,6 +414,21 @@ def test_a_script_without_a_guard_is_told(tmp_path):
         runs.run_script(script, tmp_path, tmp_path, WATCH)
 
 
+def test_a_script_that_takes_too_long_is_killed_with_what_it_started(tmp_path):
+    script, beside = tmp_path / "train.py", tmp_path / "alive"
+    later = f"import time, pathlib; time.sleep(2); pathlib.Path({str(beside)!r}).touch()"
+    script.write_text(
+        "import subprocess, sys, time\n"
+        f"subprocess.Popen([sys.executable, '-c', {later!r}])\ntime.sleep(60)\n"
+    )
+    began = time.perf_counter()
+    with pytest.raises(runs.OutOfTimeError):
+        runs.run_script(script, tmp_path, tmp_path, WATCH, seconds=1.0)
+    assert time.perf_counter() - began < 30
+    time.sleep(2.5)
+    assert not beside.exists()
+
+
 def calibrate_on_rank(rank, folder, batch):
     model, processor = FAMILIES["CLIP"]()
     recipe = Recipe("full", FAST | {"per_device_train_batch_size": batch})
@@ -480,7 +518,12 @@ def test_what_plan_tries_is_saved_and_known(folders, tmp_path, monkeypatch):
     asked = ["plan", folders / "model", folders / "both", "--train", folders / "both",
              "--method", "full", "--learning-rate", 0.01, "--steps", 5, "--risk", 0.99,
              "--template", "a photo of the {} thing", "--off-target", folders / "warm"]  # fmt: skip
+    before = ask(*asked, "--max-forgetting", 0.9)
+    assert before["try_seconds"] > 0
+    assert before["tried"] is None
+    assert "To be surer: --try, about " in run(*asked, "--max-forgetting", 0.9).stdout
     found = ask(*asked, "--try", "--max-forgetting", 0.9)
+    assert found["try_seconds"] is None
     (outcome,) = read_outcomes(store)
     assert found["tried"]["gain"] == outcome.gain
     (row,) = found["options"]

@@ -7,6 +7,8 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from ...reports.terminal import duration
+
 # A run is not made shorter than this: forgetting would not have set in.
 _LEAST_STEPS, _LEAST_SHARE = 20, 0.2
 _UNITS = {"s": 1, "m": 60, "h": 3600}
@@ -63,21 +65,6 @@ def seconds_of(text: str) -> float:
     return total
 
 
-def words(seconds: float) -> str:
-    """A time for people.
-
-    Example:
-        >>> words(42.2), words(150), words(5400)
-        ('42 s', '2 min 30 s', '1 h 30 min')
-    """
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60} s" if whole % 60 else f"{whole // 60} min"
-    return f"{whole // 3600} h {whole % 3600 // 60} min"
-
-
 def fit(jobs: Sequence[Job], cost: Cost, seconds: float | None) -> list[Job]:
     """The jobs that fit: shorter ones first, then fewer.
 
@@ -116,8 +103,8 @@ def fit(jobs: Sequence[Job], cost: Cost, seconds: float | None) -> list[Job]:
         found.append(short)
     if not found:
         raise ValueError(
-            f"`budget` must allow a run at least, which takes {words(short.seconds)} with its "
-            f"looks, got {words(max(seconds or 0.0, 0.0))} after what was measured; allow more, or "
-            "ask for fewer steps"
+            f"`budget` must allow a run at least, which takes {duration(short.seconds)} with its "
+            f"looks, got {duration(max(seconds or 0.0, 0.0))} after what was measured; "
+            "allow more, or ask for fewer steps"
         )
     return found

@@ -22,7 +22,7 @@ from . import learnt
 from .budget import Job
 from .lessons import measure
 from .recipes import Recipe
-from .runs import Subject
+from .runs import OutOfTimeError, Subject
 from .work import Work
 
 logger = get_logger(__name__)
@@ -107,7 +107,8 @@ def calibrate(
         store: JSON-lines file that the outcomes are added to; ``"default"``: the user's.
         output: Folder for the plan and the run files.
         budget: Seconds, from the call on. Runs become shorter, down to a fifth of their steps, then
-            fewer. ``None``: no limit.
+            fewer; a run that is not done by then is ended and counts for nothing. ``None``: no
+            limit.
         script: A training script of your own, called once for each task as ``python SCRIPT DATA
             FOLDER``, in place of `recipes`; see `runs.run_script`.
         use_cpu: Keep off a GPU.
@@ -171,9 +172,12 @@ def _do(
             break
         started = perf_counter()
         try:
-            outcome = work.run(job)
+            outcome = work.run(job, left)
         except OSError:
             raise  # a full disk will not be any better for the next run
+        except OutOfTimeError:
+            say(f"Out of time: {work.title(job)} was ended, {len(to_do) - n - 1} were not begun.")
+            break
         except Exception as error:
             failed[work.title(job)] = f"{type(error).__name__}: {error}"
             logger.warning("The run %s failed: %s", work.title(job), error)

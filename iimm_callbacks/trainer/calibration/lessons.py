@@ -11,11 +11,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from ...data.tasks import Task
-from ...data.training import training_task
+from ...data.tasks import OFF_TARGET_PROBE_SIZE, TASK_PROBE_SIZE, Task
+from ...data.training import SAMPLE_SIZE, training_task
 from ...probing.learnable import TrainingSet
 from ...probing.probe import Probe
 from .choice import most_different
+from .runs import LOOKS
 
 _CHOOSING = 256  # training images that the linear probe of a task to choose from learns from
 
@@ -57,6 +58,26 @@ def measure(
         return found
     chosen = most_different([lesson.features for lesson in found], n_tasks)
     return [found[i] for i in sorted(chosen)]
+
+
+def seconds_of_looks(
+    task: Task, train: Task, off_target: Sequence[Task] | None, seconds: float
+) -> float:
+    """What all looks of a run take.
+
+    Args:
+        task: That is learnt.
+        train: Its training images.
+        off_target: As `IIMMCallback`.
+        seconds: That a look at one image takes.
+    """
+    from ...sample import off_target_tasks
+
+    others = off_target_tasks(task, off_target)
+    sizes = [min(len(other), other.probe_size or OFF_TARGET_PROBE_SIZE) for other in others]
+    own = min(len(task), task.probe_size or TASK_PROBE_SIZE)
+    images = (len(LOOKS) + 2) * (own + sum(sizes)) + min(len(train), SAMPLE_SIZE)
+    return images * seconds
 
 
 def _lesson(model: nn.Module, task: Task, train: Any, processor: Any) -> Lesson:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import copy
 import gc
 import os
+import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCall
 
 from ...data.tasks import Task
 from ...models.classifier import ImageCollator, PromptClassifier
+from ...probing import ranks
 from ...records.outcomes import Outcome
 from ...records.store import read_outcomes
 from ..callback import IIMMCallback
@@ -31,6 +33,10 @@ from .recipes import Recipe
 LOOKS = (0.1, 0.2, 0.4)
 _TIMED = 4  # steps; the first one warms up
 _LAST_LINES = 5  # of a script that failed
+
+
+class OutOfTimeError(Exception):
+    """The time allowed ended in the middle of a run."""
 
 
 @dataclass(frozen=True)
@@ -78,6 +84,19 @@ class _Clock(TrainerCallback):  # type: ignore[misc]  # transformers is untyped 
         self._last = now
 
 
+class _Deadline(TrainerCallback):  # type: ignore[misc]  # transformers is untyped here
+    """Ends training when the first rank's time is up."""
+
+    def __init__(self, left: Callable[[], float | None]) -> None:
+        self._left = left
+        self.is_over = False
+
+    def on_step_end(self, _: Any, state: Any, control: Any, **__: Any) -> None:
+        if state.global_step < state.max_steps:
+            left = ranks.from_first(self._left)
+            self.is_over = control.should_training_stop = left is not None and left < 0
+
+
 def seconds_of_a_step(
     subject: Subject, task: Task, train: Task, recipe: Recipe, folder: Path
 ) -> float:
@@ -87,7 +106,8 @@ def seconds_of_a_step(
         Exception: Training by the recipe fails.
     """
     clock = _Clock()
-    with _trainer(subject, task, train, recipe, min(_TIMED, recipe.steps), folder, clock) as one:
+    steps = min(_TIMED, recipe.steps)
+    with _trainer(subject, task, train, recipe, steps, folder, [clock]) as one:
         one.train()
     later = clock.seconds[1:] or clock.seconds
     return sum(later) / len(later)
@@ -101,6 +121,7 @@ def fine_tune(
     recipe: Recipe,
     steps: int,
     folder: Path,
+    left: Callable[[], float | None] = lambda: None,
 ) -> Outcome:
     """One run under a guard that only watches. On several ranks all must call it.
 
@@ -112,11 +133,13 @@ def fine_tune(
         recipe: How.
         steps: How many steps.
         folder: For the run file.
+        left: Seconds that are left, of the first rank; None: no limit.
 
     Returns:
         Its outcome; not saved yet.
 
     Raises:
+        OutOfTimeError: No time is left before the last step.
         Exception: Training or measuring fails.
     """
     guard = IIMMCallback(
@@ -131,8 +154,11 @@ def fine_tune(
         strict=True,
         verbose=False,
     )
-    with _trainer(subject, task, train, recipe, steps, folder, guard) as trainer:
+    deadline = _Deadline(left)
+    with _trainer(subject, task, train, recipe, steps, folder, [guard, deadline]) as trainer:
         trainer.train()
+    if deadline.is_over:
+        raise OutOfTimeError
     assert guard.outcome is not None
     if steps == recipe.steps:
         return guard.outcome
@@ -147,7 +173,7 @@ def _trainer(
     recipe: Recipe,
     steps: int,
     folder: Path,
-    callback: TrainerCallback,
+    callbacks: list[TrainerCallback],
 ) -> Iterator[Trainer]:
     """A Trainer of a copy of the model; what it held is given back."""
     arguments = recipe.training_arguments(folder, steps, subject.use_cpu)
@@ -161,7 +187,7 @@ def _trainer(
         train_dataset=Examples(train),
         data_collator=collator,
         processing_class=None if is_pair else subject.processor,
-        callbacks=[callback],
+        callbacks=callbacks,
     )
     for printer in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(printer)
@@ -175,7 +201,9 @@ def _trainer(
         clear_device_cache()
 
 
-def run_script(script: Path, data: Path, folder: Path, watch: str) -> Outcome:
+def run_script(
+    script: Path, data: Path, folder: Path, watch: str, seconds: float | None = None
+) -> Outcome:
     """One run of a user's own training script, whose guard finds here that it only watches.
 
     It is called as ``python SCRIPT DATA FOLDER``; its guard must save to the default store.
@@ -185,25 +213,34 @@ def run_script(script: Path, data: Path, folder: Path, watch: str) -> Outcome:
         data: Folder with ``train`` and ``test``, in each a folder of images per class.
         folder: For what it writes.
         watch: Name of the environment variable that tells guards to watch only.
+        seconds: That it may take; None: no limit. Then it and what it started are killed.
 
     Raises:
+        OutOfTimeError: It took longer.
         RuntimeError: It failed, with its last lines; or its guard saved no complete outcome.
     """
     store = folder / "outcomes.jsonl"
     store.unlink(missing_ok=True)
-    done = subprocess.run(
-        [sys.executable, str(script), str(data), str(folder)],
-        env=os.environ | {"IIMM_CALLBACKS_STORE": str(store), watch: "1"},
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        errors="replace",
-        check=False,
-    )
-    (folder / "script.log").write_text(done.stdout + done.stderr, encoding="utf-8")
-    if done.returncode:
-        last = " | ".join((done.stderr or done.stdout).strip().splitlines()[-_LAST_LINES:])
-        raise RuntimeError(f"{script.name} ended with exit code {done.returncode}: {last}")
+    command = [sys.executable, str(script), str(data), str(folder)]
+    environment = os.environ | {"IIMM_CALLBACKS_STORE": str(store), watch: "1"}
+    with (folder / "script.log").open("wb") as log:
+        process = subprocess.Popen(
+            command, env=environment, stdin=subprocess.DEVNULL, stdout=log,
+            stderr=subprocess.STDOUT, start_new_session=True,
+        )  # fmt: skip
+        try:
+            code = process.wait(seconds)
+        except BaseException as error:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            if isinstance(error, subprocess.TimeoutExpired):
+                raise OutOfTimeError from error
+            raise
+    if code:
+        said = (folder / "script.log").read_text(encoding="utf-8", errors="replace")
+        last = " | ".join(said.strip().splitlines()[-_LAST_LINES:])
+        raise RuntimeError(f"{script.name} ended with exit code {code}: {last}")
     found = [o for o in read_outcomes(store) if o.complete] if store.exists() else []
     if len(found) != 1:
         raise RuntimeError(

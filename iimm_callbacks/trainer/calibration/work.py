@@ -4,23 +4,26 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from ...data.tasks import OFF_TARGET_PROBE_SIZE, TASK_PROBE_SIZE, Task
-from ...data.training import SAMPLE_SIZE
+from ...data.sources import content
+from ...data.tasks import Task
 from ...models.wrappers import model_fingerprint
 from ...probing import ranks
 from ...records.outcomes import Outcome
 from ...records.run_file import file_name, read_run, save_run
 from ...records.verdict import WATCH
-from .budget import Cost, Job, fit, words
-from .lessons import Lesson, write_folder
+from ...reports.terminal import duration
+from .budget import Cost, Job, fit
+from .lessons import Lesson, seconds_of_looks, write_folder
 from .recipes import Recipe
-from .runs import LOOKS, Subject, fine_tune, run_script, seconds_of_a_step
+from .runs import Subject, fine_tune, run_script, seconds_of_a_step
+
+_HASHED = 64  # training images by which a training set is known
 
 
 @dataclass(frozen=True)
@@ -62,7 +65,7 @@ class Work:
         if self.off_target is not None:
             guarded = [[task.name, len(task)] for task in self.off_target]
         code = None if self.script is None else Path(self.script).read_text(encoding="utf-8")
-        lessons = [[x.task.name, x.fingerprint, _digest(_labels(x.train))] for x in self.lessons]
+        lessons = [[x.task.name, x.fingerprint, _known_by(x.train)] for x in self.lessons]
         recipes = [[r.method, _of_all_ranks(r), dict(r.peft)] for r in self.recipes]
         return [self.model, guarded, code], lessons, recipes or [[]]
 
@@ -132,16 +135,10 @@ class Work:
                     f"({type(error).__name__}: {error})"
                 ) from error
             steps.append(seconds)
-        return Cost([self._seconds_of_looks(lesson) for lesson in self.lessons], steps)
-
-    def _seconds_of_looks(self, lesson: Lesson) -> float:
-        from ...sample import off_target_tasks
-
-        others = off_target_tasks(lesson.task, self.off_target)
-        sizes = [min(len(t), t.probe_size or OFF_TARGET_PROBE_SIZE) for t in others]
-        own = min(len(lesson.task), lesson.task.probe_size or TASK_PROBE_SIZE)
-        images = (len(LOOKS) + 2) * (own + sum(sizes)) + min(len(lesson.train), SAMPLE_SIZE)
-        return images * lesson.seconds
+        return Cost(
+            [seconds_of_looks(x.task, x.train, self.off_target, x.seconds) for x in self.lessons],
+            steps,
+        )
 
     def in_words(self, jobs: Sequence[Job], to_do: Sequence[Job], budget: float | None) -> str:
         """The plan."""
@@ -157,24 +154,30 @@ class Work:
         if len(to_do) < len(jobs):
             parts.append(f"{len(jobs) - len(to_do)} of them done already")
         if seconds := sum(job.seconds for job in to_do):
-            within = "" if budget is None else f" of {words(budget)} allowed"
-            parts.append(f"about {words(seconds)}{within}")
+            within = "" if budget is None else f" of {duration(budget)} allowed"
+            parts.append(f"about {duration(seconds)}{within}")
         return f"Calibration: {'; '.join(parts)}."
 
-    def run(self, job: Job) -> Outcome:
-        """A run's outcome, known by its key; not saved yet."""
+    def run(self, job: Job, left: Callable[[], float | None]) -> Outcome:
+        """A run's outcome, known by its key; not saved yet.
+
+        Raises:
+            OutOfTimeError: None of the seconds in `left` is left before its end.
+            Exception: Training or measuring fails.
+        """
         lesson, folder = self.lessons[job.task], self.folder(job)
         folder.mkdir(parents=True, exist_ok=True)
         if self.script is None:
             recipe = self.recipes[job.recipe]
             outcome = fine_tune(
-                self.subject, lesson.task, lesson.train, self.off_target, recipe, job.steps, folder
-            )
+                self.subject, lesson.task, lesson.train, self.off_target, recipe, job.steps, folder,
+                left,
+            )  # fmt: skip
         else:
             data = self.output / "data" / self._stem(job)
             write_folder(lesson.train, data / "train")
             write_folder(lesson.task, data / "test")
-            outcome = run_script(Path(self.script), data, folder, WATCH)
+            outcome = run_script(Path(self.script), data, folder, WATCH, left())
         outcome = replace(outcome, run=self.key(job))
         if ranks.world()[0] == 0:  # so that a report knows the run's own outcome
             for path in self.run_files(job):
@@ -186,8 +189,11 @@ class Work:
         return sorted(self.folder(job).glob("iimm_*.json"))
 
 
-def _labels(task: Task) -> list[int]:
-    return task.labels(range(len(task)))
+def _known_by(train: Task) -> str:
+    """A hash of all labels and of some images; of all it would take as long as an epoch."""
+    positions = range(0, len(train), max(len(train) // _HASHED, 1))
+    images = hashlib.sha256(b"".join(map(content, train.images(positions)))).hexdigest()
+    return _digest([train.labels(range(len(train))), images])
 
 
 def _of_all_ranks(recipe: Recipe) -> dict[str, Any]:
