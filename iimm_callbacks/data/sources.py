@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -26,6 +27,7 @@ class _HubSource:
         self._dataset = dataset.with_format(None)
         self._image, self._label = _columns(name, dataset.features, image, label)
         self.class_names = getattr(dataset.features[self._label], "names", None)
+        self._encoded = _without_decoding(self._dataset, self._image)
 
     def __len__(self) -> int:
         return len(self._dataset)
@@ -34,7 +36,22 @@ class _HubSource:
         return list(self._dataset[self._label])
 
     def image(self, position: int) -> Any:
+        if self._encoded is not None:
+            held = self._encoded[position][self._image]
+            if held["bytes"] is not None or os.path.isfile(held["path"]):
+                return held
         return self._dataset[position][self._image]
+
+
+def _without_decoding(dataset: Any, column: str) -> Any:
+    """The data set with its images as bytes, which threads can decode; None where that differs."""
+    from datasets import Image as ImageFeature
+
+    feature = dataset.features[column]
+    plain = isinstance(feature, ImageFeature) and feature.decode
+    if not plain or getattr(feature, "mode", None) is not None:
+        return None
+    return dataset.cast_column(column, ImageFeature(decode=False))
 
 
 class _PairSource:
@@ -204,6 +221,25 @@ def open_source(
         f"`dataset` of task {name!r} must be a datasets.Dataset or a sequence of (image, label) "
         f"pairs, got {type(dataset).__name__}"
     )
+
+
+def read_image(source: Any, position: int, lock: threading.Lock) -> Any:
+    """An image of a source, as `as_image`; threads may call it together.
+
+    Data sets and what is open already are read by one at a time; encoded images are decoded by all.
+
+    Raises:
+        Exception: It cannot be read.
+    """
+    with lock:
+        item = source.image(position)
+        if not isinstance(item, bytes | str | os.PathLike) and not _is_undecoded(item):
+            return as_image(item)
+    return as_image(item)
+
+
+def _is_undecoded(item: Any) -> bool:
+    return isinstance(item, dict) and "bytes" in item
 
 
 def as_image(item: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
@@ -15,12 +16,39 @@ from . import hub
 from .folders import ImageFolder
 from .labels import check_utf8, read_labels
 from .metrics import as_metric
-from .sources import as_image, kind, open_source
+from .sources import kind, open_source, read_image
 from .streams import STREAM_SIZE
 from .templates import given_templates
 
 TASK_PROBE_SIZE = 512
 OFF_TARGET_PROBE_SIZE = 256
+
+
+class _ReadLargeImages:
+    """Inside, what Pillow only warns of it reads, whatever the filters of warnings say.
+
+    Those are of the whole process: the first thread that comes sets them, the last restores them.
+    """
+
+    def __init__(self) -> None:
+        self._lock, self._inside = threading.Lock(), 0
+
+    def __enter__(self) -> None:
+        with self._lock:
+            self._inside += 1
+            if self._inside == 1:
+                self._filters = warnings.catch_warnings()
+                self._filters.__enter__()
+                warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+
+    def __exit__(self, *_: Any) -> None:
+        with self._lock:
+            self._inside -= 1
+            if self._inside == 0:
+                self._filters.__exit__(None, None, None)
+
+
+_LARGE_IMAGES = _ReadLargeImages()
 
 
 class Task:
@@ -118,6 +146,7 @@ class Task:
         self.probe_size = probe_size
         self.seed = seed
         self.columns = image_column, label_column
+        self._lock = threading.Lock()
         given = None if templates is None else given_templates(name, templates)
         self._source = open_source(
             name, dataset, image_column, label_column,
@@ -202,6 +231,12 @@ class Task:
     def __len__(self) -> int:
         return len(self._source)
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_lock"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__ = state | {"_lock": threading.Lock()}
+
     def __repr__(self) -> str:
         kind = "captions" if self.is_captions else f"{len(self.class_names)} classes"
         return f"Task({self.name!r}, {len(self)} images, {kind})"
@@ -242,10 +277,8 @@ class Task:
         images = []
         for position in positions:
             try:
-                with warnings.catch_warnings():
-                    # What Pillow only warns of it reads: here it does so whatever the filters.
-                    warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-                    images.append(as_image(self._source.image(position)))
+                with _LARGE_IMAGES:
+                    images.append(read_image(self._source, position, self._lock))
             except Exception as error:
                 raise ValueError(
                     f"`dataset` of task {self.name!r}: image {position} cannot be read "

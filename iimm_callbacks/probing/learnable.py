@@ -170,12 +170,10 @@ def _show(
 ) -> Exception | None:
     """Fill this rank's rows of `embeds`; the first failure is returned, as in `Probe._show`."""
     encoder, in_step, failure = share.encoder, is_sharded(model), None
-    for batch in share.batches:
-        inputs = None
-        try:
-            inputs = share.inputs(batch) if batch.positions and not failure else None
-        except Exception as error:
-            failure = error
+    for batch, _, inputs, error in share.shown(1.0, model):
+        failure = failure or error
+        if failure:
+            inputs = None
         if inputs is None:
             if in_step:
                 encoder.embed_backbone(model, move(share.image, model))

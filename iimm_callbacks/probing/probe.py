@@ -25,7 +25,7 @@ from . import ranks
 from .embedding import Halving, at_once, check_rows, embed_classes, embed_images
 from .learnable import TrainingSet, embed_sample, learn, read_sample, why_none
 from .scoring import Sums, accumulate, fingerprint, score, warn_of_mixed_units
-from .share import Share, read_share, some_of
+from .share import Batch, Share, read_share
 
 logger = get_logger(__name__)
 
@@ -290,17 +290,16 @@ class Probe:
                 for t in share.tasks
             ]
         failure = None
-        for batch in share.batches:
+        held = self._frozen_images.holds
+
+        def is_needed(batch: Batch) -> bool:
+            return not held((batch.task, batch.first))
+
+        for batch, n_shown, inputs, error in share.shown(part, model, is_needed):
             key = (batch.task, batch.first)
-            inputs = None
-            n_shown = batch.n_shown(len(share.tasks[batch.task].labels), part)
             is_whole = n_shown == len(batch.positions)
-            is_kept = self._frozen_images.holds(key)
-            try:
-                if n_shown and not is_kept:
-                    inputs = some_of(share.inputs(batch), slice(n_shown))
-            except Exception as error:
-                failure = failure or error
+            is_kept = held(key)
+            failure = failure or error
             if failure or not n_shown:
                 if in_step:
                     encoder.embed_backbone(model, move(share.image, model))

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import compress
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ..data.sources import content
@@ -19,16 +20,15 @@ from ..models.encoders import TEXT_BATCH, Encoder
 from ..models.undisturbed import seed_all
 from ..records.log import get_logger
 from . import ranks
+from .ahead import ahead, n_threads, streams
+from .kept import Packed, find_levels
 from .texts import captions_of, first_of_each, tell_one_text
 
 logger = get_logger(__name__)
 
+_WORTH_THREADS = 2e-3  # seconds an image; below that threads wait for one another
 FEWEST = 8  # images of a task that a look shows
 _FAILED = "`processor` failed"
-
-
-class _ProcessorError(Exception):
-    """What the processor says to an image that can be read."""
 
 
 @dataclass
@@ -86,6 +86,8 @@ class Share:
         tasks: All tasks, the one being learnt first.
         batches: Of this rank.
         image, prompt: One of each as model inputs, the same on all ranks.
+        draws: Whether reading images draws random numbers.
+        threads: That read images which are not in memory.
     """
 
     encoder: Encoder
@@ -93,17 +95,51 @@ class Share:
     batches: list[Batch]
     image: Any
     prompt: Any
+    draws: bool
+    threads: int
 
-    def inputs(self, batch: Batch) -> Any:
-        """The images of a batch as model inputs, read again where they are not in memory.
+    def shown(
+        self, part: float, model: nn.Module, is_needed: Callable[[Batch], bool] = lambda _: True
+    ) -> Iterator[tuple[Batch, int, Any, Exception | None]]:
+        """The batches with those of their images that are among the first `part` of their task.
 
-        Raises:
-            ValueError: One cannot be read any more.
+        Images that are not in memory are read ahead, by threads.
+
+        Args:
+            part: Share of each task's images, in (0, 1].
+            model: On whose device kept images are unpacked.
+            is_needed: Whether a batch's images are read at all.
+
+        Yields:
+            A batch, how many of its images are shown, these as model inputs (None without any), and
+            why they cannot be read any more.
         """
+
+        def read(batch: Batch) -> tuple[Batch, int, Any, Exception | None]:
+            n_shown = batch.n_shown(len(self.tasks[batch.task].labels), part)
+            try:
+                inputs = self._inputs(batch, n_shown) if n_shown and is_needed(batch) else None
+                return batch, n_shown, inputs, None
+            except Exception as error:
+                return batch, n_shown, None, error
+
+        device = next((p.device for p in model.parameters()), None)
+        is_kept = all(batch.inputs is not None for batch in self.batches)
+        threads = 1 if is_kept else self.threads
+        for batch, n_shown, inputs, failure in ahead(read, self.batches, threads):
+            if isinstance(inputs, Packed):
+                inputs = inputs.inputs(device)
+            yield batch, n_shown, inputs, failure
+
+    def _inputs(self, batch: Batch, n: int) -> Any:
+        if isinstance(batch.inputs, Packed):
+            return batch.inputs.some(slice(n))
         if batch.inputs is not None:
-            return batch.inputs
+            return some_of(batch.inputs, slice(n))
         images = self.tasks[batch.task].task.images(batch.positions)
-        return _preprocess(self.encoder, images)
+        if self.draws:
+            seed_all(0)
+        return some_of(self.encoder.preprocess(images), slice(n))
 
 
 def some_of(batch: Any, rows: slice | list[int]) -> Any:
@@ -111,11 +147,6 @@ def some_of(batch: Any, rows: slice | list[int]) -> Any:
     if isinstance(batch, Mapping):
         return {k: v[rows] if isinstance(v, Tensor) else v for k, v in batch.items()}
     return batch[rows] if isinstance(rows, slice) else [batch[row] for row in rows]
-
-
-def _preprocess(encoder: Encoder, images: list[Any]) -> Any:
-    seed_all(0)  # a processor that draws, such as which part of a sound, draws the same every time
-    return encoder.preprocess(images)
 
 
 def read_share(
@@ -146,10 +177,10 @@ def read_share(
     """
     subsets = _agree_on_subsets(tasks, sizes, batch_size)
     batches = _deal(subsets, batch_size)
-    reader = _Reader(tasks, encoder, cache_limit)
+    reader = _Reader(tasks, encoder, cache_limit, progress)
     digests = [torch.zeros(len(subset), 32, dtype=torch.float64) for subset in subsets]
 
-    ranks.together(lambda: _read(reader, batches, digests, progress))
+    ranks.together(lambda: reader.read_all(batches, digests))
     sums = ranks.add_up(torch.cat(digests).flatten()).reshape(-1, 32)
     digests = list(torch.split(sums, [len(subset) for subset in subsets]))
     kept = [digest.any(1) for digest in digests]
@@ -166,24 +197,7 @@ def read_share(
         _keep(batch, kept[batch.task], first[batch.task])
     shown = [list(compress(s, mask.tolist())) for s, mask in zip(subsets, first, strict=True)]
     digests = [digest[mask] for digest, mask in zip(digests, first, strict=True)]
-    return ranks.together(lambda: _finish(tasks, shown, digests, texts, batches, encoder))
-
-
-def _read(
-    reader: _Reader, batches: Sequence[Batch], digests: Sequence[Tensor], progress: bool
-) -> None:
-    with tqdm(
-        total=sum(len(b.positions) for b in batches),
-        desc="IIMM probe: preprocessing",
-        unit="image",
-        disable=None if progress else True,
-        leave=False,
-        delay=2,
-    ) as bar:
-        for batch in batches:
-            found = reader.read(batch)
-            digests[batch.task][batch.first : batch.first + len(found)] = found
-            bar.update(len(found))
+    return ranks.together(lambda: _finish(tasks, shown, digests, texts, batches, encoder, reader))
 
 
 def _keep(batch: Batch, kept: Tensor, first: Tensor) -> None:
@@ -191,7 +205,11 @@ def _keep(batch: Batch, kept: Tensor, first: Tensor) -> None:
     rows = slice(batch.first, batch.first + len(batch.positions))
     was_read, stays = kept[rows], first[rows]
     if batch.inputs is not None and not torch.equal(was_read, stays):
-        batch.inputs = some_of(batch.inputs, stays[was_read].nonzero().flatten().tolist())
+        rows_kept = stays[was_read].nonzero().flatten().tolist()
+        is_packed = isinstance(batch.inputs, Packed)
+        batch.inputs = (
+            batch.inputs.some(rows_kept) if is_packed else some_of(batch.inputs, rows_kept)
+        )
     batch.positions = list(compress(batch.positions, stays.tolist()))
     batch.first = int(first[: batch.first].sum())
 
@@ -229,19 +247,77 @@ def _deal(subsets: list[list[int]], batch_size: int) -> list[Batch]:
     return [Batch(*batch) for batch in plan[rank::n_ranks]]
 
 
-class _Reader:
-    """Reads batches, notes what cannot be read, and keeps what fits into memory."""
+@dataclass
+class _Read:
+    """What came of reading a batch.
 
-    def __init__(self, tasks: Sequence[Task], encoder: Encoder, room: int) -> None:
+    Attributes:
+        digests: [n, 32] of every image, zeros where it cannot be read.
+        inputs: Of the others, preprocessed, maybe packed; None where there are none.
+        problem: The first one, in words.
+    """
+
+    digests: Tensor
+    inputs: Any = None
+    problem: str | None = None
+
+
+class _Reader:
+    """Reads batches by several threads, and keeps what fits into memory.
+
+    Where data set or processor draw random numbers, one thread reads, and the processor draws the
+    same for a batch every time.
+
+    Attributes:
+        draws: Whether they do.
+        threads: That read.
+        problems: Task -> the first one, in words.
+    """
+
+    def __init__(self, tasks: Sequence[Task], encoder: Encoder, room: int, progress: bool) -> None:
         self._tasks = tasks
         self._encoder = encoder
         self._room = room
-        self.problems: dict[int, str] = {}  # task -> the first one
+        self._progress = progress
+        self._levels = find_levels(encoder.preprocess)
+        self.draws, self.threads = False, 1
+        self.problems: dict[int, str] = {}
 
-    def read(self, batch: Batch) -> Tensor:
-        """Fill in `inputs`; a digest of every image [n, 32], zeros where it cannot be read."""
+    def read_all(self, batches: Sequence[Batch], digests: Sequence[Tensor]) -> None:
+        """Fill in the `inputs` of batches and the digests of their images, by task."""
+        room = self._room
+        seed_all(0)
+        before = streams()
+        began = time.perf_counter()
+        self._read_all(batches[:1], digests)  # alone, to see whether it draws and is worth threads
+        an_image = (time.perf_counter() - began) / max(len(batches[0].positions), 1)
+        if streams() == before:
+            self.threads = n_threads() if an_image > _WORTH_THREADS else 1
+            self._read_all(batches[1:], digests)
+        if streams() != before:
+            self.draws, self.threads, self._room, self.problems = True, 1, room, {}
+            self._read_all(batches, digests)
+
+    def _read_all(self, batches: Sequence[Batch], digests: Sequence[Tensor]) -> None:
+        with tqdm(
+            total=sum(len(b.positions) for b in batches),
+            desc="IIMM probe: preprocessing",
+            unit="image",
+            disable=None if self._progress else True,
+            leave=False,
+            delay=2,
+        ) as bar:
+            for batch, found in zip(batches, ahead(self._read, batches, self.threads), strict=True):
+                if found.problem is not None:
+                    self.problems.setdefault(batch.task, found.problem)
+                digests[batch.task][batch.first : batch.first + len(found.digests)] = found.digests
+                self._room -= _n_bytes(found.inputs)
+                batch.inputs = found.inputs if self._room >= 0 else None
+                bar.update(len(found.digests))
+
+    def _read(self, batch: Batch) -> _Read:
         task = self._tasks[batch.task]
-        digests = torch.zeros(len(batch.positions), 32, dtype=torch.float64)
+        found = _Read(torch.zeros(len(batch.positions), 32, dtype=torch.float64))
         images = {}
         for row, position in enumerate(batch.positions):
             for last_try in (False, True):  # the second where a disk or a network hiccuped
@@ -250,31 +326,33 @@ class _Reader:
                     break
                 except Exception as error:
                     if last_try:
-                        self._note(batch, error)
+                        found.problem = found.problem or f"{error}"
         try:
-            inputs = _preprocess(self._encoder, list(images.values())) if images else None
+            inputs = self._preprocess(images)
         except Exception:
-            images = {row: image for row, image in images.items() if self._suits(batch, image)}
-            inputs = _preprocess(self._encoder, list(images.values())) if images else None
+            images = {row: image for row, image in images.items() if self._suits(image, found)}
+            inputs = self._preprocess(images)
         for row, image in images.items():
-            digests[row] = _digest(content(image))
-        self._room -= _n_bytes(inputs)
-        batch.inputs = inputs if self._room >= 0 else None
-        return digests
+            found.digests[row] = _digest(content(image))
+        packed = None if self._levels is None else self._levels.pack(inputs)
+        found.inputs = packed or inputs
+        if isinstance(found.inputs, Packed) and torch.cuda.is_available():
+            found.inputs = found.inputs.pinned()
+        return found
 
-    def _suits(self, batch: Batch, image: Any) -> bool:
+    def _preprocess(self, images: dict[int, Any]) -> Any:
+        if self.draws:
+            seed_all(0)
+        return self._encoder.preprocess(list(images.values())) if images else None
+
+    def _suits(self, image: Any, found: _Read) -> bool:
         try:
-            _preprocess(self._encoder, [image])
+            self._preprocess({0: image})
         except Exception as error:
-            self._note(batch, _ProcessorError(f"{type(error).__name__}: {error}"))
+            said = f"{_FAILED} ({type(error).__name__}: {error})"
+            found.problem = found.problem or said
             return False
         return True
-
-    def _note(self, batch: Batch, error: Exception) -> None:
-        said = f"{error}"
-        if isinstance(error, _ProcessorError):
-            said = f"{_FAILED} ({said})"
-        self.problems.setdefault(batch.task, said)
 
 
 def _check_readable(tasks: Sequence[Task], kept: list[Tensor], problems: dict[int, str]) -> None:
@@ -309,6 +387,7 @@ def _finish(
     texts: list[list[list[str]] | None],
     batches: list[Batch],
     encoder: Encoder,
+    reader: _Reader,
 ) -> Share:
     shown = []
     for task, positions, digest, captions in zip(tasks, readable, digests, texts, strict=True):
@@ -332,9 +411,10 @@ def _finish(
                 task, torch.tensor(labels), owners, tokenized, len(prompts), fingerprint, digest
             )
         )
-    image = _preprocess(encoder, tasks[0].images(readable[0][:1]))
+    seed_all(0)
+    image = encoder.preprocess(tasks[0].images(readable[0][:1]))
     prompt = encoder.tokenize(tasks[0].prompts(readable[0])[:1])
-    return Share(encoder, shown, batches, image, prompt)
+    return Share(encoder, shown, batches, image, prompt, reader.draws, reader.threads)
 
 
 def _digest(data: bytes) -> Tensor:
@@ -342,6 +422,8 @@ def _digest(data: bytes) -> Tensor:
 
 
 def _n_bytes(inputs: Any) -> int:
+    if isinstance(inputs, Packed):
+        return inputs.nbytes
     if isinstance(inputs, dict):
         return sum(value.nbytes for value in inputs.values() if isinstance(value, Tensor))
     return sum(len(content(image)) for image in inputs) if isinstance(inputs, list) else 0
