@@ -1,12 +1,16 @@
 """How fast the measure, the probe and a guarded run are, each against its lower bound, in one run.
 
-    python examples/benchmark.py            # about three minutes on two cores
-    python examples/benchmark.py --smoke    # seconds, numbers mean nothing
+    python examples/benchmark.py               # about three minutes on two cores
+    python examples/benchmark.py --size b32    # ViT-B/32 on JPEGs; six minutes on two cores
+    python examples/benchmark.py --smoke       # seconds, numbers mean nothing
 
 Everything is a ratio of two things timed in turns in the same process, because machines are noisy;
 the best of several rounds counts. Expected: see "Speed" in README.md.
 """
 
+import io
+import multiprocessing
+import os
 import statistics
 import subprocess
 import sys
@@ -14,18 +18,40 @@ import time
 import tracemalloc
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
+from PIL import Image
 from rich.console import Console
 from rich.table import Table
-from transformers import HfArgumentParser, PrinterCallback, Trainer, TrainingArguments
+from transformers import (
+    CLIPConfig,
+    CLIPImageProcessor,
+    CLIPModel,
+    CLIPProcessor,
+    HfArgumentParser,
+    PrinterCallback,
+    Trainer,
+    TrainingArguments,
+)
 
-from iimm_callbacks import IIMMCallback, ImageCollator, PromptClassifier, iimm, linear_probe, sample
+from iimm_callbacks import (
+    IIMMCallback,
+    ImageCollator,
+    PromptClassifier,
+    Task,
+    iimm,
+    linear_probe,
+    sample,
+)
+from iimm_callbacks.data.sources import as_image
 from iimm_callbacks.models.tuning import prepare
 from iimm_callbacks.probing.probe import Probe
 
 
 @dataclass
 class Settings:
+    size: str = field(default="sample", metadata={"help": "sample, or b32"})
+    n_jpegs: int = field(default=0, metadata={"help": "b32: default 512; 3,072 on CUDA"})
     n_images: int = field(default=20_000, metadata={"help": "N"})
     width: int = field(default=512, metadata={"help": "D"})
     n_classes: int = field(default=100, metadata={"help": "C"})
@@ -184,6 +210,168 @@ def run_row(settings):
     yield "of which the last look", f"{last / guarded:.1%} of the run", "-"
 
 
+def jpeg(i):
+    """A camera's picture of 640×480 and some 120 kB: smooth colours and noise."""
+    rng = np.random.default_rng(i)
+    coarse = Image.fromarray(rng.integers(0, 256, (15, 20, 3), dtype=np.uint8))
+    pixels = np.asarray(coarse.resize((640, 480), Image.Resampling.BICUBIC)).astype(float)
+    noisy = (pixels + rng.normal(0, 12, pixels.shape)).clip(0, 255).astype(np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(noisy).save(file, "JPEG", quality=90)
+    return file.getvalue()
+
+
+def b32(settings, device):
+    """ViT-B/32 with random weights, and its processor with the sample's words."""
+    tokenizer = sample.load_processor().tokenizer
+    text = {"vocab_size": len(tokenizer), "eos_token_id": tokenizer.eos_token_id}
+    text |= {"bos_token_id": tokenizer.bos_token_id}
+    layers = {"num_hidden_layers": 1} if settings.smoke else {}
+    torch.manual_seed(0)
+    config = CLIPConfig(text_config=text | layers, vision_config={"patch_size": 32} | layers)
+    processor = CLIPProcessor(image_processor=CLIPImageProcessor(), tokenizer=tokenizer)
+    return CLIPModel(config).eval().to(device), processor
+
+
+class Pictures(torch.utils.data.Dataset):
+    """Preprocessed pictures, for a DataLoader."""
+
+    def __init__(self, pairs, processor):
+        self.pairs, self.processor = pairs, processor
+
+    def __len__(self):
+        return len(self.pairs)
+
+    def __getitem__(self, i):
+        image, label = as_image(self.pairs[i][0]), self.pairs[i][1]
+        pixels = self.processor.image_processor(image, return_tensors="pt")["pixel_values"][0]
+        return {"pixel_values": pixels, "labels": label}
+
+
+def read_all(pairs, processor):
+    for start in range(0, len(pairs), 64):
+        images = [as_image(image) for image, _ in pairs[start : start + 64]]
+        processor.image_processor(images, return_tensors="pt")
+
+
+def read_by_processes(pairs, processor):
+    """Decoding and preprocessing on all cores, and nothing else."""
+    cores, context = len(os.sched_getaffinity(0)), multiprocessing.get_context("fork")
+    parts = [pairs[core::cores] for core in range(cores)]
+    workers = [context.Process(target=read_all, args=(part, processor)) for part in parts]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+
+
+def b32_rows(settings):
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    cores = len(os.sched_getaffinity(0))
+    n = settings.n_jpegs or (64 if settings.smoke else 3072 if device == "cuda" else 512)
+    model, processor = b32(settings, device)
+    pairs = [(jpeg(i), i % 2) for i in range(n)]
+    names = ["red", "green"]
+
+    def wait():
+        if device == "cuda":
+            torch.cuda.synchronize()
+
+    def first_look():
+        probe = Probe(
+            Task("jpegs", pairs, class_names=names, probe_size=n), processor=processor,
+            progress=False,
+        )  # fmt: skip
+        probe.look(model, 0, linear_probe=True)
+        return probe
+
+    ready = first_look()  # warm up
+    batches = [batch.inputs.inputs()["pixel_values"] for batch in ready._share.batches]
+
+    @torch.no_grad()
+    def forward():
+        for pixels in batches:
+            model.get_image_features(pixel_values=pixels.to(device))
+        wait()
+
+    trainer = Trainer(
+        model=PromptClassifier(model, Task("jpegs", pairs, class_names=names), processor),
+        args=TrainingArguments(
+            "output/benchmark", per_device_eval_batch_size=64, report_to="none",
+            dataloader_num_workers=cores, remove_unused_columns=False, disable_tqdm=True,
+            dataloader_pin_memory=device == "cuda",
+        ),
+        eval_dataset=Pictures(pairs, processor),
+    )  # fmt: skip
+    trainer.remove_callback(PrinterCallback)
+
+    @torch.no_grad()
+    def zero_shot_loop():
+        loader = torch.utils.data.DataLoader(
+            Pictures(pairs, processor), batch_size=64, num_workers=cores
+        )
+        right = 0
+        prompts = processor.tokenizer(names, return_tensors="pt", padding=True).to(device)
+        texts = model.get_text_features(**prompts)
+        texts = getattr(texts, "pooler_output", texts)
+        for batch in loader:
+            images = model.get_image_features(pixel_values=batch["pixel_values"].to(device))
+            images = getattr(images, "pooler_output", images)
+            logits = torch.nn.functional.normalize(images) @ torch.nn.functional.normalize(texts).T
+            right += int((logits.argmax(1).cpu() == batch["labels"]).sum())
+        return right
+
+    rounds = 1 if settings.smoke else 2
+    reading, passing, first, later, evaluation, loop = best_of(
+        rounds,
+        lambda: read_by_processes(pairs, processor),
+        forward,
+        first_look,
+        lambda: ready.look(model, 1),
+        trainer.evaluate,
+        zero_shot_loop,
+    )
+    kept = sum(batch.inputs.nbytes for batch in ready._share.batches) / n
+    slower, where = max(reading, passing), f"{n} JPEGs, {cores} cores, {device}"
+    yield f"first look of {where}, against the slower of:", f"{first / slower:.2f}", "1.15"
+    yield (
+        "  decoding and preprocessing alone, all cores",
+        f"{1e3 * reading / n:.1f} ms an image",
+        "-",
+    )
+    yield "  the forward pass alone", f"{1e3 * passing / n:.1f} ms an image", "-"
+    yield "  against one after the other", f"{first / (reading + passing):.2f}", "-"
+    yield "later look, against the forward pass", f"{later / passing:.2f}", "1.05"
+    yield "first look, against trainer.evaluate()", f"{first / evaluation:.2f} of its time", "1"
+    yield "first look, against a zero-shot loop", f"{first / loop:.2f} of its time", "1"
+    yield "memory of a kept picture", f"{kept / 1e6:.3f} MB", "0.16"
+    yield guard_row(settings, model, processor, pairs, first / n, later / n)
+
+
+def guard_row(settings, model, processor, pairs, first, later):
+    """What the default looks of 1,000 steps would take, from seconds a picture and a step."""
+    model.train()
+    classifier = PromptClassifier(
+        model, Task("jpegs", pairs, class_names=["red", "green"]), processor
+    )
+    optimizer = torch.optim.AdamW(classifier.parameters(), lr=1e-6)
+    batch = ImageCollator(processor)([(as_image(image), label) for image, label in pairs[:32]])
+    batch = {name: value.to(next(model.parameters()).device) for name, value in batch.items()}
+
+    def step():
+        classifier(**batch)["loss"].backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+
+    step()
+    (seconds,) = best_of(3, step)
+    pictures = 512 + 12 * 256
+    share = pictures * (first + 7 * later) / (1000 * seconds)
+    return "default looks, against 1,000 steps of 32 images", f"{share:.1%}", "1 % on a GPU"
+
+
 def import_rows(settings):
     """Fresh processes in turns: the package has no more to import than the Trainer has anyway."""
     commands = {
@@ -216,10 +404,15 @@ def main(argv=None):
     if settings.smoke:
         settings.n_images, settings.steps, settings.rounds = 2000, 4, 1
     sizes = f"N = {settings.n_images}, D = {settings.width}, C = {settings.n_classes}"
+    if settings.size == "b32":
+        sizes = "ViT-B/32, random weights, JPEGs of 640×480"
     table = Table(title=f"{sizes}; {torch.get_num_threads()} threads; torch {torch.__version__}")
     for column in ("what", "measured", "aim"):
         table.add_column(column)
-    for rows in (measure_rows, probe_rows, run_row, import_rows):
+    if settings.size not in ("sample", "b32"):
+        raise ValueError(f"`--size` must be sample or b32, got {settings.size!r}")
+    small = (measure_rows, probe_rows, run_row, import_rows)
+    for rows in (b32_rows,) if settings.size == "b32" else small:
         for row in rows(settings):
             table.add_row(*row)
     Console(width=100).print(table)

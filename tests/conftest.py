@@ -7,9 +7,11 @@ import tempfile
 
 # Before numpy and torch are imported. Two workers with two threads each wait for one another: the
 # suite takes half the time with one, and tiny models gain nothing from more.
-os.environ.setdefault("OMP_NUM_THREADS", "1")
-os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
-os.environ.setdefault("MKL_NUM_THREADS", "1")
+os.environ.update(
+    {f"{library}_NUM_THREADS": "1" for library in ("OMP", "OPENBLAS", "MKL")}
+    if "PYTEST_XDIST_WORKER" in os.environ
+    else {}
+)
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp()  # not the user's
@@ -32,7 +34,8 @@ from transformers import (
 
 from iimm_callbacks import ImageCollator, PromptClassifier, Task
 
-torch.set_num_threads(1)
+if "PYTEST_XDIST_WORKER" in os.environ:
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -323,6 +323,52 @@ def test_the_study_does_no_run_twice(monkeypatch, tmp_path):
 
 
 @pytest.mark.once
+@no_pin_memory
+def test_the_benchmark_at_real_size_prints_every_ratio(example):
+    benchmark = example("benchmark")
+    settings = benchmark.Settings(size="b32", smoke=True, n_jpegs=8)
+    rows = list(benchmark.b32_rows(settings))
+    ratios = [
+        float(measured.split()[0].rstrip("%"))
+        for name, measured, _ in rows
+        if "against" in name[:30]
+    ]
+    assert len(rows) == 9
+    assert all(0 < ratio < 100 for ratio in ratios)
+    assert rows[-2][1] == "0.151 MB"
+    with pytest.raises(ValueError, match="`--size` must be sample or b32, got 'l14'"):
+        benchmark.main(["--size", "l14"])
+
+
+@pytest.mark.once
+def test_the_device_check_keeps_what_it_can_try_here_and_tells_what_it_cannot(example, capsys):
+    check = example("device_check")
+    settings = check.Settings(cpu=True, steps=4)
+    few = (check.numbers_of_the_cpu, check.random_streams, check.memory, check.out_of_memory)
+    rows = [row for one in (*few, check.ranks) for row in one(settings)]
+    assert [row.state for row in rows] == ["kept"] * 3 + ["needs CUDA"] + ["kept"] * 3
+
+
+def test_the_device_check_fails_where_a_promise_is_not_kept(example, capsys, monkeypatch):
+    check = example("device_check")
+
+    def lost(_):
+        yield check.Row("weights", "differ", "equal", kept=False)
+
+    def breaks(_):
+        raise RuntimeError("no such kernel")
+        yield
+
+    for checks, code in (([lost], 1), ([breaks], 1), ([check.memory], 0)):
+        monkeypatch.setattr(check, "CHECKS", checks)
+        assert check.main(["--cpu"]) == code
+    printed = capsys.readouterr().out
+    assert "no such kernel" in printed
+    assert printed.count("FAILED") == 2
+    assert "needs CUDA" in printed
+
+
+@pytest.mark.once
 @bare_processes
 @no_pin_memory
 def test_the_benchmark_prints_every_figure(example, capsys):
