@@ -260,12 +260,12 @@ class Task:
         if self.is_captions:
             first = {self._labels[i]: int(i) for i in order[::-1]}
             return [int(i) for i in order if first[self._labels[i]] == i][:size]
-        turns = np.zeros(len(self), dtype=int)  # how many of its class come before it in `order`
-        labels = np.asarray(self._labels)
-        for c in range(len(self.class_names)):
-            members = order[labels[order] == c]
-            turns[members] = np.arange(len(members))
-        chosen = order[np.argsort(turns[order], kind="stable")][:size]
+        labels = np.asarray(self._labels)[order]
+        by_class = np.argsort(labels, kind="stable")
+        first = np.searchsorted(labels[by_class], labels[by_class])  # of its class
+        turns = np.empty(len(self), dtype=int)  # how many of its class come before it in `order`
+        turns[by_class] = np.arange(len(self)) - first
+        chosen = order[np.argsort(turns, kind="stable")][:size]
         return [int(i) for i in rng.permutation(chosen)]
 
     def images(self, positions: Sequence[int]) -> list[Any]:

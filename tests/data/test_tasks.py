@@ -266,3 +266,17 @@ def test_a_name_that_utf_8_cannot_hold_is_refused():
 def test_a_task_needs_a_name(name):
     with pytest.raises(TypeError, match=re.escape(f"non-empty string, got {name!r}")):
         Task(name, pairs([0, 1]), **TWO)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_the_subset_is_that_of_classes_taking_turns_one_by_one(seed):
+    rng = np.random.default_rng(seed)
+    labels = rng.integers(0, 7, 60).tolist() + list(range(7))
+    picture = PILImage.new("RGB", (4, 4))
+    task = Task("t", [(picture, label) for label in labels], class_names=list("abcdefg"), seed=seed)
+    draw = np.random.default_rng(seed)
+    order = draw.permutation(len(labels))
+    queues = [[i for i in order if labels[i] == c] for c in range(7)]
+    turns = {i: queue.index(i) for queue in queues for i in queue}
+    chosen = sorted(order, key=lambda i: turns[i])[:23]  # stable
+    assert task.subset(23) == [int(i) for i in draw.permutation(chosen)]
