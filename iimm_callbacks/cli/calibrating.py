@@ -100,7 +100,7 @@ def calibrate(
             processor=reads,
             off_target=off_target_of(learning.off_target, learning.split),
             n_tasks=learning.tasks,
-            store="default" if store is None else store.expanduser(),
+            store="default" if store is None else store,
             output=output,
             budget=seconds,
             script=learning.script,

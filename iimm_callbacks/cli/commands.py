@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -170,7 +169,7 @@ command(app, "compare")(runs.compare)
 
 
 def _measure(
-    subject: Subject, plan: Plan, methods: Sequence[str], store: Path | None
+    subject: Subject, plan: Plan, methods: Sequence[str], store: str | None
 ) -> tuple[dict[str, Any], dict[str, Forecast]]:
     """The measure with a forecast of each method from the saved runs, as data and as they are."""
     check_names(subject)

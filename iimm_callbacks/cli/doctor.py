@@ -9,6 +9,7 @@ import tempfile
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, metadata, packages_distributions, version
+from pathlib import Path
 from typing import Any
 
 import typer
@@ -201,18 +202,9 @@ def _store() -> dict[str, Any]:
     path = default_store()
     about: dict[str, Any] = {"path": str(path), "runs": 0, "damaged": 0, "writable": True}
     problems = []
-    folder = next(p for p in path.absolute().parents if p.exists())
-    try:
-        with tempfile.TemporaryFile(dir=folder):  # the lock is a file beside the record
-            pass
-        if path.is_file():
-            path.open("ab").close()
-    except OSError as error:
-        about["writable"] = False
-        problems.append(
-            f"the store {path} cannot be written ({error.strerror or error}): make it writable, or "
-            "name another in IIMM_CALLBACKS_STORE"
-        )
+    if isinstance(path, Path):
+        problems += _write_problems(path)
+        about["writable"] = not problems
     try:
         if path.exists():
             damaged = len(check_store(path))
@@ -225,6 +217,21 @@ def _store() -> dict[str, Any]:
     except (OSError, TypeError, ValueError) as error:
         problems.append(f"the store {path} cannot be read ({error})")
     return about | {"problems": problems}
+
+
+def _write_problems(path: Path) -> list[str]:
+    folder = next(p for p in path.absolute().parents if p.exists())
+    try:
+        with tempfile.TemporaryFile(dir=folder):  # the lock is a file beside the record
+            pass
+        if path.is_file():
+            path.open("ab").close()
+    except OSError as error:
+        return [
+            f"the store {path} cannot be written ({error.strerror or error}): make it writable, or "
+            "name another in IIMM_CALLBACKS_STORE"
+        ]
+    return []
 
 
 def _text(data: dict[str, Any]) -> str:

@@ -195,16 +195,17 @@ def load_recorded(source: str) -> list[Outcome]:
     """The outcomes in a JSON-lines file, a folder of `save_to_disk` or a data set on the Hub.
 
     Args:
-        source: Path or Hub name.
+        source: Path, address or Hub name.
 
     Raises:
         ValueError: There is no such thing, or it holds no outcomes.
     """
+    from ..records.objects import Address, as_store
     from ..records.store import from_dataset, read_outcomes
 
-    path = Path(source).expanduser()
-    if path.is_file():
-        return read_outcomes(path)
+    store, path = as_store(source), Path(source).expanduser()
+    if isinstance(store, Address) or path.is_file():
+        return read_outcomes(store)
     if path.is_dir() and not (path / "dataset_dict.json").exists():
         return read_outcomes(path)
     loaded = _load_dataset(source, "SOURCE")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -204,7 +203,7 @@ def check_methods(methods: Sequence[str], record: Sequence[Outcome]) -> None:
             raise ValueError(f"`--method` must be one of {', '.join(known)}, got {method!r}")
 
 
-def read_runs(model: str, store: Path | None) -> list[Outcome]:
+def read_runs(model: str, store: str | None) -> list[Outcome]:
     """The runs to learn from: the saved ones, and for the shipped model what ships with it."""
     path, found = read_record(store)
     if model == SAMPLE:

@@ -16,15 +16,19 @@ from .loading import first_line, load_recorded
 from .shell import Answer, command
 
 if TYPE_CHECKING:
+    from ..records.objects import Address
     from ..records.outcomes import Outcome
 
 Store = Annotated[
-    Path | None,
-    typer.Option(help="Saved runs, or sample [default: the user's]", show_default=False),
+    str | None,
+    typer.Option(
+        help="Saved runs: file, folder/, address, or sample [default: the user's]",
+        show_default=False,
+    ),
 ]
 
 app = typer.Typer(
-    rich_markup_mode=None, help="Saved runs: list, add, import, export and check them."
+    rich_markup_mode=None, help="Saved runs: list, add, import, export, sync and check them."
 )
 
 
@@ -132,7 +136,27 @@ def check(store: Store = None) -> Answer:
     return Answer({"store": str(path), "problems": problems}, text, 1 if problems else 0)
 
 
-def read_record(store: Path | None, argument: str = "--store") -> tuple[Path, list[Outcome]]:
+@command(app, "sync")
+def sync(
+    one: Annotated[str, typer.Argument(help="File, folder/ or address", metavar="A")],
+    other: Annotated[str, typer.Argument(help="Likewise", metavar="B")],
+) -> Answer:
+    """Give each of two stores what only the other has.
+
+    Nothing is changed or deleted. Addresses are those of fsspec, such as s3://bucket/team,
+    gs://bucket/team or hf://datasets/org/name. What could not be written to one of them before is
+    carried over.
+    """
+    from ..records.store import sync as bring_together
+
+    added = bring_together(one, other)
+    data = {"stores": [one, other], "added": list(added)}
+    return Answer(data, f"{added[0]} outcomes added to {one}, {added[1]} to {other}")
+
+
+def read_record(
+    store: str | None, argument: str = "--store"
+) -> tuple[Path | Address, list[Outcome]]:
     """Where the saved runs are, and the runs; the user's store need not exist yet.
 
     Args:
@@ -154,30 +178,32 @@ def read_record(store: Path | None, argument: str = "--store") -> tuple[Path, li
         raise _no_outcomes(path, argument, why) from error
 
 
-def _existing(store: Path | None, argument: str = "--store") -> Path:
+def _existing(store: str | None, argument: str = "--store") -> Path | Address:
+    from ..records.objects import as_store
     from ..records.store import default_store
     from ..sample import OUTCOMES
 
-    if store == Path("sample"):
+    if store == "sample":
         return OUTCOMES
-    path = default_store() if store is None else store.expanduser()
+    path = default_store() if store is None else as_store(store)
     if store is not None and not path.exists():
         raise _no_outcomes(path, argument, "which does not exist")
     return path
 
 
-def _no_outcomes(path: Path, argument: str, why: str) -> ValueError:
+def _no_outcomes(path: Path | Address, argument: str, why: str) -> ValueError:
     return ValueError(
         f"`{argument}` must be a file or folder of outcomes, as `iimm outcomes export` writes "
         f"them, got {path}, {why}; name another, or leave it out for your own saved runs"
     )
 
 
-def _append(new: Sequence[Outcome], store: Path | None) -> Answer:
+def _append(new: Sequence[Outcome], store: str | None) -> Answer:
     """Add what is not there yet; two equal runs of one source are two runs."""
+    from ..records.objects import as_store
     from ..records.store import append_outcome, default_store, read_outcomes
 
-    path = default_store() if store is None else store.expanduser()
+    path = default_store() if store is None else as_store(store)
     there = Counter(map(_line, read_outcomes(path) if path.exists() else []))
     added = 0
     for outcome in new:

@@ -160,7 +160,7 @@ class _Attempt:
         looks = seconds_of_looks(self.task, self.train, off_target, an_image)
         return self.recipe.steps * step + looks
 
-    def run(self, off_target: list[Task] | None, store: Path | None) -> Outcome:
+    def run(self, off_target: list[Task] | None, store: str | None) -> Outcome:
         """The run under a guard that watches, saved."""
         from ..records.store import append_outcome, default_store
         from ..trainer.calibration.runs import fine_tune
@@ -170,7 +170,7 @@ class _Attempt:
                 self.subject, self.task, self.train, off_target, self.recipe, self.recipe.steps,
                 Path(folder),
             )  # fmt: skip
-        append_outcome(default_store() if store is None else store.expanduser(), outcome)
+        append_outcome(default_store() if store is None else store, outcome)
         return outcome
 
 

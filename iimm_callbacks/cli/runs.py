@@ -23,7 +23,7 @@ def report(
         Path | None, typer.Option(help="Folder [default: RUN_report]", show_default=False)
     ] = None,
     outcomes: Annotated[
-        Path | None,
+        str | None,
         typer.Option(
             "--outcomes",
             "--store",

@@ -191,7 +191,7 @@ def _fetched(name: str, image: Any) -> Any:
     path = str(image.get("path"))
     if "://" not in path:
         return image
-    import fsspec  # type: ignore[import-untyped]  # comes with `datasets`
+    import fsspec  # comes with `datasets`
 
     try:
         with fsspec.open(path, "rb") as file:

@@ -262,9 +262,9 @@ class Task:
             return [int(i) for i in order if first[self._labels[i]] == i][:size]
         labels = np.asarray(self._labels)[order]
         by_class = np.argsort(labels, kind="stable")
-        first = np.searchsorted(labels[by_class], labels[by_class])  # of its class
+        starts = np.searchsorted(labels[by_class], labels[by_class])  # of its class
         turns = np.empty(len(self), dtype=int)  # how many of its class come before it in `order`
-        turns[by_class] = np.arange(len(self)) - first
+        turns[by_class] = np.arange(len(self)) - starts
         chosen = order[np.argsort(turns, kind="stable")][:size]
         return [int(i) for i in rng.permutation(chosen)]
 

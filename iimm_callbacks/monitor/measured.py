@@ -28,6 +28,7 @@ from ..records.forecast import Forecast
 from ..records.journal import Journal, Journaled, opening
 from ..records.ledger import Ledger
 from ..records.log import get_logger
+from ..records.objects import Address
 from ..records.outcomes import Outcome
 from ..records.store import as_outcomes
 from ..records.verdict import Limits
@@ -57,7 +58,7 @@ class Measured(Journaled):
         limits: Limits,
         pace: Pace,
         ledger: Ledger,
-        outcomes: str | Path | Iterable[Outcome] | None,
+        outcomes: str | Path | Address | Iterable[Outcome] | None,
     ) -> None:
         super().__init__()
         self.probe = probe

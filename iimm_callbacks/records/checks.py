@@ -8,12 +8,14 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Callable, Mapping
+from functools import lru_cache
 from typing import Any
 
 Check = Callable[[Any, str], Any]
 
 _DEEPEST = 16  # nesting of `anything`; what is deeper could be read but not copied or written again
 _LARGEST = sys.float_info.max
+_SHORT = 200  # letters of a name that is kept
 
 
 def refuse(name: str, expected: str, got: Any) -> ValueError:
@@ -115,7 +117,7 @@ def dict_of(check: Check) -> Check:
     def check_all(value: Any, name: str) -> dict[str, Any]:
         if not isinstance(value, dict):
             raise refuse(name, "an object", value)
-        return {text(k, f"{name}, a key"): check(v, within(name, k)) for k, v in value.items()}
+        return {_key(k, name): check(v, within(name, k)) for k, v in value.items()}
 
     return check_all
 
@@ -158,12 +160,24 @@ def fields(
     for key, inner in value.items():
         check = checks.get(key, rest)
         if check is not None:
-            found[text(key, f"{name or 'all of it'}, a key")] = check(inner, within(name, key))
+            found[_key(key, name or "all of it")] = check(inner, within(name, key))
     return found
+
+
+def _key(key: Any, name: str) -> str:
+    """A key of an object; most are of letters that need no look."""
+    if isinstance(key, str) and key.isascii():
+        return key
+    return text(key, f"{name}, a key")
 
 
 def within(name: str, key: str) -> str:
     """Name of the field `key` inside the field `name`, for errors."""
+    return _named(name, key) if len(name) + len(key) <= _SHORT else _named.__wrapped__(name, key)
+
+
+@lru_cache(4096)  # names of a record's fields are those of the next
+def _named(name: str, key: str) -> str:
     if name:
         return f"{name}[{short(key)}]"
     return f"{key:.40}" if key.isidentifier() else short(key)

@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from .log import get_logger
+from .objects import Address, as_store
 from .outcomes import Outcome
 from .run_file import process, save_run, sweep
-from .store import append_outcome, as_outcomes, check_is_path, default_store, read_outcomes
+from .store import append_outcome, as_outcomes, default_store, read_outcomes
 
 logger = get_logger(__name__)
 
@@ -26,11 +27,13 @@ class Past:
         store: As `Ledger`.
     """
 
-    runs: str | Path | Iterable[Outcome] | None
-    store: str | Path | None
+    runs: str | Path | Address | Iterable[Outcome] | None
+    store: str | Path | Address | None
 
     @classmethod
-    def of(cls, outcomes: str | Path | Iterable[Outcome] | Past | None, **former: Any) -> Past:
+    def of(
+        cls, outcomes: str | Path | Address | Iterable[Outcome] | Past | None, **former: Any
+    ) -> Past:
         """From `outcomes` of `IIMMCallback`, and from the former `store`.
 
         Raises:
@@ -38,7 +41,7 @@ class Past:
         """
         if isinstance(outcomes, Past):
             return outcomes
-        is_store = outcomes is None or isinstance(outcomes, str | Path)
+        is_store = outcomes is None or isinstance(outcomes, str | Path | Address)
         runs = None if is_store else as_outcomes(outcomes)
         if "store" in former:
             default = outcomes is None or (isinstance(outcomes, str) and outcomes == "default")
@@ -56,14 +59,15 @@ class Ledger:
     process ends otherwise than by being killed.
 
     Args:
-        store: JSON-lines file; ``"default"``: `default_store`; ``None``: nothing is read or kept.
+        store: File, folder or address; ``"default"``: `default_store`; ``None``: nothing is read or
+            kept.
         run_file: JSON file; ``None``: none.
     """
 
-    def __init__(self, store: str | Path | None, run_file: str | Path | None = None) -> None:
-        self.path = default_store() if store == "default" else Path(store) if store else None
-        if self.path is not None:
-            check_is_path(self.path)
+    def __init__(
+        self, store: str | Path | Address | None, run_file: str | Path | None = None
+    ) -> None:
+        self.path = default_store() if store == "default" else as_store(store) if store else None
         self.run_file = None if run_file is None else Path(run_file)
         self._begun = self._warned = self._is_written = self._is_stored = False
         self._drafts: list[Outcome] = []
@@ -105,7 +109,7 @@ class Ledger:
         self._is_stored = bool(self._finalizer()) or self._is_stored  # it runs once
 
     @property
-    def saved(self) -> tuple[Path | None, Path | None]:
+    def saved(self) -> tuple[Path | None, Path | Address | None]:
         """The run file and the store, each only if it has the run; after `close`."""
         run_file = self.run_file if self._is_written else None
         return run_file, self.path if self._is_stored else None
@@ -115,7 +119,7 @@ class Ledger:
         self._drafts.clear()
 
 
-def _write(path: Path | None, drafts: list[Outcome], pid: int) -> bool:
+def _write(path: Path | Address | None, drafts: list[Outcome], pid: int) -> bool:
     """Whether the outcome is in the store now."""
     forked = os.getpid() != pid  # a data loader's worker has a copy of this ledger
     if path is None or not drafts or forked:

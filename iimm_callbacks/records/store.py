@@ -1,10 +1,10 @@
-"""Outcomes in files: JSON lines, a `datasets.Dataset` for the Hub."""
+"""Outcomes in files (JSON lines), at addresses, in a `datasets.Dataset`."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
-import re
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, fields
@@ -14,7 +14,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from filelock import FileLock, Timeout
 from platformdirs import user_cache_path
 
+from . import objects
 from .log import get_logger
+from .objects import Address, as_store
 from .outcomes import Outcome, parse_outcome
 from .saved import read_table
 
@@ -25,52 +27,47 @@ if TYPE_CHECKING:
 logger = get_logger(__name__)
 
 LOCK_SECONDS = 60.0
-_ADDRESS = re.compile(r"[a-z][a-z0-9+.-]+:/", re.IGNORECASE)  # of one slash: what `Path` leaves
 _AS_JSON = (
     "off_target_before", "off_target_after", "trajectory", "recipe", "versions", "images",
 )  # fmt: skip
 _T = TypeVar("_T")
 
 
-def default_store() -> Path:
+def default_store() -> Path | Address:
     """The store of all runs: ``$IIMM_CALLBACKS_STORE``, else a file in the user's cache folder."""
     named = os.environ.get("IIMM_CALLBACKS_STORE")
     if named:
-        return Path(named).expanduser()
+        return as_store(named)
     return user_cache_path("iimm_callbacks") / "outcomes.jsonl"
 
 
-def check_is_path(path: str | Path) -> None:
-    """Raise where a path is the address of a store elsewhere, which would become a folder here.
+def append_outcome(path: str | Path | Address, outcome: Outcome) -> None:
+    """Add one outcome to a store, which is made if it does not exist.
 
-    Raises:
-        ValueError: It is one, such as ``memory://team`` or ``s3://bucket/runs``.
-    """
-    if _ADDRESS.match(str(path)):
-        raise ValueError(
-            f"a store of outcomes must be a file on a disk of this machine, got {str(path)!r}; "
-            "exchange runs with other places by `iimm outcomes export` and `import`"
-        )
-
-
-def append_outcome(path: str | Path, outcome: Outcome) -> None:
-    """Add one outcome to a JSON-lines file, which is made if it does not exist.
-
-    Any number of processes may do so at once: a lock file beside it, ``<path>.lock``, lets one at a
-    time. The line is on disk when this returns; a crash before costs this line only.
+    Any number of processes may do so at once. In a file of JSON lines a lock file beside it,
+    ``<path>.lock``, lets one at a time; the line is on disk when this returns; a crash before costs
+    this line only. In a folder, or at an address, it becomes an object, see `objects`. Where an
+    address cannot be written it is kept on this machine, with a warning, and the next outcome that
+    reaches the address, or `sync`, carries it over.
 
     Args:
-        path: The file.
+        path: A file, or as `objects.as_store`.
         outcome: The record.
 
     Raises:
+        ImportError: The address needs a package that is not installed.
         OSError: The file cannot be written, or others have held the lock for a minute.
-        ValueError: The outcome could not be read back, such as one with NaN in it; or `path` is an
-            address.
+        ValueError: The outcome could not be read back, such as one with NaN in it; or there is no
+            such kind of address.
     """
-    check_is_path(path)
-    path = Path(path)
-    line = _line(outcome)
+    store, line = as_store(path), _line(outcome)
+    if isinstance(store, Address):
+        _put(store, line)
+    else:
+        _append_line(store, line)
+
+
+def _append_line(path: Path, line: bytes) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{path}.lock", timeout=LOCK_SECONDS), path.open("ab+") as file:
@@ -94,27 +91,96 @@ def append_outcome(path: str | Path, outcome: Outcome) -> None:
         ) from error
 
 
-def read_outcomes(path: str | Path) -> list[Outcome]:
-    """All outcomes in a file; a line that is no outcome is reported and skipped.
+def _put(address: Address, line: bytes) -> None:
+    waiting = _waiting(address)
+    try:
+        objects.put(address, line)
+    except OSError as error:
+        if address.folder is not None:
+            raise
+        _append_line(waiting, line)
+        logger.warning(
+            "%s; it is kept in %s until the next outcome that can be written there, or "
+            "`iimm outcomes sync`", error, waiting,
+        )  # fmt: skip
+        return
+    _carry_over(address)
+
+
+def _waiting(address: Address) -> Path:
+    """The file on this machine with what could not be written to an address."""
+    name = hashlib.sha256(str(address).encode()).hexdigest()[:16]
+    return user_cache_path("iimm_callbacks") / "waiting" / f"{name}.jsonl"
+
+
+def _carry_over(address: Address) -> int:
+    """Write what waits for an address there; how many they were."""
+    path = _waiting(address)
+    if not path.exists():
+        return 0
+    with FileLock(f"{path}.lock", timeout=LOCK_SECONDS):
+        found = [item for _, item in _scan_file(path) if isinstance(item, Outcome)]
+        for outcome in found:
+            objects.put(address, _line(outcome))
+        path.unlink()
+    return len(found)
+
+
+def sync(one: str | Path | Address, other: str | Path | Address) -> tuple[int, int]:
+    """Give each of two stores what only the other has; nothing is changed or deleted.
+
+    What waits on this machine for either of them is carried over first. Equal outcomes are one.
+
+    Args:
+        one: As `append_outcome`.
+        other: Likewise.
+
+    Returns:
+        How many were added to `one`, and to `other`.
+
+    Raises:
+        OSError, ImportError, TypeError, ValueError: As `read_outcomes` and `append_outcome`; or a
+            store cannot be written.
+    """
+    stores = [as_store(path) for path in (one, other)]
+    lines: list[dict[bytes, None]] = []
+    for store in stores:
+        if isinstance(store, Address):
+            _carry_over(store)
+        lines.append({_line(o): None for o in read_outcomes(store)} if store.exists() else {})
+    added = []
+    for store, own, others in zip(stores, lines, reversed(lines), strict=True):
+        missing = [line for line in others if line not in own]
+        for line in missing:
+            objects.put(store, line) if isinstance(store, Address) else _append_line(store, line)
+        added.append(len(missing))
+    return added[0], added[1]
+
+
+def read_outcomes(path: str | Path | Address) -> list[Outcome]:
+    """All outcomes in a store; a line or object that is no outcome is reported and skipped.
 
     Needs no lock and writes nothing: what is being appended meanwhile is there or is not.
 
     Args:
-        path: A JSON-lines file, or a folder written by `datasets.Dataset.save_to_disk`.
+        path: A JSON-lines file, a folder written by `datasets.Dataset.save_to_disk`, or a folder
+            or address of objects, see `objects.as_store`.
 
     Returns:
-        The outcomes, in the order of the file.
+        The outcomes, in the order of the file; objects by the time at which they were written, and
+        last what waits on this machine to be written to an address.
 
     Raises:
-        OSError: The file cannot be read.
+        ImportError: The address needs a package that is not installed.
+        OSError: The file or address cannot be read.
         TypeError: It is a folder of several splits.
-        ValueError: It is a folder that is damaged as a whole, or names files outside of it; or an
-            address such as ``s3://...``.
+        ValueError: It is a folder that is damaged as a whole, or names files outside of it; or
+            there is no such kind of address.
     """
     return _report(_scan(path), str(path))
 
 
-def check_store(path: str | Path) -> list[str]:
+def check_store(path: str | Path | Address) -> list[str]:
     """What `read_outcomes` would report and skip.
 
     Args:
@@ -130,11 +196,13 @@ def check_store(path: str | Path) -> list[str]:
     return [f"{where}: {found}" for where, found in _scan(path) if isinstance(found, ValueError)]
 
 
-def as_outcomes(source: str | Path | Dataset | Iterable[Outcome] | None) -> list[Outcome]:
+def as_outcomes(
+    source: str | Path | Address | Dataset | Iterable[Outcome] | None,
+) -> list[Outcome]:
     """Outcomes, in whatever form they are given, as a list.
 
     Args:
-        source: A JSON-lines file, a folder written by `datasets.Dataset.save_to_disk`, a
+        source: A store, as `read_outcomes`, a
             `datasets.Dataset` of `to_dataset`, or records. ``None``: none.
 
     Returns:
@@ -147,7 +215,7 @@ def as_outcomes(source: str | Path | Dataset | Iterable[Outcome] | None) -> list
     """
     if source is None:
         return []
-    if isinstance(source, str | Path):
+    if isinstance(source, str | Path | Address):
         return read_outcomes(source)
     if "datasets" in sys.modules and isinstance(source, sys.modules["datasets"].Dataset):
         return from_dataset(source)
@@ -208,14 +276,29 @@ def _line(outcome: Outcome) -> bytes:
     return f"{line}\n".encode()
 
 
-def _scan(path: str | Path) -> Iterator[tuple[str, Outcome | ValueError]]:
-    """Each line of a file, or row of a folder: where it is, and the outcome or what is wrong."""
-    check_is_path(path)
-    if Path(path).is_dir():
-        table = read_table(Path(path))
+def _scan(path: str | Path | Address) -> Iterator[tuple[str, Outcome | ValueError]]:
+    """Each line, row or object: where it is, and the outcome or what is wrong."""
+    is_folder = not isinstance(path, Address) and Path(path).is_dir()
+    store = as_store(path)
+    if isinstance(store, Address):
+        yield from _parse_each(objects.scan(store), _decode_object)
+        if (waiting := _waiting(store)).exists():
+            yield from _scan_file(waiting)
+    elif is_folder:
+        table = read_table(store)
         yield from _scan_tables([] if table is None else [table])
-        return
-    with Path(path).open(encoding="utf-8", errors="surrogateescape") as file:
+    else:
+        yield from _scan_file(store)
+
+
+def _decode_object(data: bytes | ValueError) -> Any:
+    if isinstance(data, ValueError):
+        raise data
+    return json.loads(data)
+
+
+def _scan_file(path: Path) -> Iterator[tuple[str, Outcome | ValueError]]:
+    with path.open(encoding="utf-8", errors="surrogateescape") as file:
         lines = ((f"line {n}", line) for n, line in enumerate(file, start=1) if line.strip())
         yield from _parse_each(lines, json.loads)
 

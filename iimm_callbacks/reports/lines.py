@@ -66,7 +66,7 @@ def look_line(row: dict[str, Any]) -> str:
     return page(" | ".join([*parts, level_words(row["level"])]))
 
 
-def saved_lines(run_file: Path | None, store: Path | None) -> str:
+def saved_lines(run_file: Path | None, store: Any) -> str:
     """Where the run went, and how to see it.
 
     Args:

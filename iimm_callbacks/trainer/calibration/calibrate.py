@@ -16,8 +16,9 @@ from tqdm.auto import tqdm
 from ...data.tasks import Task, check_tasks
 from ...probing import ranks
 from ...records.log import get_logger
+from ...records.objects import Address, as_store
 from ...records.outcomes import Outcome, one_of_each_run
-from ...records.store import append_outcome, check_is_path, default_store, read_outcomes
+from ...records.store import append_outcome, default_store, read_outcomes
 from . import learnt
 from .budget import Job
 from .lessons import measure
@@ -82,7 +83,7 @@ def calibrate(
     processor: Any,
     off_target: Sequence[Task] | None = None,
     n_tasks: int = 4,
-    store: str | Path = "default",
+    store: str | Path | Address = "default",
     output: str | Path = "iimm_calibration",
     budget: float | None = None,
     script: str | Path | None = None,
@@ -104,7 +105,7 @@ def calibrate(
         processor: As `IIMMCallback`.
         off_target: As `IIMMCallback`; give what your real runs will be guarded by.
         n_tasks: To learn.
-        store: JSON-lines file that the outcomes are added to; ``"default"``: the user's.
+        store: That the outcomes are added to, as `append_outcome`; ``"default"``: the user's.
         output: Folder for the plan and the run files.
         budget: Seconds, from the call on. Runs become shorter, down to a fifth of their steps, then
             fewer; a run that is not done by then is ended and counts for nothing. ``None``: no
@@ -126,8 +127,7 @@ def calibrate(
     began = perf_counter()
     state = PartialState(cpu=True) if use_cpu else PartialState()
     _check(tasks, recipes, n_tasks, script, state.num_processes)
-    store = default_store() if store == "default" else Path(store)
-    check_is_path(store)
+    place = default_store() if store == "default" else as_store(store)
 
     def say(text: str) -> None:
         if progress and state.is_main_process:
@@ -145,11 +145,11 @@ def calibrate(
     if jobs is None:
         cost = work.time()
         jobs = ranks.from_first(lambda: work.make_plan(cost, left()))
-    known = ranks.from_first(lambda: read_outcomes(store) if store.exists() else [])
+    known = ranks.from_first(lambda: read_outcomes(place) if place.exists() else [])
     done = {o.run: o for o in one_of_each_run(known) if o.complete and o.run}
     to_do = [job for job in jobs if work.key(job) not in done]
     say(work.in_words(jobs, to_do, budget))
-    failed = _do(work, to_do, done, store, left, say)
+    failed = _do(work, to_do, done, place, left, say)
     return ranks.from_first(lambda: _learn(work, jobs, done, known, failed))
 
 
@@ -157,7 +157,7 @@ def _do(
     work: Work,
     to_do: Sequence[Job],
     done: dict[str, Outcome],
-    store: Path,
+    store: Path | Address,
     left: Callable[[], float | None],
     say: Callable[[str], None],
 ) -> dict[str, str]:

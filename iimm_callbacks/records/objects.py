@@ -1,0 +1,231 @@
+"""Outcomes as one immutable object each, in a folder or at any address that fsspec knows.
+
+An object's name is a hash of its content. So nothing is locked, any number of writers on any number
+of machines may add to one place, and the same outcome twice is one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import secrets
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+from .log import get_logger
+
+logger = get_logger(__name__)
+
+_T = TypeVar("_T")
+_SCHEME = re.compile(r"([a-z][a-z0-9+.-]+):/", re.IGNORECASE)  # of one slash: what `Path` leaves
+_OBJECT = re.compile(r"outcome-([0-9a-f]{32})\.json")
+_PAUSES = (0.5, 2.0)  # seconds before another try
+_AT_ONCE = 256  # objects that are fetched together
+# Where `makedirs` would make a bucket, and a prefix needs no folder.
+_FLAT = {"s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "adl", "oss", "hf", "http", "https"}
+# Where file systems tell when an object was written.
+_TIMES = ("mtime", "LastModified", "updated", "last_modified", "created")
+
+
+class Address:
+    """Where outcomes are kept as objects: ``s3://bucket/team``, ``hf://datasets/org/name``...
+
+    It has those methods of a `Path` that a store needs.
+
+    Args:
+        text: The address; of a folder on this machine ``file://`` and its path.
+
+    Raises:
+        ImportError: The package that reads it is not installed.
+        ValueError: No file system has its scheme.
+    """
+
+    def __init__(self, text: str) -> None:
+        self._text = text.rstrip("/")
+        self._root = self.filesystem()[1]
+
+    def __str__(self) -> str:
+        return self._text
+
+    def __repr__(self) -> str:
+        return f"Address({self._text!r})"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Address) and self._text == other._text
+
+    def __hash__(self) -> int:
+        return hash(self._text)
+
+    def filesystem(self) -> tuple[Any, str]:
+        """The file system of fsspec, and the path in it. Credentials are the environment's."""
+        import fsspec
+
+        try:
+            files, root = fsspec.core.url_to_fs(self._text)
+        except ImportError as error:
+            raise ImportError(f"the store {self} needs another package: {error}") from error
+        except ValueError as error:
+            raise ValueError(
+                f"a store of outcomes must be a file, a folder or an address that fsspec knows, "
+                f"such as s3://bucket/team or hf://datasets/org/name, got {self._text!r} ({error})"
+            ) from error
+        return files, root.rstrip("/")
+
+    @property
+    def folder(self) -> Path | None:
+        """The folder that it is, on this machine."""
+        return Path(self._root) if self._text.startswith("file:") else None
+
+    def exists(self) -> bool:
+        """Whether it may hold outcomes: elsewhere than on this machine it is not asked."""
+        return self.folder is None or self.folder.is_dir()
+
+    def is_dir(self) -> bool:
+        """As a folder."""
+        return self.exists()
+
+    def expanduser(self) -> Address:
+        """The address itself."""
+        return self
+
+
+def as_store(path: str | Path | Address) -> Path | Address:
+    """A file of outcomes, or the address of a folder of objects.
+
+    Args:
+        path: ``s3://...`` and the like is an address; so is a folder that ends in ``/``, or
+            that holds objects, unless `datasets` wrote it. All else is a file.
+
+    Raises:
+        ImportError, ValueError: As `Address`; or a `Path` of an address, which has lost a slash.
+    """
+    if isinstance(path, Address):
+        return path
+    if _SCHEME.match(str(path)):
+        if isinstance(path, Path):
+            raise ValueError(f"an address must be given as text, got {path!r}")
+        return Address(str(path))
+    found = Path(path).expanduser()
+    ends_as_folder = isinstance(path, str) and path.endswith(("/", os.sep))
+    names = os.listdir(found) if found.is_dir() else []
+    if {"state.json", "dataset_dict.json", "dataset_info.json"} & set(names):
+        return found
+    is_objects = any(map(_OBJECT.fullmatch, names))
+    return Address(f"file://{found.absolute()}") if ends_as_folder or is_objects else found
+
+
+def put(address: Address, data: bytes) -> None:
+    """Add an object; it is there as a whole or not at all, and once however often it is added.
+
+    Raises:
+        OSError: It cannot be written, after some tries.
+    """
+    name = f"outcome-{_hash(data)}.json"
+    if address.folder is not None:
+        _put_file(address.folder, name, data)
+        return
+
+    def write() -> None:
+        files, root = address.filesystem()
+        try:
+            files.pipe_file(f"{root}/{name}", data)
+        except FileNotFoundError:
+            if str(address).partition(":")[0] in _FLAT:
+                raise
+            files.makedirs(root, exist_ok=True)
+            files.pipe_file(f"{root}/{name}", data)
+
+    _tried(write, f"write an outcome to {address}")
+
+
+def _put_file(folder: Path, name: str, data: bytes) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    unfinished = folder / f".{name}.{secrets.token_hex(4)}.unfinished"
+    try:
+        with unfinished.open("xb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(unfinished, folder / name)
+    except BaseException:
+        with suppress(OSError):
+            unfinished.unlink()
+        raise
+
+
+def scan(address: Address) -> Iterator[tuple[str, bytes | ValueError]]:
+    """Name and content of each object, the oldest first; or what is wrong with it.
+
+    What is none is told, and never deleted.
+
+    Raises:
+        OSError: The place cannot be read, after some tries.
+    """
+    names = _tried(lambda: _list(address), f"list the outcomes in {address}")
+    for start in range(0, len(names), _AT_ONCE):
+        some = names[start : start + _AT_ONCE]
+        ours = [name for name in some if _OBJECT.fullmatch(name)]
+        contents = _tried(partial(_fetch, address, ours), f"read outcomes of {address}")
+        for name in some:
+            data: bytes | ValueError = contents.get(name) or ValueError(
+                "it is gone, or not named as an outcome is"
+            )
+            if isinstance(data, bytes) and f"outcome-{_hash(data)}.json" != name:
+                data = ValueError("its content is not what its name says: torn, or changed")
+            yield name, data
+
+
+def _list(address: Address) -> list[str]:
+    files, root = address.filesystem()
+    with suppress(FileNotFoundError):
+        files.invalidate_cache(root)
+        rows = files.ls(root, detail=True)
+        found = [
+            (_written(row), row["name"].rsplit("/", 1)[-1]) for row in rows if row["type"] == "file"
+        ]
+        return [name for _, name in sorted(found) if name[0] != "." and name != "README.md"]
+    return []
+
+
+def _written(row: dict[str, Any]) -> float:
+    """Seconds; 0 where the file system does not tell."""
+    told = next((row[name] for name in _TIMES if row.get(name) is not None), 0.0)
+    return float(told.timestamp()) if hasattr(told, "timestamp") else float(told)
+
+
+def _fetch(address: Address, names: list[str]) -> dict[str, bytes]:
+    files, root = address.filesystem()
+    if not names:
+        return {}
+    found = files.cat([f"{root}/{name}" for name in names], on_error="return")
+    contents: dict[str, bytes] = {}
+    for path, data in found.items():
+        if isinstance(data, Exception) and not isinstance(data, FileNotFoundError):
+            raise data
+        if isinstance(data, bytes):
+            contents[path.rsplit("/", 1)[-1]] = data
+    return contents
+
+
+def _tried(act: Callable[[], _T], what: str) -> _T:
+    """What `act` returns; tried again where a network may have failed half-way."""
+    for pause in (*_PAUSES, None):
+        try:
+            return act()
+        except (PermissionError, NotImplementedError) as error:
+            raise PermissionError(f"cannot {what}: {error}") from error
+        except Exception as error:  # each file system has its own
+            if pause is None:
+                raise OSError(f"cannot {what}: {type(error).__name__}: {error}") from error
+            logger.debug("%s failed (%s), trying again in %g s", what, error, pause)
+            time.sleep(pause)
+    raise AssertionError  # the last try returns or raises
+
+
+def _hash(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()[:32]

@@ -1,0 +1,315 @@
+"""Outcomes as objects: in folders and at addresses, by any number of writers, whatever fails."""
+
+import json
+import os
+import random
+import signal
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import fsspec
+import pytest
+from fsspec.implementations.memory import MemoryFileSystem
+from test_cli import ask, fails, run
+from test_outcomes import PUBLISHED, RUN
+
+from iimm_callbacks import IIMMCallback, append_outcome, read_outcomes
+from iimm_callbacks.records import objects, store
+from iimm_callbacks.records.ledger import Ledger
+from iimm_callbacks.records.objects import Address, as_store
+from iimm_callbacks.records.store import as_outcomes, check_store, default_store, sync
+
+STOPPED = replace(RUN, complete=False, ended="stopped")
+
+
+def runs(n, start=0):
+    return [replace(RUN, task=f"task {i}", run=f"{i}") for i in range(start, start + n)]
+
+
+def by_task(outcomes):
+    return sorted(outcomes, key=lambda o: (o.task, o.run, o.complete))
+
+
+@pytest.fixture(autouse=True)
+def apart(tmp_path, monkeypatch):
+    """Nothing waits in the user's cache, no pause is long, and memory is empty."""
+    monkeypatch.setattr(store, "user_cache_path", lambda name: tmp_path / "cache" / name)
+    monkeypatch.setattr(objects, "_PAUSES", (0.0, 0.0))
+    MemoryFileSystem.store.clear()
+    MemoryFileSystem.pseudo_dirs[:] = [""]
+
+
+@pytest.fixture(params=["folder", "memory", "file"])
+def place(request, tmp_path):
+    """A store of each kind, as a user writes it."""
+    return {
+        "folder": f"{tmp_path}/team/",
+        "memory": "memory://team/runs",
+        "file": str(tmp_path / "team.jsonl"),
+    }[request.param]
+
+
+def test_outcomes_come_back_as_they_were_written_in_their_order(place):
+    for outcome in (RUN, STOPPED, PUBLISHED):
+        append_outcome(place, outcome)
+        time.sleep(0.01)
+    assert read_outcomes(place) == [RUN, STOPPED, PUBLISHED]
+    assert as_outcomes(place) == [RUN, STOPPED, PUBLISHED]
+    assert check_store(place) == []
+
+
+@pytest.mark.parametrize("place", ["folder", "memory"], indirect=True)
+def test_the_same_outcome_twice_is_one_object(place):
+    for _ in range(3):
+        append_outcome(place, RUN)
+    assert read_outcomes(place) == [RUN]
+
+
+def test_an_empty_place_holds_none_and_reading_makes_nothing(tmp_path):
+    assert read_outcomes("memory://nothing") == []
+    assert not as_store(f"{tmp_path}/none/").exists()
+    assert read_outcomes(f"{tmp_path}/none/") == []
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_which_paths_are_files_and_which_are_folders_of_objects(tmp_path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "notes.txt").write_text("x")
+    store.to_dataset([RUN]).save_to_disk(tmp_path / "saved")
+    append_outcome(f"{tmp_path}/objects/", RUN)
+    for name in ("new.jsonl", "other", "saved", "empty"):
+        assert as_store(tmp_path / name) == tmp_path / name
+    for name in (f"{tmp_path}/empty/", tmp_path / "objects"):
+        assert as_store(name) == Address(f"file://{name}")
+    assert as_store("C:/runs") == Path("C:/runs")
+    assert as_store(f"{tmp_path}/saved/") == tmp_path / "saved"
+    assert read_outcomes(f"{tmp_path}/saved/") == [RUN]
+    assert read_outcomes(tmp_path / "objects") == [RUN]
+
+
+@pytest.mark.parametrize("place", ["folder", "memory"], indirect=True)
+def test_torn_changed_and_foreign_objects_are_named_skipped_and_left(place, caplog):
+    append_outcome(place, RUN)
+    files, root = as_store(place).filesystem()
+    (name,) = (row.rsplit("/", 1)[-1] for row in files.ls(root, detail=False))
+    data = files.cat_file(f"{root}/{name}")
+    others = {
+        f"outcome-{'0' * 32}.json": data,
+        f"outcome-{'1' * 32}.json": data[:40],
+        "holiday.jpg": b"\xff\xd8",
+        f"outcome-{objects._hash(b'{}')}.json": b"{}",
+    }
+    for other, content in others.items():
+        files.pipe_file(f"{root}/{other}", content)
+    files.pipe_file(f"{root}/README.md", b"what this is")
+    assert read_outcomes(place) == [RUN]
+    told = check_store(place)
+    assert sorted(line.split(":")[0] for line in told) == sorted(others)
+    assert len([r for r in caplog.records if "is not an outcome and is skipped" in r.message]) == 4
+    assert len(files.ls(root)) == 6
+
+
+def write_until_killed(folder, seed, n):
+    """A process of its own that says which outcomes it is sure of; None where it was killed."""
+    read_end, write_end = os.pipe()
+    child = os.fork()
+    if not child:
+        os.close(read_end)
+        for i in range(n):
+            append_outcome(folder, replace(RUN, task=f"{seed}", run=f"{seed}-{i}"))
+            os.write(write_end, f"{seed}-{i}\n".encode())
+        os._exit(0)
+    os.close(write_end)
+    return child, read_end
+
+
+def test_writers_that_are_killed_lose_nothing_that_they_were_sure_of(tmp_path):
+    places = [f"{tmp_path}/one/", f"{tmp_path}/two/"]
+    rng = random.Random(0)
+    sure = {place: set() for place in places}
+    for turn in range(3):
+        writers = [
+            (place, *write_until_killed(place, 8 * turn + i, 40))
+            for i, place in enumerate(places * 4)
+        ]
+        for _, child, _ in writers:
+            time.sleep(rng.uniform(0, 0.01))
+            os.kill(child, signal.SIGKILL)
+        for place, child, end in writers:
+            os.waitpid(child, 0)
+            with os.fdopen(end) as said:
+                sure[place] |= set(said.read().split())
+    for place in places:
+        found = [o.run for o in read_outcomes(place)]
+        assert len(found) == len(set(found))
+        assert sure[place] <= set(found)
+        assert check_store(place) == []
+    assert sum(map(len, sure.values())) > 10
+
+
+class Flaky(MemoryFileSystem):
+    """A network: `failing` calls to come raise what `error` makes."""
+
+    protocol = "flaky"
+    failing = 0
+    error: type[Exception] = ConnectionError
+    store, pseudo_dirs = {}, [""]
+
+    @classmethod
+    def _strip_protocol(cls, path):
+        return super()._strip_protocol(path.replace("flaky://", "memory://"))
+
+    def _fails(self):
+        if Flaky.failing > 0:
+            Flaky.failing -= 1
+            raise Flaky.error("the network is down")
+
+    def pipe_file(self, *args, **more):
+        self._fails()
+        return super().pipe_file(*args, **more)
+
+    def ls(self, *args, **more):
+        self._fails()
+        return super().ls(*args, **more)
+
+
+@pytest.fixture
+def flaky(monkeypatch):
+    fsspec.register_implementation("flaky", Flaky, clobber=True)
+    Flaky.store.clear()
+    monkeypatch.setattr(Flaky, "failing", 0)
+    monkeypatch.setattr(Flaky, "error", ConnectionError)
+    return "flaky://team"
+
+
+def test_what_fails_half_way_is_tried_again(flaky, caplog):
+    Flaky.failing = 2
+    append_outcome(flaky, RUN)
+    Flaky.failing = 2
+    assert read_outcomes(flaky) == [RUN]
+    assert not caplog.records
+
+
+def test_what_cannot_be_written_waits_on_this_machine_and_is_carried_over(flaky, caplog, tmp_path):
+    Flaky.failing = 3
+    append_outcome(flaky, RUN)
+    (told,) = [r.message for r in caplog.records]
+    assert "cannot write an outcome to flaky://team: ConnectionError" in told
+    assert "it is kept in" in told
+    assert Flaky.store == {}
+    assert read_outcomes(flaky) == [RUN]  # what waits is known here
+    append_outcome(flaky, STOPPED)
+    assert len(Flaky.store) == 2
+    assert not list((tmp_path / "cache").rglob("*.jsonl"))
+    assert by_task(read_outcomes(flaky)) == by_task([RUN, STOPPED])
+
+
+def test_sync_carries_over_what_waits(flaky, tmp_path):
+    Flaky.failing = 3
+    append_outcome(flaky, RUN)
+    assert sync(f"{tmp_path}/mine.jsonl", flaky) == (1, 0)
+    assert len(Flaky.store) == 1
+    assert read_outcomes(tmp_path / "mine.jsonl") == [RUN]
+
+
+def test_a_network_that_stays_down_is_an_error_to_a_reader(flaky):
+    Flaky.failing = 99
+    with pytest.raises(OSError, match="cannot list the outcomes in flaky://team: ConnectionError"):
+        read_outcomes(flaky)
+    assert Ledger(flaky).read() == []
+
+
+def test_without_permission_it_is_not_tried_again(flaky):
+    Flaky.failing, Flaky.error = 99, PermissionError
+    with pytest.raises(PermissionError, match="the network is down"):
+        read_outcomes(flaky)
+    assert Flaky.failing == 98
+
+
+def test_a_scheme_whose_package_is_not_installed_says_which(monkeypatch):
+    def missing(text):
+        raise ImportError("Install s3fs to access S3")
+
+    monkeypatch.setattr(fsspec.core, "url_to_fs", missing)
+    with pytest.raises(ImportError, match="the store s3://bucket/team needs another package: Inst"):
+        Address("s3://bucket/team")
+
+
+@pytest.mark.parametrize("other", ["memory://team", "{tmp}/folder/", "{tmp}/other.jsonl"])
+def test_sync_goes_both_ways_and_twice_is_once(other, tmp_path):
+    mine, other = str(tmp_path / "mine.jsonl"), other.format(tmp=tmp_path)
+    for outcome in runs(3):
+        append_outcome(mine, outcome)
+    for outcome in runs(3, start=2):
+        append_outcome(other, outcome)
+    assert sync(mine, other) == (2, 2)
+    assert by_task(read_outcomes(mine)) == by_task(read_outcomes(other)) == by_task(runs(5))
+    assert read_outcomes(mine)[:3] == runs(3)  # as it was
+    assert sync(mine, other) == sync(other, mine) == (0, 0)
+
+
+def test_names_in_an_outcome_are_no_names_of_files(tmp_path):
+    hostile = replace(RUN, task="../../etc/passwd", model="<script>alert(1)</script>", run="a/b\n")
+    append_outcome(f"{tmp_path}/team/", hostile)
+    assert [path.parent.name for path in tmp_path.rglob("*.json")] == ["team"]
+    assert read_outcomes(f"{tmp_path}/team/") == [hostile]
+
+
+def test_a_clock_that_goes_back_loses_nothing(tmp_path):
+    folder = tmp_path / "team"
+    for i, outcome in enumerate(runs(3)):
+        append_outcome(f"{folder}/", outcome)
+        newest = max(folder.iterdir(), key=lambda path: path.stat().st_mtime_ns)
+        os.utime(newest, (1000 - i, 1000 - i))
+    assert by_task(read_outcomes(f"{folder}/")) == runs(3)
+
+
+def test_a_guarded_run_saves_to_an_address_and_the_next_one_learns_from_it(
+    make_trainer, colour_task, shape_task
+):
+    for n in (1, 2):
+        guard = IIMMCallback(
+            colour_task, shape_task, outcomes="memory://team", verbose=False, card=False
+        )
+        make_trainer([guard]).train()
+        assert len(read_outcomes("memory://team")) == n
+    assert "1 complete run of this" in guard.monitor.record()["forecast"]["basis"]
+
+
+def test_a_run_whose_store_is_out_of_reach_goes_on_and_keeps_its_outcome(
+    make_trainer, colour_task, shape_task, flaky
+):
+    Flaky.failing = 99
+    guard = IIMMCallback(colour_task, shape_task, outcomes=flaky, verbose=False, card=False)
+    make_trainer([guard]).train()
+    Flaky.failing = 0
+    assert read_outcomes(flaky) == [guard.outcome]
+
+
+def test_the_users_store_may_be_an_address(monkeypatch):
+    monkeypatch.setenv("IIMM_CALLBACKS_STORE", "memory://mine")
+    assert default_store() == Address("memory://mine")
+    append_outcome(default_store(), RUN)
+    assert ask("outcomes", "list")["n_outcomes"] == 1
+    doctor = json.loads(run("doctor", "--json").stdout)
+    assert doctor["store"] | {"problems": []} == {
+        "path": "memory://mine", "runs": 1, "damaged": 0, "writable": True, "problems": [],
+    }  # fmt: skip
+
+
+def test_the_commands_take_addresses(tmp_path):
+    mine = tmp_path / "mine.jsonl"
+    append_outcome(mine, RUN)
+    assert ask("outcomes", "sync", mine, "memory://team")["added"] == [0, 1]
+    assert ask("outcomes", "list", "--store", "memory://team")["n_outcomes"] == 1
+    assert ask("outcomes", "check", "--store", "memory://team")["problems"] == []
+    assert ask("outcomes", "import", "memory://team", "--store", f"{tmp_path}/new/")["added"] == 1
+    assert ask("outcomes", "list", "--store", f"{tmp_path}/new/")["n_outcomes"] == 1
+    ask("outcomes", "export", tmp_path / "all.jsonl", "--store", "memory://team")
+    assert read_outcomes(tmp_path / "all.jsonl") == [RUN]
+    told = fails("outcomes", "list", "--store", "nosuch://team")
+    assert "must be a file, a folder or an address that fsspec knows" in told
+    assert not (tmp_path / "nosuch:").exists()
+    assert not Path("nosuch:").exists()
