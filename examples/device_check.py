@@ -365,7 +365,6 @@ CHECKS = (
 
 def main(argv=None):
     (settings,) = HfArgumentParser(Settings).parse_args_into_dataclasses(argv)
-    logging.getLogger("iimm_callbacks").setLevel(logging.ERROR)
     if device_of(settings) == "cuda":
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     if settings.run:
@@ -389,4 +388,5 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
+    logging.getLogger("iimm_callbacks").setLevel(logging.ERROR)
     sys.exit(main())

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 Store = Annotated[
     str | None,
     typer.Option(
-        help="Saved runs: file, folder/, address, or sample [default: the user's]",
+        help="Saved runs, or sample [default: the user's]",
         show_default=False,
     ),
 ]
