@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -106,7 +106,8 @@ def export(
 ) -> Answer:
     """Write the saved runs to a file, a folder or the Hub.
 
-    What it writes, `iimm outcomes import` reads; a folder is one of `datasets`.
+    What it writes, `iimm outcomes import` reads; a folder is one of `datasets`. To the Hub goes
+    nothing of who saved a run.
     """
     from ..records.store import to_dataset
 
@@ -117,7 +118,8 @@ def export(
     if not found:
         raise ValueError(f"`--store` must hold outcomes to export, got {path} without any")
     if target is None:
-        to_dataset(found).push_to_hub(push_to_hub, private=private or None)
+        public = [replace(o, provenance=_without_who(o.provenance)) for o in found]
+        to_dataset(public).push_to_hub(push_to_hub, private=private or None)
     else:
         _write(found, target.expanduser())
     where = str(push_to_hub or target)
@@ -125,15 +127,27 @@ def export(
     return Answer(data, f"{len(found)} outcomes of {path} written to {where}")
 
 
+def _without_who(provenance: dict[str, str]) -> dict[str, str]:
+    return {name: value for name, value in provenance.items() if name != "who"}
+
+
 @command(app, "check")
 def check(store: Store = None) -> Answer:
-    """Name the damaged lines; exit code 1 if there are any."""
-    from ..records.store import check_store
+    """Name the damaged lines; exit code 1 if there are any.
+
+    Also what seems wrong with the others, which is no error: doubles, contradictions, accuracies
+    below chance, and runs far off from those like them.
+    """
+    from ..records.audit import doubts
+    from ..records.store import check_store, read_outcomes
 
     path = _existing(store)
     problems = check_store(path) if path.exists() else []
-    text = "\n".join(f"{path} {problem}" for problem in problems) or f"{path}: no damaged lines"
-    return Answer({"store": str(path), "problems": problems}, text, 1 if problems else 0)
+    doubted = doubts(read_outcomes(path)) if path.exists() else []
+    lines = [f"{path} {problem}" for problem in problems] or [f"{path}: no damaged lines"]
+    text = "\n".join([*lines, *(f"To look at: {doubt}" for doubt in doubted)])
+    data = {"store": str(path), "problems": problems, "doubts": doubted}
+    return Answer(data, text, 1 if problems else 0)
 
 
 @command(app, "sync")

@@ -23,6 +23,7 @@ from .checks import (
 )
 from .look import Look
 from .outcomes import Outcome, library_versions, parse_outcome
+from .provenance import provenance
 from .verdict import LEVELS, Verdict
 
 
@@ -218,6 +219,7 @@ def opening(
         off_target_after=accuracies,
         recipe=recipe,
         versions=library_versions(),
+        provenance=provenance(),
         run=run,
         n_train=n_train,
         linear_probe_accuracy=carried,

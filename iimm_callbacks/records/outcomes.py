@@ -58,6 +58,8 @@ class Outcome:
         linear_probe_standard_error: Of that.
         linear_probe_n_train: Images that the probe was fitted to.
         images: Name of an accuracy, such as ``"final_accuracy"`` -> which images it is of.
+        provenance: Who saved it, when, and by which script, see `provenance`; two records that
+            differ in that only are equal.
         schema_version: Of this record.
     """
 
@@ -88,6 +90,7 @@ class Outcome:
     linear_probe_standard_error: float | None = None
     linear_probe_n_train: int | None = None
     images: dict[str, str] = field(default_factory=dict)
+    provenance: dict[str, str] = field(default_factory=dict, compare=False)
     schema_version: int = SCHEMA_VERSION
 
     @property
@@ -197,7 +200,11 @@ _CHECKS: dict[str, Check] = (
     | dict.fromkeys(("iimm", "inter", "intra"), or_none(DIFFERENCE))
     | dict.fromkeys(("n_images", "n_classes", "n_train"), or_none(count))
     | {"linear_probe_accuracy": or_none(FRACTION), "linear_probe_n_train": or_none(count)}
-    | {"linear_probe_standard_error": or_none(ERROR), "images": dict_of(text)}
+    | {
+        "linear_probe_standard_error": or_none(ERROR),
+        "images": dict_of(text),
+        "provenance": dict_of(text),
+    }
     | dict.fromkeys(("zero_shot_accuracy", "final_accuracy"), FRACTION)
     | dict.fromkeys(("off_target_before", "off_target_after"), dict_of(FRACTION))
     | {"standard_error": or_none(ERROR), "complete": flag}

@@ -29,6 +29,7 @@ logger = get_logger(__name__)
 LOCK_SECONDS = 60.0
 _AS_JSON = (
     "off_target_before", "off_target_after", "trajectory", "recipe", "versions", "images",
+    "provenance",
 )  # fmt: skip
 _T = TypeVar("_T")
 

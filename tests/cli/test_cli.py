@@ -634,7 +634,7 @@ def test_a_store_that_cannot_be_written_is_an_error(record, tmp_path, store):
 
 
 def test_check_names_the_damaged_line(record, store):
-    assert ask("outcomes", "check") == {"store": str(store), "problems": []}
+    assert ask("outcomes", "check") == {"store": str(store), "problems": [], "doubts": []}
     assert "no damaged lines" in run("outcomes", "check").stdout
     lines = store.read_text().splitlines()
     lines[1] = lines[1][:-9]

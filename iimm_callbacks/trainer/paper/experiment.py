@@ -20,6 +20,7 @@ from ...probing import ranks
 from ...probing.probe import Probe
 from ...records.log import get_logger
 from ...records.outcomes import Outcome, library_versions, one_of_each_run
+from ...records.provenance import provenance
 from ...records.run_file import save_run
 from ...records.store import append_outcome, read_outcomes
 from .measuring import measure
@@ -238,6 +239,7 @@ class _Model:
                 "validation_accuracy": best.validation_accuracy,
             },
             versions=library_versions(),
+            provenance=provenance(),
             run=identity,
             n_train=len(self.splits[task].train),
         )

@@ -1,0 +1,117 @@
+"""Saved runs -> which of them to look at: doubles, contradictions, implausible and far-off ones."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+
+from .outcomes import Outcome
+
+_APART = 0.02  # zero-shot accuracies of one model on the same images
+_LEAST_IMAGES = 50
+_FEWEST = 8  # runs that tell what is usual
+_FAR, _LEAST_FAR = 6.0, 0.2  # median absolute deviations, and a fraction
+
+
+def doubts(outcomes: Iterable[Outcome]) -> list[str]:
+    """What seems wrong with saved runs, in words; a reason to look, not a proof.
+
+    - a run that is there twice, or twice with other results;
+    - one model with two zero-shot accuracies on the same images, prompts and preprocessing;
+    - an accuracy of less than half of chance, on 50 images or more;
+    - forgetting more than six median absolute deviations, and 20 points, from the median of eight
+      or more complete runs of the model by the method; gain likewise, of those on the same task,
+      as tasks differ in what there is to gain.
+
+    Args:
+        outcomes: As `read_outcomes` returns them.
+
+    Returns:
+        A line for each, in the order of the rules; each names runs as ``task, method (run)``.
+    """
+    runs = list(outcomes)
+    return [*_doubles(runs), *_contradictions(runs), *_implausible(runs), *_far_off(runs)]
+
+
+def _name(o: Outcome) -> str:
+    return f"{o.model}: {o.task}, {o.method} ({o.run or 'run unknown'})"
+
+
+def _doubles(runs: Sequence[Outcome]) -> list[str]:
+    found: dict[str, list[Outcome]] = defaultdict(list)
+    for o in runs:
+        if o.run and o.complete:
+            found[o.run].append(o)
+    told = []
+    for same in found.values():
+        if len(same) > 1:
+            differ = any(_content(o) != _content(same[0]) for o in same)
+            told.append(
+                f"{_name(same[0])}: there {len(same)} times"
+                f"{', with other results; the last one counts' if differ else ''}"
+            )
+    return told
+
+
+def _content(o: Outcome) -> dict[str, Any]:
+    return asdict(o) | {"provenance": None, "versions": None}
+
+
+def _contradictions(runs: Sequence[Outcome]) -> list[str]:
+    found: dict[tuple[str, str], list[Outcome]] = defaultdict(list)
+    for o in runs:
+        if o.model_fingerprint and o.task_fingerprint:
+            found[o.model_fingerprint, o.task_fingerprint].append(o)
+    told = []
+    for same in found.values():
+        low, high = (pick(same, key=lambda o: o.zero_shot_accuracy) for pick in (min, max))
+        if high.zero_shot_accuracy - low.zero_shot_accuracy > _APART:
+            told.append(
+                f"{_name(low)} and {_name(high)}: the same model and images, but zero-shot "
+                f"accuracies of {low.zero_shot_accuracy:.3f} and {high.zero_shot_accuracy:.3f}"
+            )
+    return told
+
+
+def _implausible(runs: Sequence[Outcome]) -> list[str]:
+    told = []
+    for o in runs:
+        if not o.n_classes or not o.n_images or o.n_images < _LEAST_IMAGES:
+            continue
+        for when, value in (("zero-shot", o.zero_shot_accuracy), ("final", o.final_accuracy)):
+            if value < 0.5 / o.n_classes:
+                told.append(
+                    f"{_name(o)}: {when} accuracy {value:.3f}, less than half of chance with "
+                    f"{o.n_classes} classes"
+                )
+    return told
+
+
+def _far_off(runs: Sequence[Outcome]) -> list[str]:
+    by_method: dict[Any, list[Outcome]] = defaultdict(list)
+    by_task: dict[Any, list[Outcome]] = defaultdict(list)
+    for o in runs:
+        if o.complete:
+            by_method[o.model_fingerprint, o.method].append(o)
+            by_task[o.model_fingerprint, o.method, o.task].append(o)
+    found = [line for same in by_task.values() for line in _outliers(same, "gain")]
+    return found + [line for same in by_method.values() for line in _outliers(same, "forgetting")]
+
+
+def _outliers(same: Sequence[Outcome], quantity: str) -> list[str]:
+    known = [(o, v) for o in same if (v := getattr(o, quantity)) is not None]
+    if len(known) < _FEWEST:
+        return []
+    values = np.array([value for _, value in known])
+    middle = float(np.median(values))
+    far = max(_FAR * float(np.median(np.abs(values - middle))), _LEAST_FAR)
+    return [
+        f"{_name(o)}: {quantity} {100 * value:+.1f} points, where the median of {len(known)} runs "
+        f"like it is {100 * middle:+.1f}"
+        for o, value in known
+        if abs(value - middle) > far
+    ]

@@ -1,0 +1,163 @@
+"""Who saved a run, when and by what; and which saved runs are worth a look."""
+
+import subprocess
+import sys
+from dataclasses import replace
+from datetime import datetime, timedelta, timezone
+
+import pytest
+from test_cli import ask, run
+from test_outcomes import RUN
+
+from iimm_callbacks import IIMMCallback, append_outcome, read_outcomes, sample
+from iimm_callbacks.records import provenance as module
+from iimm_callbacks.records.audit import doubts
+from iimm_callbacks.records.outcomes import parse_outcome
+from iimm_callbacks.records.provenance import provenance
+from iimm_callbacks.records.store import from_dataset, to_dataset
+
+
+@pytest.fixture
+def repository(tmp_path, monkeypatch):
+    """A script in a repository, being run; (arguments) -> what git says there."""
+
+    def git(*arguments):
+        identity = ["-c", "user.name=n", "-c", "user.email=e@example.org"]
+        command = ["git", "-C", str(tmp_path), *identity, *arguments]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+    git("init", "-q")
+    script = tmp_path / "train.py"
+    script.write_text("pass\n")
+    monkeypatch.setattr(sys, "argv", [str(script)])
+    return git
+
+
+def test_it_tells_who_when_and_by_which_version_of_the_script(repository, tmp_path, monkeypatch):
+    monkeypatch.setenv("IIMM_CALLBACKS_AUTHOR", "Ada")
+    assert "commit" not in provenance()  # git does not know the script yet
+    repository("add", "train.py")
+    repository("commit", "-qm", "first")
+    found = provenance()
+    assert (found["who"], found["script"]) == ("Ada", "train.py")
+    assert found["commit"] == repository("rev-parse", "--short=12", "HEAD")
+    age = datetime.now(timezone.utc) - datetime.fromisoformat(found["when"])
+    assert timedelta(0) <= age + timedelta(seconds=1) < timedelta(minutes=1)
+    (tmp_path / "train.py").write_text("changed\n")
+    assert provenance()["commit"] == f"{found['commit']}+"
+
+
+@pytest.mark.parametrize("argv", ["", "-c", "/no/such/script.py"])
+def test_what_is_not_known_is_left_out(argv, monkeypatch):
+    def nobody():
+        raise KeyError("uid not found")
+
+    monkeypatch.delenv("IIMM_CALLBACKS_AUTHOR", raising=False)
+    monkeypatch.setattr(module.getpass, "getuser", nobody)
+    monkeypatch.setattr(sys, "argv", [argv])
+    assert set(provenance()) == {"when"}
+
+
+def test_without_git_a_script_has_no_commit(repository, monkeypatch):
+    def no_git(*_, **__):
+        raise FileNotFoundError("git")
+
+    monkeypatch.setattr(module.subprocess, "run", no_git)
+    assert "commit" not in provenance()
+
+
+def test_a_guarded_run_says_where_it_comes_from(make_trainer, colour_task, own_store, monkeypatch):
+    monkeypatch.setenv("IIMM_CALLBACKS_AUTHOR", "Ada")
+    make_trainer([IIMMCallback(colour_task, [], verbose=False, card=False)]).train()
+    (saved,) = read_outcomes(own_store)
+    assert saved.provenance["who"] == "Ada"
+    assert from_dataset(to_dataset([saved]))[0].provenance == saved.provenance
+
+
+def test_records_from_before_have_none_and_it_makes_no_difference():
+    old = {k: v for k, v in RUN.__dict__.items() if k != "provenance"}
+    assert parse_outcome(old).provenance == {}
+    assert parse_outcome(old) == replace(RUN, provenance={"who": "Ada"})
+
+
+def test_to_the_hub_goes_nothing_of_who_it_was(monkeypatch, tmp_path):
+    from datasets import Dataset
+
+    pushed = []
+    monkeypatch.setattr(Dataset, "push_to_hub", lambda self, *_, **__: pushed.append(self))
+    known = {"who": "Ada", "when": "2026-01-01T00:00:00+00:00"}
+    append_outcome(tmp_path / "runs.jsonl", replace(RUN, provenance=known))
+    ask("outcomes", "export", "--push-to-hub", "org/runs", "--store", tmp_path / "runs.jsonl")
+    (outcome,) = from_dataset(pushed[0])
+    assert outcome.provenance == {"when": known["when"]}
+
+
+# --- doubts
+
+
+def group(n=10, **more):
+    return [
+        replace(RUN, task=f"task {i}", task_fingerprint=f"{i}", run=f"{i}",
+                final_accuracy=0.5 + 0.01 * i, **more)
+        for i in range(n)
+    ]  # fmt: skip
+
+
+def test_of_the_shipped_runs_those_are_told_that_forgot_most():
+    found = sample.load_outcomes()
+    told = doubts(found)
+    most = sorted(found, key=lambda o: -o.forgetting)[: len(told)]
+    assert 0 < len(told) <= 5
+    assert all(o.task in line for o, line in zip(most, reversed(told), strict=True))
+
+
+def test_doubles_are_told_and_whether_they_agree():
+    a, b = group(2)
+    assert doubts([a, b, a]) == [f"{RUN.model}: task 0, full (0): there 2 times"]
+    (told,) = doubts([a, b, replace(a, final_accuracy=0.6)])
+    assert told.endswith("there 2 times, with other results; the last one counts")
+    unknown = replace(a, run="")
+    assert doubts([unknown, unknown]) == []
+    assert doubts([a, replace(a, complete=False)]) == []  # interrupted, then resumed
+
+
+def test_one_model_has_one_zero_shot_accuracy_on_the_same_images():
+    a, b = group(2)
+    other = replace(b, task_fingerprint=a.task_fingerprint, zero_shot_accuracy=0.4)
+    (told,) = doubts([a, other])
+    assert "zero-shot accuracies of 0.300 and 0.400" in told
+    assert doubts([a, replace(other, model_fingerprint="2e")]) == []
+    assert doubts([a, replace(other, zero_shot_accuracy=0.31)]) == []
+
+
+def test_an_accuracy_far_below_chance_is_told():
+    (run_,) = group(1)
+    (told,) = doubts([replace(run_, final_accuracy=0.04)])
+    assert "final accuracy 0.040, less than half of chance with 10 classes" in told
+    assert doubts([replace(run_, final_accuracy=0.04, n_images=20)]) == []
+    assert doubts([replace(run_, final_accuracy=0.04, n_images=None, n_classes=None)]) == []
+
+
+def test_a_run_far_from_those_like_it_is_told():
+    runs = [replace(o, task="one", off_target_before={}, off_target_after={}) for o in group()]
+    assert doubts(runs) == []
+    far = replace(runs[3], final_accuracy=0.99)
+    (told,) = doubts([*runs[:3], far, *runs[4:]])
+    assert "one, full (3): gain +69.0 points, where the median of 10 runs like it is +25" in told
+    assert doubts([*runs[:3], far]) == []  # four runs tell nothing of what is usual
+    assert doubts([*runs[:3], replace(far, task="two"), *runs[4:]]) == []  # tasks differ in gain
+    lost = {"off_target_before": {"a": 0.9}, "off_target_after": {"a": 0.2}}
+    kept = {"off_target_before": {"a": 0.9}, "off_target_after": {"a": 0.89}}
+    runs = [replace(o, task=f"task {i}", **kept) for i, o in enumerate(runs)]
+    (told,) = doubts([*runs[:3], replace(runs[3], **lost), *runs[4:]])
+    assert "task 3, full (3): forgetting +70.0 points" in told
+
+
+def test_the_check_names_them_and_is_no_failure(own_store):
+    (one,) = group(1)
+    append_outcome(own_store, one)
+    append_outcome(own_store, one)
+    assert len(ask("outcomes", "check")["doubts"]) == 1
+    text = run("outcomes", "check").stdout
+    assert "no damaged lines" in text
+    assert "To look at: " in text
