@@ -1,6 +1,7 @@
 """`iimm reproduce paper`: the paper's experiment on stand-ins, and its values beside ours."""
 
 import html
+import importlib.util
 import json
 import os
 import re
@@ -274,6 +275,10 @@ def reproduce_on_rank(rank, folder, mirror):
     start(part(setting=Setting(1, 8, use_cpu=True)), FAMILIES["CLIP"](), mirror, output)
 
 
+@pytest.mark.skipif(
+    importlib.util.find_spec("torchvision") is not None,  # whose operators others do not declare
+    reason="in the main environment",
+)
 def test_two_ranks_give_the_outcomes_of_one(mirror, tmp_path):
     program = tmp_path / "ranks.py"
     program.write_text(
