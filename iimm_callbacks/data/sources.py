@@ -17,6 +17,7 @@ _DEPTHS = (255, 4095, 65535)  # largest values of pictures of 8, 12 and 16 bits
 _IMAGES = ("Image", "Audio")  # features of `datasets`
 # Names of a column of labels, or of captions, in the order of preference.
 _CALLED_LABEL = ("label", "labels", "class", "target", "caption", "captions", "text")
+_READING = threading.RLock()  # a data set may be made of another task
 _COMPARED = 16  # items of a data set that also has `.targets`
 
 
@@ -223,15 +224,16 @@ def open_source(
     )
 
 
-def read_image(source: Any, position: int, lock: threading.Lock) -> Any:
+def read_image(source: Any, position: int) -> Any:
     """An image of a source, as `as_image`; threads may call it together.
 
-    Data sets and what is open already are read by one at a time; encoded images are decoded by all.
+    Data sets, which tasks may share, and what is open already are read by one at a time; encoded
+    images are decoded by all.
 
     Raises:
         Exception: It cannot be read.
     """
-    with lock:
+    with _READING:
         item = source.image(position)
         if not isinstance(item, bytes | str | os.PathLike) and not _is_undecoded(item):
             return as_image(item)

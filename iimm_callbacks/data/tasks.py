@@ -146,7 +146,6 @@ class Task:
         self.probe_size = probe_size
         self.seed = seed
         self.columns = image_column, label_column
-        self._lock = threading.Lock()
         given = None if templates is None else given_templates(name, templates)
         self._source = open_source(
             name, dataset, image_column, label_column,
@@ -231,12 +230,6 @@ class Task:
     def __len__(self) -> int:
         return len(self._source)
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name != "_lock"}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__ = state | {"_lock": threading.Lock()}
-
     def __repr__(self) -> str:
         kind = "captions" if self.is_captions else f"{len(self.class_names)} classes"
         return f"Task({self.name!r}, {len(self)} images, {kind})"
@@ -278,13 +271,17 @@ class Task:
         for position in positions:
             try:
                 with _LARGE_IMAGES:
-                    images.append(read_image(self._source, position, self._lock))
+                    images.append(read_image(self._source, position))
             except Exception as error:
                 raise ValueError(
                     f"`dataset` of task {self.name!r}: image {position} cannot be read "
                     f"({type(error).__name__}: {error}); remove or repair it"
                 ) from error
         return images
+
+    def item(self, position: int) -> Any:
+        """What the data set holds at a position: bytes or a path where it has those."""
+        return self._source.image(position)
 
     def kind(self) -> str:
         """What its images are: ``"image"``, ``"sound"`` or ``"video"``."""

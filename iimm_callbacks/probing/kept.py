@@ -33,6 +33,8 @@ class Levels:
         """The model inputs as levels; None where that would not give them back exactly."""
         pixels = inputs.get(_PIXELS) if isinstance(inputs, dict) else None
         channels = len(self.table)
+        if getattr(pixels, "dtype", None) != self.table.dtype:
+            return None
         if not isinstance(pixels, Tensor) or pixels.shape[1:2] != (channels,) or pixels.ndim != 4:
             return None
         levels = torch.empty(pixels.shape, dtype=torch.uint8)

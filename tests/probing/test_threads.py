@@ -184,6 +184,14 @@ def test_large_pictures_are_read_by_threads_and_the_filters_are_as_before(monkey
     assert warnings.filters == before
 
 
+def test_tasks_that_share_a_data_set_are_read_one_at_a_time(tiny_clip, processor, by_threads):
+    shared = Pairs()
+    tasks = [Task(name, shared, class_names=NAMES, templates=f"{name} {{}}") for name in "ab"]
+    probe = Probe(tasks[0], tasks[1:], processor=processor, progress=False, batch_size=4)
+    probe.prepare(tiny_clip())
+    assert all(len(shown.labels) == 40 for shown in probe._share.tasks)  # none was lost to a clash
+
+
 def test_a_task_goes_through_pickle_and_copy():
     one = Task("t", PICTURES, class_names=NAMES)
     for other in (pickle.loads(pickle.dumps(one)), copy.deepcopy(one)):
@@ -222,7 +230,15 @@ def test_what_is_between_levels_not_finite_or_of_another_shape_is_kept_as_it_is(
     levels = Levels(torch.linspace(-2, 2, 256).repeat(3, 1))
     exact = levels.table[:, :4].reshape(1, 3, 2, 2).clone()
     assert levels.pack({"pixel_values": exact}) is not None
-    for wrong in (exact + 0.003, exact * torch.nan, exact + 99, exact[0], exact[:, :2], [1]):
+    for wrong in (
+        exact.double(),
+        exact + 0.003,
+        exact * torch.nan,
+        exact + 99,
+        exact[0],
+        exact[:, :2],
+        [1],
+    ):
         assert levels.pack({"pixel_values": wrong}) is None
     assert levels.pack([1, 2]) is None
 

@@ -31,8 +31,8 @@ class Part:
         return len(self._positions)
 
     def __getitem__(self, position: int) -> tuple[Any, int]:
-        """The image, decoded, and its class index."""
-        return self._task.images([self._positions[position]])[0], self.targets[position]
+        """The image, maybe encoded, and its class index."""
+        return self._task.item(self._positions[position]), self.targets[position]
 
 
 @dataclass(frozen=True)
