@@ -28,7 +28,8 @@ Store = Annotated[
 ]
 
 app = typer.Typer(
-    rich_markup_mode=None, help="Saved runs: list, add, import, export, sync and check them."
+    rich_markup_mode=None,
+    help="Saved runs: list, add, export, sync, check, retire and so on.",
 )
 
 
@@ -166,6 +167,24 @@ def sync(
     added = bring_together(one, other)
     data = {"stores": [one, other], "added": list(added)}
     return Answer(data, f"{added[0]} outcomes added to {one}, {added[1]} to {other}")
+
+
+@command(app, "retire")
+def retire(
+    name: Annotated[str, typer.Argument(help="Its run, as list --json has it", metavar="RUN")],
+    why: Annotated[str, typer.Option(help="In words")],
+    store: Store = None,
+) -> Answer:
+    """Let a saved run no longer count.
+
+    It stays where it is, and why, who and when stand beside it.
+    """
+    from ..records.store import retire as let_go
+
+    path = _existing(store)
+    run = let_go(path, name, why)
+    data = {"store": str(path), "retired": name, "why": why}
+    return Answer(data, f"{run.task}, {run.method} ({name}) no longer counts: {why}")
 
 
 def read_record(

@@ -51,8 +51,7 @@ def plan(
 ) -> Answer:
     """Rank the recipes on record by gain within the limit.
 
-    Recipes are those of the saved runs of MODEL (`iimm calibrate` makes some), or those that you
-    name. Exit code 0, or 2 where none may be chosen.
+    Recipes are those of MODEL's saved runs, or yours. Exit code 2: no choice.
     """
     if not 0 < risk < 1:
         raise ValueError(f"`--risk` must be a probability between 0 and 1, got {risk}")

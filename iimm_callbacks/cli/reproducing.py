@@ -48,11 +48,11 @@ def paper(
         float, typer.Option(help="Training images a second, for --dry-run; a guess", min=0.01)
     ] = 400.0,
 ) -> Answer:
-    """Repeat the experiment of arXiv 2407.15731: four models, nine data sets, five methods.
+    """Repeat the experiment of arXiv 2407.15731.
 
-    Its values stand beside yours with intervals. Finished runs are saved at once; the same command
-    again does those that are missing. Under `accelerate launch -m iimm_callbacks.cli` on several
-    GPUs.
+    Four models, nine data sets, five methods; its values stand beside yours with intervals.
+    Finished runs are saved at once; the same command again does those that are missing. Under
+    `accelerate launch -m iimm_callbacks.cli` on several GPUs.
     """
     from ..trainer.paper import published
     from ..trainer.paper.experiment import Part

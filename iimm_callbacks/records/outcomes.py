@@ -118,6 +118,35 @@ class Outcome:
         return max(self.drops.values(), default=None)
 
 
+@dataclass(frozen=True)
+class Retired:
+    """Says that a saved run no longer counts; the run itself stays where it is.
+
+    Attributes:
+        retired: `Outcome.run`, or what `store.name_of` calls a run that has none.
+        why: In words.
+        provenance: Who said so, and when.
+    """
+
+    retired: str
+    why: str
+    provenance: dict[str, str] = field(default_factory=dict)
+    schema_version: int = SCHEMA_VERSION
+
+
+def parse_record(row: Any) -> Outcome | Retired:
+    """What a line of a store holds: an outcome, or that one is retired.
+
+    Raises:
+        ValueError: As `parse_outcome`.
+    """
+    if not isinstance(row, dict) or "retired" not in row:
+        return parse_outcome(row)
+    _check_schema(row)
+    said = dict_of(text)(row.get("provenance", {}), "provenance")
+    return Retired(text(row["retired"], "retired"), text(row.get("why"), "why"), said)
+
+
 def one_of_each_run(outcomes: Iterable[Outcome]) -> list[Outcome]:
     """One outcome of each run: the latest that counts.
 

@@ -17,7 +17,8 @@ from platformdirs import user_cache_path
 from . import objects
 from .log import get_logger
 from .objects import Address, as_store
-from .outcomes import Outcome, parse_outcome
+from .outcomes import Outcome, Retired, parse_record
+from .provenance import provenance
 from .saved import read_table
 
 if TYPE_CHECKING:
@@ -32,6 +33,7 @@ _AS_JSON = (
     "provenance",
 )  # fmt: skip
 _T = TypeVar("_T")
+Found = tuple[str, "Outcome | Retired | ValueError"]  # where it is, and what it is
 
 
 def default_store() -> Path | Address:
@@ -120,9 +122,9 @@ def _carry_over(address: Address) -> int:
     if not path.exists():
         return 0
     with FileLock(f"{path}.lock", timeout=LOCK_SECONDS):
-        found = [item for _, item in _scan_file(path) if isinstance(item, Outcome)]
-        for outcome in found:
-            objects.put(address, _line(outcome))
+        found = [item for _, item in _scan_file(path) if not isinstance(item, ValueError)]
+        for record in found:
+            objects.put(address, _line(record))
         path.unlink()
     return len(found)
 
@@ -148,7 +150,8 @@ def sync(one: str | Path | Address, other: str | Path | Address) -> tuple[int, i
     for store in stores:
         if isinstance(store, Address):
             _carry_over(store)
-        lines.append({_line(o): None for o in read_outcomes(store)} if store.exists() else {})
+        found = _scan(store) if store.exists() else ()
+        lines.append({_line(r): None for _, r in found if not isinstance(r, ValueError)})
     added = []
     for store, own, others in zip(stores, lines, reversed(lines), strict=True):
         missing = [line for line in others if line not in own]
@@ -267,17 +270,54 @@ def from_dataset(dataset: Dataset) -> list[Outcome]:
     return _report(_scan_dataset(dataset), "dataset")
 
 
-def _line(outcome: Outcome) -> bytes:
-    """The outcome as it stands in a file, once it is sure that it can be read back."""
+def name_of(outcome: Outcome) -> str:
+    """What a saved run is called to `retire` it: its `run`, else a hash of it."""
+    return outcome.run or hashlib.sha256(_line(outcome)).hexdigest()[:32]
+
+
+def retire(path: str | Path | Address, name: str, why: str) -> Outcome:
+    """Say that a saved run no longer counts: `read_outcomes` leaves it out from now on.
+
+    The run stays where it is, with why, who and when beside it; `sync` carries that over. To
+    correct a run, retire it and add the right one under another `Outcome.run`.
+
+    Args:
+        path: As `append_outcome`.
+        name: As `name_of`.
+        why: In words.
+
+    Returns:
+        The run.
+
+    Raises:
+        OSError, ImportError: As `append_outcome`.
+        ValueError: There is no such run, or no reason.
+    """
+    if not why.strip():
+        raise ValueError(f"`why` must say why the run does not count, got {why!r}")
+    store = as_store(path)
+    known = {name_of(o): o for o in (read_outcomes(store) if store.exists() else [])}
+    if name not in known:
+        raise ValueError(
+            f"`name` must be the `run` of a saved run that counts, got {name!r}; "
+            "`iimm outcomes list --json` has them"
+        )
+    line = _line(Retired(name, why, provenance()))
+    _put(store, line) if isinstance(store, Address) else _append_line(store, line)
+    return known[name]
+
+
+def _line(record: Outcome | Retired) -> bytes:
+    """The record as it stands in a file, once it is sure that it can be read back."""
     try:
-        line = json.dumps(asdict(outcome), allow_nan=False, sort_keys=True)
-        parse_outcome(json.loads(line))
+        line = json.dumps(asdict(record), allow_nan=False, sort_keys=True)
+        parse_record(json.loads(line))
     except (TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"`outcome` cannot be saved: {error}") from error
     return f"{line}\n".encode()
 
 
-def _scan(path: str | Path | Address) -> Iterator[tuple[str, Outcome | ValueError]]:
+def _scan(path: str | Path | Address) -> Iterator[Found]:
     """Each line, row or object: where it is, and the outcome or what is wrong."""
     is_folder = not isinstance(path, Address) and Path(path).is_dir()
     store = as_store(path)
@@ -298,13 +338,13 @@ def _decode_object(data: bytes | ValueError) -> Any:
     return json.loads(data)
 
 
-def _scan_file(path: Path) -> Iterator[tuple[str, Outcome | ValueError]]:
+def _scan_file(path: Path) -> Iterator[Found]:
     with path.open(encoding="utf-8", errors="surrogateescape") as file:
         lines = ((f"line {n}", line) for n, line in enumerate(file, start=1) if line.strip())
         yield from _parse_each(lines, json.loads)
 
 
-def _scan_dataset(dataset: Dataset) -> Iterator[tuple[str, Outcome | ValueError]]:
+def _scan_dataset(dataset: Dataset) -> Iterator[Found]:
     from datasets import Dataset
 
     if not isinstance(dataset, Dataset):
@@ -316,7 +356,9 @@ def _scan_dataset(dataset: Dataset) -> Iterator[tuple[str, Outcome | ValueError]
     yield from _scan_tables(dataset.with_format("arrow").iter(1000))
 
 
-def _scan_tables(tables: Iterable[pa.Table]) -> Iterator[tuple[str, Outcome | ValueError]]:
+def _scan_tables(
+    tables: Iterable[pa.Table],
+) -> Iterator[Found]:
     rows = (table.slice(n, 1) for table in tables for n in range(table.num_rows))
     yield from _parse_each(((f"row {n} (from 0)", row) for n, row in enumerate(rows)), _decode)
 
@@ -331,24 +373,25 @@ def _decode(row: pa.Table) -> dict[str, Any]:
     return decoded
 
 
-def _parse_each(
-    rows: Iterable[tuple[str, _T]], decode: Callable[[_T], Any]
-) -> Iterator[tuple[str, Outcome | ValueError]]:
+def _parse_each(rows: Iterable[tuple[str, _T]], decode: Callable[[_T], Any]) -> Iterator[Found]:
     """The one loop that tells outcomes from what is none."""
     for where, row in rows:
         try:
-            yield where, parse_outcome(decode(row))
+            yield where, parse_record(decode(row))
         except RecursionError:
             yield where, ValueError("nested too deep to be an outcome")
         except ValueError as error:
             yield where, error
 
 
-def _report(found: Iterable[tuple[str, Outcome | ValueError]], origin: str) -> list[Outcome]:
-    outcomes = []
+def _report(found: Iterable[Found], origin: str) -> list[Outcome]:
+    outcomes: list[Outcome] = []
+    retired: set[str] = set()
     for where, item in found:
         if isinstance(item, Outcome):
             outcomes.append(item)
+        elif isinstance(item, Retired):
+            retired.add(item.retired)
         else:
             logger.warning("%s %s is not an outcome and is skipped: %s", origin, where, item)
-    return outcomes
+    return [o for o in outcomes if name_of(o) not in retired] if retired else outcomes

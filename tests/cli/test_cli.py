@@ -994,7 +994,8 @@ def test_doctor_sees_a_store_that_cannot_be_written(tmp_path, monkeypatch, packa
 COMMANDS = [
     ["measure"], ["forecast"], ["preflight"], ["grade"], ["report"], ["compare"], ["outcomes"],
     ["demo"], ["doctor"],
-    *(["outcomes", name] for name in ("list", "add", "import", "export", "check")),
+    *(["outcomes", name] for name in ("list", "add", "import", "export", "check", "sync")),
+    ["outcomes", "retire"], ["reproduce"], ["reproduce", "paper"], ["calibrate"], ["plan"],
 ]  # fmt: skip
 
 
@@ -1004,7 +1005,7 @@ def test_help_fits_a_screen(command):
     assert len(lines) <= 44
     assert max(map(len, lines)) <= 80
     assert "..." not in "".join(lines[3:])  # no command's line is cut short
-    leaf = command not in ([], ["outcomes"])
+    leaf = command not in ([], ["outcomes"], ["reproduce"])
     assert any("--json" in line for line in lines) == leaf
 
 

@@ -18,7 +18,15 @@ from iimm_callbacks import IIMMCallback, append_outcome, read_outcomes
 from iimm_callbacks.records import objects, store
 from iimm_callbacks.records.ledger import Ledger
 from iimm_callbacks.records.objects import Address, as_store
-from iimm_callbacks.records.store import as_outcomes, check_store, default_store, sync
+from iimm_callbacks.records.outcomes import Retired
+from iimm_callbacks.records.store import (
+    as_outcomes,
+    check_store,
+    default_store,
+    name_of,
+    retire,
+    sync,
+)
 
 STOPPED = replace(RUN, complete=False, ended="stopped")
 
@@ -313,3 +321,75 @@ def test_the_commands_take_addresses(tmp_path):
     assert "must be a file, a folder or an address that fsspec knows" in told
     assert not (tmp_path / "nosuch:").exists()
     assert not Path("nosuch:").exists()
+
+
+# --- retired runs
+
+
+def test_a_retired_run_no_longer_counts_and_stays(place):
+    for outcome in runs(3):
+        append_outcome(place, outcome)
+    assert retire(place, "1", "wrong prompts") == runs(2)[1]
+    assert by_task(read_outcomes(place)) == by_task([runs(3)[0], runs(3)[2]])
+    assert check_store(place) == []
+    with pytest.raises(ValueError, match="a saved run that counts, got '1'"):
+        retire(place, "1", "again")
+    with pytest.raises(ValueError, match="`why` must say why"):
+        retire(place, "0", " ")
+    kept = [item for _, item in store._scan(as_store(place))]
+    assert len(kept) == 4
+    (told,) = [item for item in kept if isinstance(item, Retired)]
+    assert (told.retired, told.why) == ("1", "wrong prompts")
+    assert told.provenance["when"]
+
+
+def test_a_run_without_a_name_is_retired_by_its_hash(place):
+    nameless = [replace(RUN, run="", task=name) for name in ("a", "b")]
+    for outcome in nameless:
+        append_outcome(place, outcome)
+    retire(place, name_of(nameless[0]), "a test")
+    assert read_outcomes(place) == nameless[1:]
+
+
+def test_sync_carries_over_what_is_retired(tmp_path):
+    mine = str(tmp_path / "mine.jsonl")
+    for outcome in runs(3):
+        append_outcome(mine, outcome)
+    sync(mine, "memory://team")
+    retire("memory://team", "2", "the disk was broken")
+    assert sync(mine, "memory://team") == (1, 0)
+    assert by_task(read_outcomes(mine)) == by_task(read_outcomes("memory://team")) == runs(2)
+    assert sync(mine, "memory://team") == (0, 0)
+
+
+def test_retiring_waits_where_the_address_is_out_of_reach(flaky):
+    append_outcome(flaky, RUN)
+    Flaky.failing = 0
+    real = Flaky.pipe_file
+    Flaky.pipe_file = lambda self, *_, **__: (_ for _ in ()).throw(ConnectionError("down"))
+    try:
+        retire(flaky, name_of(RUN), "wrong")
+    finally:
+        Flaky.pipe_file = real
+    assert read_outcomes(flaky) == []
+    append_outcome(flaky, STOPPED)
+    assert len(Flaky.store) == 3
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"retired": 3}, {"why": None}, {"provenance": [1]}, {"schema_version": 99}]
+)
+def test_what_is_no_word_of_a_retired_run_is_told(wrong, tmp_path):
+    path = tmp_path / "runs.jsonl"
+    row = {"retired": "1", "why": "x", "provenance": {}, "schema_version": 1} | wrong
+    path.write_text(json.dumps(row) + "\n")
+    assert len(check_store(path)) == 1
+    assert read_outcomes(path) == []
+
+
+def test_the_command_retires_a_run(own_store):
+    append_outcome(own_store, RUN)
+    append_outcome(own_store, runs(1)[0])
+    assert ask("outcomes", "retire", "0", "--why", "a <b>test</b>")["retired"] == "0"
+    assert ask("outcomes", "list")["n_outcomes"] == 1
+    assert "must be the `run` of a saved run" in fails("outcomes", "retire", "0", "--why", "x")
