@@ -125,7 +125,7 @@ def put(address: Address, data: bytes) -> None:
     Raises:
         OSError: It cannot be written, after some tries.
     """
-    name = f"outcome-{_hash(data)}.json"
+    name = name_of(data)
     if address.folder is not None:
         _put_file(address.folder, name, data)
         return
@@ -175,7 +175,7 @@ def scan(address: Address) -> Iterator[tuple[str, bytes | ValueError]]:
             data: bytes | ValueError = contents.get(name) or ValueError(
                 "it is gone, or not named as an outcome is"
             )
-            if isinstance(data, bytes) and f"outcome-{_hash(data)}.json" != name:
+            if isinstance(data, bytes) and name_of(data) != name:
                 data = ValueError("its content is not what its name says: torn, or changed")
             yield name, data
 
@@ -227,5 +227,6 @@ def _tried(act: Callable[[], _T], what: str) -> _T:
     raise AssertionError  # the last try returns or raises
 
 
-def _hash(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()[:32]
+def name_of(data: bytes) -> str:
+    """What the object with this content is called."""
+    return f"outcome-{hashlib.sha256(data).hexdigest()[:32]}.json"

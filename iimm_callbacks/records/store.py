@@ -107,7 +107,10 @@ def _put(address: Address, line: bytes) -> None:
             "`iimm outcomes sync`", error, waiting,
         )  # fmt: skip
         return
-    _carry_over(address)
+    try:
+        _carry_over(address)
+    except OSError as error:  # of those before; this one is there
+        logger.warning("%s; the outcomes in %s still wait", error, waiting)
 
 
 def _waiting(address: Address) -> Path:
@@ -116,17 +119,18 @@ def _waiting(address: Address) -> Path:
     return user_cache_path("iimm_callbacks") / "waiting" / f"{name}.jsonl"
 
 
-def _carry_over(address: Address) -> int:
-    """Write what waits for an address there; how many they were."""
+def _carry_over(address: Address) -> None:
+    """Write what waits for an address there; a damaged line stays where it is."""
     path = _waiting(address)
     if not path.exists():
-        return 0
+        return
     with FileLock(f"{path}.lock", timeout=LOCK_SECONDS):
-        found = [item for _, item in _scan_file(path) if not isinstance(item, ValueError)]
+        found = [item for _, item in _scan_file(path)]
         for record in found:
-            objects.put(address, _line(record))
-        path.unlink()
-    return len(found)
+            if not isinstance(record, ValueError):
+                objects.put(address, _line(record))
+        if not any(isinstance(item, ValueError) for item in found):
+            path.unlink()
 
 
 def sync(one: str | Path | Address, other: str | Path | Address) -> tuple[int, int]:
@@ -322,9 +326,14 @@ def _scan(path: str | Path | Address) -> Iterator[Found]:
     is_folder = not isinstance(path, Address) and Path(path).is_dir()
     store = as_store(path)
     if isinstance(store, Address):
-        yield from _parse_each(objects.scan(store), _decode_object)
+        there = set()
+        for name, found in _parse_each(objects.scan(store), _decode_object):
+            there.add(name)
+            yield name, found
         if (waiting := _waiting(store)).exists():
-            yield from _scan_file(waiting)
+            for where, found in _scan_file(waiting):
+                if isinstance(found, ValueError) or objects.name_of(_line(found)) not in there:
+                    yield where, found
     elif is_folder:
         table = read_table(store)
         yield from _scan_tables([] if table is None else [table])

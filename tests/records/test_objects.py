@@ -107,7 +107,7 @@ def test_torn_changed_and_foreign_objects_are_named_skipped_and_left(place, capl
         f"outcome-{'0' * 32}.json": data,
         f"outcome-{'1' * 32}.json": data[:40],
         "holiday.jpg": b"\xff\xd8",
-        f"outcome-{objects._hash(b'{}')}.json": b"{}",
+        objects.name_of(b"{}"): b"{}",
     }
     for other, content in others.items():
         files.pipe_file(f"{root}/{other}", content)
@@ -220,6 +220,37 @@ def test_sync_carries_over_what_waits(flaky, tmp_path):
     assert sync(f"{tmp_path}/mine.jsonl", flaky) == (1, 0)
     assert len(Flaky.store) == 1
     assert read_outcomes(tmp_path / "mine.jsonl") == [RUN]
+
+
+def test_what_waits_and_fails_again_costs_the_new_outcome_nothing(flaky, caplog, tmp_path):
+    Flaky.failing = 3
+    append_outcome(flaky, RUN)
+    real, calls = Flaky.pipe_file, []
+
+    def once(self, path, data, **more):
+        calls.append(path)
+        if len(calls) > 1:
+            raise ConnectionError("down again")
+        return real(self, path, data, **more)
+
+    caplog.clear()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Flaky, "pipe_file", once)
+        append_outcome(flaky, STOPPED)
+    assert len(Flaky.store) == 1
+    assert "still wait" in caplog.text
+    assert by_task(read_outcomes(flaky)) == by_task([RUN, STOPPED])
+
+
+def test_a_damaged_line_that_waits_is_not_deleted(flaky, tmp_path):
+    Flaky.failing = 3
+    append_outcome(flaky, RUN)
+    (waiting,) = (tmp_path / "cache").rglob("*.jsonl")
+    waiting.write_text(waiting.read_text() + '{"torn')
+    append_outcome(flaky, STOPPED)
+    assert len(Flaky.store) == 2
+    assert by_task(read_outcomes(flaky)) == by_task([RUN, STOPPED])  # each once
+    assert waiting.read_text().endswith('{"torn')
 
 
 def test_a_network_that_stays_down_is_an_error_to_a_reader(flaky):
