@@ -132,8 +132,6 @@ class Share:
             yield batch, n_shown, inputs, failure
 
     def _inputs(self, batch: Batch, n: int) -> Any:
-        if isinstance(batch.inputs, Packed):
-            return batch.inputs.some(slice(n))
         if batch.inputs is not None:
             return some_of(batch.inputs, slice(n))
         images = self.tasks[batch.task].task.images(batch.positions)
@@ -143,7 +141,9 @@ class Share:
 
 
 def some_of(batch: Any, rows: slice | list[int]) -> Any:
-    """These rows of a batch of model inputs."""
+    """These rows of a batch of model inputs, packed or not."""
+    if isinstance(batch, Packed):
+        return batch.some(rows)
     if isinstance(batch, Mapping):
         return {k: v[rows] if isinstance(v, Tensor) else v for k, v in batch.items()}
     return batch[rows] if isinstance(rows, slice) else [batch[row] for row in rows]
@@ -205,11 +205,7 @@ def _keep(batch: Batch, kept: Tensor, first: Tensor) -> None:
     rows = slice(batch.first, batch.first + len(batch.positions))
     was_read, stays = kept[rows], first[rows]
     if batch.inputs is not None and not torch.equal(was_read, stays):
-        rows_kept = stays[was_read].nonzero().flatten().tolist()
-        is_packed = isinstance(batch.inputs, Packed)
-        batch.inputs = (
-            batch.inputs.some(rows_kept) if is_packed else some_of(batch.inputs, rows_kept)
-        )
+        batch.inputs = some_of(batch.inputs, stays[was_read].nonzero().flatten().tolist())
     batch.positions = list(compress(batch.positions, stays.tolist()))
     batch.first = int(first[: batch.first].sum())
 

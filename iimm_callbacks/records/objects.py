@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-import secrets
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from .log import get_logger
+from .run_file import write_whole
 
 logger = get_logger(__name__)
 
@@ -127,7 +127,8 @@ def put(address: Address, data: bytes) -> None:
     """
     name = name_of(data)
     if address.folder is not None:
-        _put_file(address.folder, name, data)
+        address.folder.mkdir(parents=True, exist_ok=True)
+        write_whole(address.folder / name, data)
         return
 
     def write() -> None:
@@ -141,21 +142,6 @@ def put(address: Address, data: bytes) -> None:
             files.pipe_file(f"{root}/{name}", data)
 
     _tried(write, f"write an outcome to {address}")
-
-
-def _put_file(folder: Path, name: str, data: bytes) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    unfinished = folder / f".{name}.{secrets.token_hex(4)}.unfinished"
-    try:
-        with unfinished.open("xb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(unfinished, folder / name)
-    except BaseException:
-        with suppress(OSError):
-            unfinished.unlink()
-        raise
 
 
 def scan(address: Address) -> Iterator[tuple[str, bytes | ValueError]]:
@@ -188,7 +174,11 @@ def _list(address: Address) -> list[str]:
         found = [
             (_written(row), row["name"].rsplit("/", 1)[-1]) for row in rows if row["type"] == "file"
         ]
-        return [name for _, name in sorted(found) if name[0] != "." and name != "README.md"]
+        return [
+            name
+            for _, name in sorted(found)
+            if name[0] != "." and not name.endswith((".md", ".unfinished"))
+        ]
     return []
 
 

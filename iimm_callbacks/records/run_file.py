@@ -73,10 +73,17 @@ def save_run(record: dict[str, Any], path: str | Path) -> None:
         TypeError: The record holds what JSON cannot.
         ValueError: It holds NaN or infinity.
     """
-    path = Path(path)
-    content = json.dumps(record, indent=1, allow_nan=False)
+    write_whole(Path(path), json.dumps(record, indent=1, allow_nan=False).encode())
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Write a file; a crash leaves the old one or the new one.
+
+    Raises:
+        OSError: It cannot be written; what was there still is.
+    """
     unfinished = path.parent / f"{path.name}.{secrets.token_hex(4)}.unfinished"
-    file = unfinished.open("x", encoding="utf-8")  # no one else's file, and through no link
+    file = unfinished.open("xb")  # no one else's file, and through no link
     try:
         with file:
             file.write(content)

@@ -69,7 +69,7 @@ def test_a_full_disk_leaves_the_old_file_and_no_other(path, monkeypatch):
 
     def full(file, *args, **kwargs):
         plain(file, *args, **kwargs).close()
-        return plain(Path("/dev/full"), "w")
+        return plain(Path("/dev/full"), "wb")
 
     path.write_text("old")
     monkeypatch.setattr(Path, "open", full)

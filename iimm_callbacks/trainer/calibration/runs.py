@@ -10,15 +10,23 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate.utils.memory import clear_device_cache
 from torch import nn
 from torch.utils.data import Dataset
-from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, set_seed
+from transformers import (
+    PrinterCallback,
+    ProgressCallback,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+    set_seed,
+)
 
 from ...data.tasks import Task
 from ...models.classifier import ImageCollator, PromptClassifier
@@ -165,7 +173,6 @@ def fine_tune(
     return replace(guard.outcome, recipe=guard.outcome.recipe | {"asked_steps": recipe.steps})
 
 
-@contextmanager
 def _trainer(
     subject: Subject,
     task: Task,
@@ -174,20 +181,43 @@ def _trainer(
     steps: int,
     folder: Path,
     callbacks: list[TrainerCallback],
-) -> Iterator[Trainer]:
-    """A Trainer of a copy of the model; what it held is given back."""
+) -> AbstractContextManager[Trainer]:
     arguments = recipe.training_arguments(folder, steps, subject.use_cpu)
     set_seed(arguments.seed)
     tuned = recipe.prepare(copy.deepcopy(subject.model), subject.processor)
-    collator = ImageCollator(subject.processor)
-    is_pair = isinstance(subject.processor, tuple)  # of open_clip
+    return trainer_of(tuned, task, train, subject.processor, arguments, callbacks)
+
+
+@contextmanager
+def trainer_of(
+    tuned: nn.Module,
+    task: Task,
+    train: Task,
+    processor: Any,
+    arguments: TrainingArguments,
+    callbacks: list[TrainerCallback],
+    optimizer: torch.optim.Optimizer | None = None,
+) -> Iterator[Trainer]:
+    """A quiet Trainer of a model as a classifier by prompts; what it held is given back.
+
+    Args:
+        tuned: Prepared for a method; a copy, as it is trained in place.
+        task: Whose classes and prompts it learns.
+        train: Images and labels.
+        processor: As `IIMMCallback`.
+        arguments: Of the Trainer.
+        callbacks: Of the Trainer, besides its own.
+        optimizer: ``None``: that of `arguments`.
+    """
+    is_pair = isinstance(processor, tuple)  # of open_clip
     trainer = Trainer(
-        model=PromptClassifier(tuned, task, subject.processor),
+        model=PromptClassifier(tuned, task, processor),
         args=arguments,
         train_dataset=Examples(train),
-        data_collator=collator,
-        processing_class=None if is_pair else subject.processor,
+        data_collator=ImageCollator(processor),
+        processing_class=None if is_pair else processor,
         callbacks=callbacks,
+        optimizers=(optimizer, None),
     )
     for printer in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(printer)

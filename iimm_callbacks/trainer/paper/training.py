@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import gc
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,22 +10,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from accelerate.utils.memory import clear_device_cache
 from torch import Tensor, nn
-from transformers import (
-    PrinterCallback,
-    ProgressCallback,
-    Trainer,
-    TrainerCallback,
-    TrainingArguments,
-    set_seed,
-)
+from transformers import TrainerCallback, TrainingArguments, set_seed
 
 from ...measures.embeddings import NotFiniteError
-from ...models.classifier import ImageCollator, PromptClassifier
 from ...models.tuning import prepare
+from ...probing import ranks
 from ...probing.probe import Probe
-from ..calibration.runs import Examples
+from ..calibration.runs import trainer_of
 from .published import METHODS, MOMENTUM, WEIGHT_DECAY
 from .tasks import Splits
 
@@ -122,18 +113,39 @@ def tuned(
         NotFiniteError: It diverged in its first epoch.
         Exception: Training fails.
     """
-    processes = int(torch.distributed.get_world_size()) if _is_distributed() else 1
-    if setting.batch_size % processes:
-        raise ValueError(
-            f"`batch_size` must be a multiple of the {processes} processes, got "
-            f"{setting.batch_size}"
+    options: dict[str, Any] = dict(METHODS[method])
+    if method == "clip_adapter":
+        options["processor"] = processor
+    with tempfile.TemporaryDirectory() as folder:  # the Trainer asks for one; nothing is saved
+        arguments = _arguments(folder, rate, setting)
+        set_seed(setting.seed)
+        copied = prepare(copy.deepcopy(model), method, **options).to(arguments.device)
+        best = BestEpoch(Probe(splits.validation, processor=processor, progress=False))
+        sgd = torch.optim.SGD(
+            [p for p in copied.parameters() if p.requires_grad],
+            lr=rate,
+            momentum=MOMENTUM,
+            weight_decay=WEIGHT_DECAY,
         )
-    folder = tempfile.TemporaryDirectory()  # the Trainer asks for one; nothing is saved
+        task = splits.train
+        with trainer_of(copied, task, task, processor, arguments, [best], sgd) as trainer:
+            trainer.train()
+            classifier = trainer.model
+            best.restore(classifier)
+            yield Tuned(classifier, best.epoch, best.accuracy, trainer.state.global_step)
+
+
+def _arguments(folder: str, rate: float, setting: Setting) -> TrainingArguments:
+    n_ranks = ranks.world()[1]
+    if setting.batch_size % n_ranks:
+        raise ValueError(
+            f"`batch_size` must be a multiple of the {n_ranks} processes, got {setting.batch_size}"
+        )
     bf16 = not setting.use_cpu and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
-    arguments = TrainingArguments(
-        output_dir=folder.name,
+    return TrainingArguments(
+        output_dir=folder,
         num_train_epochs=setting.epochs,
-        per_device_train_batch_size=setting.batch_size // processes,
+        per_device_train_batch_size=setting.batch_size // n_ranks,
         learning_rate=rate,
         lr_scheduler_type="constant",
         max_grad_norm=0.0,  # no clipping
@@ -147,47 +159,7 @@ def tuned(
         disable_tqdm=True,
         dataloader_pin_memory=torch.cuda.is_available(),
     )
-    set_seed(setting.seed)
-    options: dict[str, Any] = dict(METHODS[method])
-    if method == "clip_adapter":
-        options["processor"] = processor
-    copied = prepare(copy.deepcopy(model), method, **options)
-    classifier = PromptClassifier(copied, splits.train, processor).to(arguments.device)
-    best = BestEpoch(Probe(splits.validation, processor=processor, progress=False))
-    trainer = Trainer(
-        model=classifier,
-        args=arguments,
-        train_dataset=Examples(splits.train),
-        data_collator=ImageCollator(processor),
-        callbacks=[best],
-        optimizers=(
-            torch.optim.SGD(
-                [p for p in classifier.parameters() if p.requires_grad],
-                lr=rate,
-                momentum=MOMENTUM,
-                weight_decay=WEIGHT_DECAY,
-            ),
-            None,
-        ),
-    )
-    for printer in (PrinterCallback, ProgressCallback):
-        trainer.remove_callback(printer)
-    try:
-        trainer.train()
-        best.restore(classifier)
-        yield Tuned(classifier, best.epoch, best.accuracy, trainer.state.global_step)
-    finally:
-        trainer.accelerator.free_memory()
-        trainer.model = trainer.model_wrapped = trainer.optimizer = trainer.lr_scheduler = None
-        del trainer, classifier, copied
-        gc.collect()
-        clear_device_cache()
-        folder.cleanup()
 
 
 def _trained(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     return ((name, p) for name, p in model.named_parameters() if p.requires_grad)
-
-
-def _is_distributed() -> bool:
-    return torch.distributed.is_available() and torch.distributed.is_initialized()
