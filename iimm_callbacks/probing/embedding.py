@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from ..models.encoders import Encoder, class_embeddings, move
 from ..records.log import get_logger
-from .share import ProbeTask, some_of
+from .reading import some_of
+from .share import ProbeTask
 
 logger = get_logger(__name__)
 

@@ -24,8 +24,9 @@ from ..records.look import Learnable, Look
 from . import ranks
 from .embedding import Halving, at_once, check_rows, embed_classes, embed_images
 from .learnable import TrainingSet, embed_sample, learn, read_sample, why_none
+from .reading import Batch
 from .scoring import Sums, accumulate, fingerprint, score, warn_of_mixed_units
-from .share import Batch, Share, read_share
+from .share import Share, read_share
 
 logger = get_logger(__name__)
 
@@ -174,7 +175,7 @@ class Probe:
             linear_probe: Fit a linear probe of the task as well, see `learnable`; where it cannot
                 be, the look tells why.
             part: Share of each task's images that is shown, in (0, 1]: its first ones, the same at
-                every look, and no fewer than `share.FEWEST`. All where a task has its own metric.
+                every look, and no fewer than `reading.FEWEST`. All where a task has its own metric.
 
         Returns:
             The same on all ranks, and as a single process would have it to 1e-9.

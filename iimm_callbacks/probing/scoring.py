@@ -18,7 +18,8 @@ from ..measures.measure import GROUPS, IIMMAccumulator
 from ..models.undisturbed import undisturbed
 from ..records.log import get_logger
 from . import ranks
-from .share import Batch, ProbeTask
+from .reading import Batch
+from .share import ProbeTask
 
 logger = get_logger(__name__)
 

@@ -3,32 +3,25 @@
 from __future__ import annotations
 
 import hashlib
-import math
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import compress
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
-from ..data.sources import content
 from ..data.tasks import Task
 from ..models.encoders import TEXT_BATCH, Encoder
 from ..models.undisturbed import seed_all
 from ..records.log import get_logger
 from . import ranks
-from .ahead import ahead, n_threads, streams
-from .kept import Packed, find_levels
+from .ahead import ahead
+from .kept import Packed
+from .reading import FAILED, Batch, Reader, sha256_of, some_of
 from .texts import captions_of, first_of_each, tell_one_text
 
 logger = get_logger(__name__)
-
-_WORTH_THREADS = 2e-3  # seconds an image; below that threads wait for one another
-FEWEST = 8  # images of a task that a look shows
-_FAILED = "`processor` failed"
 
 
 @dataclass
@@ -52,29 +45,6 @@ class ProbeTask:
     n_prompts: int
     fingerprint: str
     digest: Tensor
-
-
-@dataclass
-class Batch:
-    """One forward pass of this rank.
-
-    Attributes:
-        task: Which of the tasks, 0 for the one being learnt.
-        first: Which of the task's images in the probe comes first.
-        positions: Of its images in the task's data set. None at all where it only keeps step: all
-            ranks have equally many batches, see `sharded.inside_forward`.
-        inputs: Preprocessed; ``None`` where memory did not suffice.
-    """
-
-    task: int
-    first: int
-    positions: list[int]
-    inputs: Any | None = None
-
-    def n_shown(self, n_images: int, part: float) -> int:
-        """Images of it among the first `part` of the `n_images` of its task."""
-        shown = min(max(math.ceil(part * n_images), FEWEST), n_images)
-        return min(max(shown - self.first, 0), len(self.positions))
 
 
 @dataclass
@@ -140,15 +110,6 @@ class Share:
         return some_of(self.encoder.preprocess(images), slice(n))
 
 
-def some_of(batch: Any, rows: slice | list[int]) -> Any:
-    """These rows of a batch of model inputs, packed or not."""
-    if isinstance(batch, Packed):
-        return batch.some(rows)
-    if isinstance(batch, Mapping):
-        return {k: v[rows] if isinstance(v, Tensor) else v for k, v in batch.items()}
-    return batch[rows] if isinstance(rows, slice) else [batch[row] for row in rows]
-
-
 def read_share(
     tasks: Sequence[Task],
     encoder: Encoder,
@@ -177,7 +138,7 @@ def read_share(
     """
     subsets = _agree_on_subsets(tasks, sizes, batch_size)
     batches = _deal(subsets, batch_size)
-    reader = _Reader(tasks, encoder, cache_limit, progress)
+    reader = Reader(tasks, encoder, cache_limit, progress)
     digests = [torch.zeros(len(subset), 32, dtype=torch.float64) for subset in subsets]
 
     ranks.together(lambda: reader.read_all(batches, digests))
@@ -221,7 +182,7 @@ def _agree_on_subsets(
             (t.name, s, t.labels(s), t.prompts(s), t.metric and t.metric.name)
             for t, s in zip(tasks, subsets, strict=True)
         ]
-        return subsets, _digest(repr((shown, batch_size)).encode())
+        return subsets, sha256_of(repr((shown, batch_size)).encode())
 
     subsets, digest = ranks.together(draw)
     if not torch.equal(ranks.add_up(digest), digest * ranks.world()[1]):
@@ -243,114 +204,6 @@ def _deal(subsets: list[list[int]], batch_size: int) -> list[Batch]:
     return [Batch(*batch) for batch in plan[rank::n_ranks]]
 
 
-@dataclass
-class _Read:
-    """What came of reading a batch.
-
-    Attributes:
-        digests: [n, 32] of every image, zeros where it cannot be read.
-        inputs: Of the others, preprocessed, maybe packed; None where there are none.
-        problem: The first one, in words.
-    """
-
-    digests: Tensor
-    inputs: Any = None
-    problem: str | None = None
-
-
-class _Reader:
-    """Reads batches by several threads, and keeps what fits into memory.
-
-    Where data set or processor draw random numbers, one thread reads, and the processor draws the
-    same for a batch every time.
-
-    Attributes:
-        draws: Whether they do.
-        threads: That read.
-        problems: Task -> the first one, in words.
-    """
-
-    def __init__(self, tasks: Sequence[Task], encoder: Encoder, room: int, progress: bool) -> None:
-        self._tasks = tasks
-        self._encoder = encoder
-        self._room = room
-        self._progress = progress
-        self._levels = find_levels(encoder.preprocess)
-        self.draws, self.threads = False, 1
-        self.problems: dict[int, str] = {}
-
-    def read_all(self, batches: Sequence[Batch], digests: Sequence[Tensor]) -> None:
-        """Fill in the `inputs` of batches and the digests of their images, by task."""
-        room = self._room
-        seed_all(0)
-        before = streams()
-        began = time.perf_counter()
-        self._read_all(batches[:1], digests)  # alone, to see whether it draws and is worth threads
-        an_image = (time.perf_counter() - began) / max(len(batches[0].positions), 1)
-        if streams() == before:
-            self.threads = n_threads() if an_image > _WORTH_THREADS else 1
-            self._read_all(batches[1:], digests)
-        if streams() != before:
-            self.draws, self.threads, self._room, self.problems = True, 1, room, {}
-            self._read_all(batches, digests)
-
-    def _read_all(self, batches: Sequence[Batch], digests: Sequence[Tensor]) -> None:
-        with tqdm(
-            total=sum(len(b.positions) for b in batches),
-            desc="IIMM probe: preprocessing",
-            unit="image",
-            disable=None if self._progress else True,
-            leave=False,
-            delay=2,
-        ) as bar:
-            for batch, found in zip(batches, ahead(self._read, batches, self.threads), strict=True):
-                if found.problem is not None:
-                    self.problems.setdefault(batch.task, found.problem)
-                digests[batch.task][batch.first : batch.first + len(found.digests)] = found.digests
-                self._room -= _n_bytes(found.inputs)
-                batch.inputs = found.inputs if self._room >= 0 else None
-                bar.update(len(found.digests))
-
-    def _read(self, batch: Batch) -> _Read:
-        task = self._tasks[batch.task]
-        found = _Read(torch.zeros(len(batch.positions), 32, dtype=torch.float64))
-        images = {}
-        for row, position in enumerate(batch.positions):
-            for last_try in (False, True):  # the second where a disk or a network hiccuped
-                try:
-                    images[row] = task.images([position])[0]
-                    break
-                except Exception as error:
-                    if last_try:
-                        found.problem = found.problem or f"{error}"
-        try:
-            inputs = self._preprocess(images)
-        except Exception:
-            images = {row: image for row, image in images.items() if self._suits(image, found)}
-            inputs = self._preprocess(images)
-        for row, image in images.items():
-            found.digests[row] = _digest(content(image))
-        packed = None if self._levels is None else self._levels.pack(inputs)
-        found.inputs = packed or inputs
-        if isinstance(found.inputs, Packed) and torch.cuda.is_available():
-            found.inputs = found.inputs.pinned()
-        return found
-
-    def _preprocess(self, images: dict[int, Any]) -> Any:
-        if self.draws:
-            seed_all(0)
-        return self._encoder.preprocess(list(images.values())) if images else None
-
-    def _suits(self, image: Any, found: _Read) -> bool:
-        try:
-            self._preprocess({0: image})
-        except Exception as error:
-            said = f"{_FAILED} ({type(error).__name__}: {error})"
-            found.problem = found.problem or said
-            return False
-        return True
-
-
 def _check_readable(tasks: Sequence[Task], kept: list[Tensor], problems: dict[int, str]) -> None:
     left_out = [len(mask) - int(mask.sum()) for mask in kept]
     if not any(left_out):
@@ -358,7 +211,7 @@ def _check_readable(tasks: Sequence[Task], kept: list[Tensor], problems: dict[in
     first = [ranks.first_said(problems.get(number)) for number in range(len(tasks))]
     for task, mask, problem in zip(tasks, kept, first, strict=True):
         if int(mask.sum()) < 2:
-            if problem is not None and problem.startswith(_FAILED):
+            if problem is not None and problem.startswith(FAILED):
                 raise ValueError(
                     f"{problem} on images of task {task.name!r} that can be read, on all but "
                     f"{int(mask.sum())} of {len(mask)}; pass the processor of this model"
@@ -383,7 +236,7 @@ def _finish(
     texts: list[list[list[str]] | None],
     batches: list[Batch],
     encoder: Encoder,
-    reader: _Reader,
+    reader: Reader,
 ) -> Share:
     shown = []
     for task, positions, digest, captions in zip(tasks, readable, digests, texts, strict=True):
@@ -411,15 +264,3 @@ def _finish(
     image = encoder.preprocess(tasks[0].images(readable[0][:1]))
     prompt = encoder.tokenize(tasks[0].prompts(readable[0])[:1])
     return Share(encoder, shown, batches, image, prompt, reader.draws, reader.threads)
-
-
-def _digest(data: bytes) -> Tensor:
-    return torch.tensor(list(hashlib.sha256(data).digest()), dtype=torch.float64)
-
-
-def _n_bytes(inputs: Any) -> int:
-    if isinstance(inputs, Packed):
-        return inputs.nbytes
-    if isinstance(inputs, dict):
-        return sum(value.nbytes for value in inputs.values() if isinstance(value, Tensor))
-    return sum(len(content(image)) for image in inputs) if isinstance(inputs, list) else 0

@@ -17,7 +17,7 @@ from PIL import Image
 
 from iimm_callbacks import Task
 from iimm_callbacks.models.encoders import Encoder, find_encoder
-from iimm_callbacks.probing import kept, share
+from iimm_callbacks.probing import kept, reading
 from iimm_callbacks.probing.ahead import ahead, n_threads, streams
 from iimm_callbacks.probing.kept import Levels, Packed, find_levels
 from iimm_callbacks.probing.probe import Probe
@@ -57,8 +57,8 @@ class Pairs:
 @pytest.fixture
 def by_threads(monkeypatch):
     """Three threads read, whatever the machine and however small the pictures; and they pack."""
-    monkeypatch.setattr(share, "n_threads", lambda: 3)
-    monkeypatch.setattr(share, "_WORTH_THREADS", 0.0)
+    monkeypatch.setattr(reading, "n_threads", lambda: 3)
+    monkeypatch.setattr(reading, "_WORTH_THREADS", 0.0)
     monkeypatch.setattr(kept, "LEAST", 0)
 
 
@@ -81,7 +81,7 @@ def pixels_of(probe):
 def test_threads_give_what_one_gives_bit_for_bit(tiny_clip, processor, monkeypatch, by_threads):
     model = tiny_clip()
     many = prepared(model, processor)
-    monkeypatch.setattr(share, "n_threads", lambda: 1)
+    monkeypatch.setattr(reading, "n_threads", lambda: 1)
     monkeypatch.setattr(kept, "LEAST", 10**9)
     one = prepared(model, processor)
     assert (many._share.threads, one._share.threads) == (3, 1)
