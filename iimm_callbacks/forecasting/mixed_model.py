@@ -95,17 +95,18 @@ def left_out(
     points, scales = np.full(len(known), np.nan), np.full(len(known), np.nan)
     if not rows.any():
         return points, scales
-    whole = _covariance(known, known, effects)
-    noisy = whole + np.diag(known.numbers["noise"] ** 2)
+    among = _covariance(known, known, effects) + np.diag(known.numbers["noise"] ** 2)
+    precision = np.linalg.inv(among)
+    weighted = precision @ known.target
     groups = known.groups[by]
     for group in sorted(set(groups[rows].tolist())):
-        asked, others = np.flatnonzero(rows & (groups == group)), np.flatnonzero(groups != group)
-        points[asked], scales[asked] = _solve(
-            noisy[np.ix_(others, others)],
-            whole[np.ix_(asked, others)],
-            np.diag(noisy)[asked],
-            known.target[others],
-        )
+        # Of normal variables with precision Q, those in b given all others have covariance Q_bb⁻¹
+        # and lie Q_bb⁻¹ (Q y)_b below what was seen: no fit of its own for each group.
+        own = np.flatnonzero(groups == group)
+        covariance = np.linalg.inv(precision[np.ix_(own, own)])
+        asked = rows[own]
+        points[own[asked]] = (known.target[own] - covariance @ weighted[own])[asked]
+        scales[own[asked]] = np.sqrt(np.maximum(np.diag(covariance), 1e-12))[asked]
     return points, scales
 
 

@@ -1,0 +1,60 @@
+"""The mixed model, held against itself."""
+
+import numpy as np
+import pytest
+
+from iimm_callbacks.forecasting.mixed_model import Effect, Rows, left_out, predict
+
+EFFECTS = (
+    Effect("one", (), 0.3),
+    Effect("one", ("task",), 0.1),
+    Effect("slope", ("model",), 0.2),
+    Effect("one", ("model", "task"), 0.05),
+)
+
+
+def rows(n, seed):
+    rng = np.random.default_rng(seed)
+    numbers = {
+        "one": np.ones(n),
+        "slope": rng.normal(size=n),
+        "noise": rng.uniform(0.005, 0.1, n),
+    }
+    groups = {
+        "task": rng.choice(list("abcde"), n),
+        "model": rng.choice(["x", "y"], n),
+    }
+    return Rows(numbers, groups, rng.normal(size=n))
+
+
+@pytest.mark.parametrize("by", ["task", "model"])
+@pytest.mark.parametrize("seed", range(3))
+def test_what_is_left_out_is_predicted_from_all_other_groups(by, seed):
+    known = rows(40, seed)
+    asked = np.random.default_rng(seed).random(40) < 0.7
+    points, scales = left_out(known, EFFECTS, asked, by)
+    assert np.isnan(points[~asked]).all()
+    assert np.isnan(scales[~asked]).all()
+    for group in set(known.groups[by][asked]):
+        own = known.groups[by] == group
+        expected = predict(known.take(~own), known.take(own & asked), EFFECTS)
+        np.testing.assert_allclose(points[own & asked], expected[0], rtol=1e-9, atol=1e-12)
+        np.testing.assert_allclose(scales[own & asked], expected[1], rtol=1e-9)
+
+
+def test_the_only_group_is_predicted_from_nothing():
+    known = rows(6, 0)
+    known.groups["task"][:] = "a"
+    points, scales = left_out(known, EFFECTS, np.ones(6, bool), "task")
+    nothing = predict(known.take(np.zeros(6, bool)), known, EFFECTS)
+    np.testing.assert_allclose(points, nothing[0], atol=1e-12)
+    np.testing.assert_allclose(scales, nothing[1], rtol=1e-9)
+
+
+def test_one_run_moves_its_group_by_the_share_of_the_variance_that_is_not_noise():
+    one, nothing = np.ones(1), np.array([0.0])
+    known = Rows({"one": one, "noise": one * 0.1}, {"task": np.array(["a"])}, np.array([0.5]))
+    asked = Rows({"one": one, "noise": nothing}, {"task": np.array(["a"])}, np.array([np.nan]))
+    point, scale = predict(known, asked, [Effect("one", ("task",), 0.2)])
+    assert point[0] == pytest.approx(0.5 * 0.04 / 0.05)
+    assert scale[0] == pytest.approx((0.04 - 0.04**2 / 0.05) ** 0.5)
