@@ -53,7 +53,14 @@ collect_ignore = ["tiny_open_clip.py"]  # has no doctest, and open_clip is not e
 
 def pytest_addoption(parser):
     parser.addoption("--record-matrix", action="store_true", help="see test_matrix.py")
-    parser.addoption("--notebook", action="store_true", help="run examples/story.ipynb, a minute")
+    parser.addoption("--whole", action="store_true", help="also run whole programs, minutes")
+
+
+def pytest_collection_modifyitems(config, items):
+    """Leave out what is marked `whole`, but where it is asked for."""
+    if not config.getoption("--whole"):
+        config.hook.pytest_deselected(items=[i for i in items if i.get_closest_marker("whole")])
+        items[:] = [item for item in items if not item.get_closest_marker("whole")]
 
 
 # What a fixture of these takes long to make, one worker makes once.

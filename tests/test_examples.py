@@ -76,6 +76,7 @@ def assert_same_weights(one, other):
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("method", ["full", "lora"])
 def test_the_guarded_finetune_writes_its_record_picture_and_model(
     example, tmp_path, capsys, method
@@ -115,6 +116,7 @@ def test_the_guarded_finetune_takes_a_model_and_a_data_set_of_ones_own(
     assert (outcome.task, outcome.complete) == ("data", True)
 
 
+@pytest.mark.whole
 @pytest.mark.once
 def test_the_guarded_finetune_goes_on_from_the_last_complete_checkpoint(example, tmp_path):
     main, out = example("guarded_finetune").main, tmp_path / "out"
@@ -131,6 +133,7 @@ def test_the_guarded_finetune_goes_on_from_the_last_complete_checkpoint(example,
     assert_same_weights(read_weights(out), weights)
 
 
+@pytest.mark.whole
 def test_the_accelerate_loop_tells_the_tracker_and_goes_on_from_its_checkpoint(
     example, tmp_path, capsys
 ):
@@ -153,6 +156,7 @@ def test_the_accelerate_loop_tells_the_tracker_and_goes_on_from_its_checkpoint(
     assert_same_weights(read_weights(out), weights)
 
 
+@pytest.mark.whole
 @bare_processes
 def test_the_examples_run_on_two_processes_and_a_stop_stops_both(example, python, tmp_path):
     run = ["--smoke", "--learning_rate", "1e-3", "--output_dir"]
@@ -197,6 +201,7 @@ def test_accelerate_reads_the_configs(path):
     assert ("Not run here" in words) == (path.stem != "cpu_2")
 
 
+@pytest.mark.whole
 @pytest.mark.once
 @bare_processes
 def test_nothing_is_lost_by_kills_and_faults(python):
@@ -216,6 +221,7 @@ def read_run(folder):
     return run, log
 
 
+@pytest.mark.whole
 @pytest.mark.once
 def test_contrastive_training_on_captions_is_guarded(example, tmp_path, capsys, monkeypatch):
     module = example("contrastive_captions")
@@ -260,6 +266,7 @@ def test_contrastive_training_takes_a_model_and_a_data_set_of_ones_own(
     assert (run["n_images"], run["method"]) == (40, "bitfit")
 
 
+@pytest.mark.whole
 @pytest.mark.once
 def test_a_clap_learns_sounds_and_forgets_others(example, tmp_path, capsys):
     example("audio_clap").main(["--steps", "60", "--output_dir", "out"])
@@ -297,6 +304,7 @@ def test_an_open_clip_model_is_guarded(example, tmp_path, capsys, method):
     assert f"Predicted and observed: handwritten_digits ({method})" in capsys.readouterr().out
 
 
+@pytest.mark.whole
 @pytest.mark.once
 def test_the_study_does_no_run_twice(monkeypatch, tmp_path):
     monkeypatch.syspath_prepend(str(ROOT / "examples" / "study"))
@@ -322,6 +330,7 @@ def test_the_study_does_no_run_twice(monkeypatch, tmp_path):
     assert np.all(signals[job][0] == 0)
 
 
+@pytest.mark.whole
 @pytest.mark.once
 @no_pin_memory
 def test_the_benchmark_at_real_size_prints_every_ratio(example):
@@ -368,6 +377,7 @@ def test_the_device_check_fails_where_a_promise_is_not_kept(example, capsys, mon
     assert "needs CUDA" in printed
 
 
+@pytest.mark.whole
 @pytest.mark.once
 @bare_processes
 @no_pin_memory

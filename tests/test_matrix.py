@@ -113,10 +113,10 @@ class Data(NamedTuple):
 @pytest.fixture(scope="module")
 def data():
     """What a family reads -> its `Data`."""
-    colours, shapes = make_dataset("colour", 64, seed=1), make_dataset("shape", 24, seed=2)
+    colours, shapes = make_dataset("colour", 32, seed=1), make_dataset("shape", 18, seed=2)
     names = colours.features["label"].names
     words, things = {"templates": "a {} thing"}, {"templates": "a {}", "class_names": SHAPES}
-    sounds, others = make_sounds(SOUNDS, 64, 1), make_sounds(SOUNDS[:3], 24, 2)
+    sounds, others = make_sounds(SOUNDS, 32, 1), make_sounds(SOUNDS[:3], 18, 2)
     videos = as_videos(colours)
     return {
         "image": Data(colours, Task("task", colours, **words), Task("other", shapes, **things)),
@@ -268,7 +268,7 @@ def check_cell(cell, family, method, data, tmp_path):
         processor=processor,
         outcomes=records(classifier, method),
         max_forgetting=0.9,
-        every=4,
+        every=3,
         max_overhead=None,
         verbose=False,
     )
@@ -276,11 +276,11 @@ def check_cell(cell, family, method, data, tmp_path):
         model=classifier,
         args=TrainingArguments(
             str(tmp_path),
-            max_steps=8,
-            per_device_train_batch_size=32,
+            max_steps=6,
+            per_device_train_batch_size=16,
             learning_rate=LEARNING_RATE[method],
-            save_steps=8,
-            logging_steps=4,
+            save_steps=6,
+            logging_steps=3,
             report_to="none",
             remove_unused_columns=False,
             use_cpu=True,
@@ -314,7 +314,7 @@ def check_cell(cell, family, method, data, tmp_path):
 
     # The checkpoint reloads to the same embeddings.
     fresh, _, _ = prepare_cell(family, method, data)
-    fresh.load_state_dict(load_file(tmp_path / "checkpoint-8" / "model.safetensors"))
+    fresh.load_state_dict(load_file(tmp_path / "checkpoint-6" / "model.safetensors"))
     for mine, reloaded in zip(embed(classifier, cell), embed(fresh, cell), strict=True):
         assert torch.equal(mine, reloaded)
     assert loss_of(fresh, rows, collator) == loss_of(classifier, rows, collator)

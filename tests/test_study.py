@@ -462,6 +462,7 @@ def test_the_error_times_the_ratio_of_other_tasks_is_the_arithmetic(study):
     assert scaled == pytest.approx([np.abs(expected).mean()])
 
 
+@pytest.mark.whole
 def test_the_heads_are_tabled(study):
     compare = study("compare_heads")
     tasks = ["handwritten_digits", "flag_regions", "clipart_folders"]

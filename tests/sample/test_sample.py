@@ -50,6 +50,7 @@ def test_the_recorded_runs_are_of_the_shipped_model_and_gain_and_forget():
     assert sum(full) / len(full) > 0.01
 
 
+@pytest.mark.whole
 def test_the_recorded_runs_are_of_the_tasks_as_they_are_probed_now():
     """Else the forecast would take its own past tasks for others of the same name."""
     model, processor = sample.load_model(), sample.load_processor()

@@ -391,6 +391,7 @@ assert not FAIL, "the optimizer is on fire"
 """
 
 
+@pytest.mark.whole
 def test_a_script_of_ones_own_is_run_for_each_task(start, tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([path for path in sys.path if path]))
     script = tmp_path / "train.py"
@@ -437,6 +438,7 @@ def calibrate_on_rank(rank, folder, batch):
     calibrate(model, LESSONS[:2], [recipe], store=store, output=output, **fixed)
 
 
+@pytest.mark.whole
 def test_two_ranks_give_the_outcomes_of_one(tmp_path):
     program = tmp_path / "ranks.py"
     program.write_text(

@@ -14,7 +14,7 @@ from iimm_callbacks import read_outcomes
 from iimm_callbacks.records.outcomes import one_of_each_run
 from iimm_callbacks.records.run_file import read_run
 
-pytestmark = pytest.mark.once
+pytestmark = [pytest.mark.once, pytest.mark.whole]
 
 WORKER = Path(__file__).parents[1] / "resume_worker.py"
 SEED = os.environ.get("IIMM_KILL_SEED", "0")
