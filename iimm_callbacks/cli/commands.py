@@ -20,7 +20,7 @@ from .measuring import (
     check_names,
     limits_of,
     measure,
-    read_runs,
+    open_runs,
 )
 from .outcomes import Store, read_record
 from .shell import Answer, Commands, LimitOn, command
@@ -173,13 +173,13 @@ def _measure(
 ) -> tuple[dict[str, Any], dict[str, Forecast]]:
     """The measure with a forecast of each method from the saved runs, as data and as they are."""
     check_names(subject)
-    record = read_runs(subject.model, store)
-    check_methods(methods, record)
+    past = open_runs(subject.model, store)
+    check_methods(methods, past)
     from ..forecasting.forecaster import Forecaster
 
     found = measure(subject)
     about = found.about | {"recipe": plan.recipe(), "off_target": plan.off_target or ()}
-    forecaster = Forecaster().fit(record)
+    forecaster = Forecaster().fit(past.relevant(about["model"]))
     forecasts = {
         method: forecaster.predict(found.measurement, method=method, **about) for method in methods
     }

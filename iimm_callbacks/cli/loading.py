@@ -200,8 +200,9 @@ def load_recorded(source: str) -> list[Outcome]:
     Raises:
         ValueError: There is no such thing, or it holds no outcomes.
     """
+    from ..records.as_dataset import from_dataset
     from ..records.objects import Address, as_store
-    from ..records.store import from_dataset, read_outcomes
+    from ..records.store import read_outcomes
 
     store, path = as_store(source), Path(source).expanduser()
     if isinstance(store, Address) or path.is_file():

@@ -11,7 +11,7 @@ import typer
 
 from ..trainer.calibration.recipes import METHODS
 from .loading import SAMPLE, check_name, load_model, load_task, load_training
-from .outcomes import read_record
+from .outcomes import open_record
 from .shell import LimitOn, Reading
 
 if TYPE_CHECKING:
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from ..data.tasks import Task
     from ..measures.measure import Measurement
     from ..probing.probe import Probe
-    from ..records.outcomes import Outcome
+    from ..records.catalog import Catalog
     from ..records.verdict import Limits
 
 Confidence = Annotated[float, typer.Option(help="Probability of exceeding to stop from")]
@@ -195,21 +195,23 @@ def limits_of(max_forgetting: float, limit_on: str, confidence: float) -> Limits
     return Limits(max_forgetting, limit_on, confidence)  # type: ignore[arg-type]  # it checks
 
 
-def check_methods(methods: Sequence[str], record: Sequence[Outcome]) -> None:
+def check_methods(methods: Sequence[str], past: Catalog) -> None:
     """Raise unless each is a method of ours or of a saved run."""
-    known = dict.fromkeys([*METHODS, "linear_probe", *sorted({o.method for o in record})])
+    known = dict.fromkeys([*METHODS, "linear_probe", *sorted(past.methods())])
     for method in methods:
         if method not in known:
             raise ValueError(f"`--method` must be one of {', '.join(known)}, got {method!r}")
 
 
-def read_runs(model: str, store: str | None) -> list[Outcome]:
+def open_runs(model: str, store: str | None) -> Catalog:
     """The runs to learn from: the saved ones, and for the shipped model what ships with it."""
-    path, found = read_record(store)
+    path, found = open_record(store)
     if model == SAMPLE:
+        from ..records.catalog import Listed
         from ..sample import load_outcomes
 
-        found = found + [run for run in load_outcomes() if run not in found]  # none twice
-    if not found:
+        saved = found.read(range(found.n_outcomes))
+        found = Listed(saved + [run for run in load_outcomes() if run not in saved])  # none twice
+    if not found.n_outcomes:
         typer.echo(f"no saved runs in {path}: published averages are used", err=True)
     return found

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, replace
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -16,6 +16,7 @@ from .loading import first_line, load_recorded
 from .shell import Answer, command
 
 if TYPE_CHECKING:
+    from ..records.catalog import Catalog
     from ..records.objects import Address
     from ..records.outcomes import Outcome
 
@@ -38,22 +39,26 @@ def list_outcomes(
     model: Annotated[str, typer.Option(help="Name or fingerprint; * matches anything")] = "*",
     method: Annotated[str, typer.Option(help="* matches anything")] = "*",
     task: Annotated[str, typer.Option(help="* matches anything")] = "*",
+    limit: Annotated[int, typer.Option(min=1, help="How many on a page")] = 200,
+    page: Annotated[int, typer.Option(min=1, help="1 has the newest, 2 those before")] = 1,
     store: Store = None,
 ) -> Answer:
-    """List the saved runs."""
+    """List the saved runs, the newest last."""
     from ..reports import tables
 
-    path, found = read_record(store)
-    chosen = [
-        o
-        for o in found
-        if (fnmatchcase(o.model, model) or fnmatchcase(o.model_fingerprint, model))
-        and fnmatchcase(o.method, method)
-        and fnmatchcase(o.task, task)
-    ]
+    path, found = open_record(store)
+    chosen = found.select(model, method, task)
+    end = max(len(chosen) - (page - 1) * limit, 0)
+    shown = found.read(chosen[max(end - limit, 0) : end])
     derived = ("gain", "forgetting", "worst")
-    rows = [asdict(o) | {name: getattr(o, name) for name in derived} for o in chosen]
-    data = {"store": str(path), "n_outcomes": len(found), "outcomes": rows}
+    data = {
+        "store": str(path),
+        "n_outcomes": found.n_outcomes,
+        "n_found": len(chosen),
+        "page": page,
+        "n_pages": max(-(-len(chosen) // limit), 1),
+        "outcomes": [asdict(o) | {name: getattr(o, name) for name in derived} for o in shown],
+    }
     return Answer(data, tables.outcomes(data))
 
 
@@ -110,7 +115,7 @@ def export(
     What it writes, `iimm outcomes import` reads; a folder is one of `datasets`. To the Hub goes
     nothing of who saved a run.
     """
-    from ..records.store import to_dataset
+    from ..records.as_dataset import to_dataset
 
     if (target is None) == (push_to_hub is None):
         got = "neither" if target is None else "both"
@@ -190,7 +195,16 @@ def retire(
 def read_record(
     store: str | None, argument: str = "--store"
 ) -> tuple[Path | Address, list[Outcome]]:
-    """Where the saved runs are, and the runs; the user's store need not exist yet.
+    """Where the saved runs are, and all of them: as `open_record`."""
+    from ..records.store import read_outcomes
+
+    path = _existing(store, argument)
+    with _told(path, argument):
+        return path, read_outcomes(path) if path.exists() else []
+
+
+def open_record(store: str | None, argument: str = "--store") -> tuple[Path | Address, Catalog]:
+    """Where the saved runs are, and their catalog; the user's store need not exist yet.
 
     Args:
         store: As ``--store``; ``None`` for the user's own.
@@ -199,11 +213,18 @@ def read_record(
     Raises:
         ValueError: There is no such store, or it cannot be read.
     """
-    from ..records.store import read_outcomes
+    from ..records.store import open_store
 
     path = _existing(store, argument)
+    with _told(path, argument):
+        return path, open_store(path)
+
+
+@contextmanager
+def _told(path: Path | Address, argument: str) -> Iterator[None]:
+    """Errors of reading a store name the argument."""
     try:
-        return path, read_outcomes(path) if path.exists() else []
+        yield
     except (OSError, TypeError, ValueError) as error:
         told = (error.strerror if isinstance(error, OSError) else None) or first_line(error)
         is_empty = path.is_dir() and isinstance(error, FileNotFoundError)
@@ -252,7 +273,7 @@ def _append(new: Sequence[Outcome], store: str | None) -> Answer:
 
 
 def _write(found: Sequence[Outcome], target: Path) -> None:
-    from ..records.store import to_dataset
+    from ..records.as_dataset import to_dataset
 
     if target.exists():
         raise ValueError(f"`TARGET` must not exist yet, got {target}; remove it or name another")

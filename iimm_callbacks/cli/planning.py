@@ -13,7 +13,7 @@ import typer
 
 from .calibrating import off_target_of
 from .loading import check_name, task_name_of
-from .measuring import Measured, Subject, check_methods, check_names, limits_of, measure, read_runs
+from .measuring import Measured, Subject, check_methods, check_names, limits_of, measure, open_runs
 from .outcomes import Store
 from .shell import Answer, LimitOn
 
@@ -59,14 +59,15 @@ def plan(
         raise ValueError("`--try` needs `--train`, the training data, got none")
     limits = limits_of(max_forgetting, limit_on, 0.8)
     check_names(subject)
-    record = read_runs(subject.model, store)
-    check_methods(method or (), record)
+    past = open_runs(subject.model, store)
+    check_methods(method or (), past)
     for name in off_target or ():
         check_name(name, "--off-target", is_model=False)
     from ..reports import calibrated
     from ..trainer.calibration.options import choice, observed
 
     found = measure(subject)
+    record = past.relevant(found.about["model"])
     asked = (method, learning_rate, steps)
     guarded = [task_name_of(name) for name in off_target or ()]
     options = _options(found, record, asked, guarded)

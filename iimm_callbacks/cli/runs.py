@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from glob import escape
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.table import Table
 
-from .outcomes import read_record
+from .outcomes import open_record
 from .shell import Answer, folder_to_write, read_run_file
 
 _WIDTH = 96
@@ -38,7 +39,8 @@ def report(
     """
     run = run.expanduser()
     record = read_run_file(run)
-    where, found = read_record(outcomes, "--outcomes")
+    where, known = open_record(outcomes, "--outcomes")
+    found = known.read(known.select(escape(record["model_fingerprint"] or "")))
     from ..reports.page import PICTURES, write_report
     from ..reports.past import past_runs
     from ..reports.terminal import page, summary_table
@@ -50,7 +52,7 @@ def report(
     files = [folder / f"{name}.png" for name in PICTURES]
     pictures = [str(path) for path in files if path.exists()]
     data = {"page": str(written), "pictures": pictures, "store": str(where), "n_past": past}
-    among = f"Shown among {past} past runs of its model, of {len(found)} in {where}."
+    among = f"Shown among {past} past runs of its model, of {known.n_outcomes} in {where}."
     shown = [summary_table(record), *_rescued(record), page(among, f"Written to {written}.")]
     return Answer(data, "\n".join(shown))
 

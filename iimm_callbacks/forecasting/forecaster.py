@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..measures.accuracy import NEAR_CEILING
 from ..measures.measure import Measurement
+from ..records.catalog import thin
 from ..records.forecast import QUANTITIES, Forecast, Prediction
 from ..records.outcomes import Outcome, one_of_each_run
 from .estimates import Estimates, Sight
@@ -52,13 +53,15 @@ class Forecaster:
     def __init__(self) -> None:
         self._record: list[Run] = []
         self._borrowed: list[Run] = []
-        self._estimates = Estimates([], [])
+        self._taught: dict[str, tuple[list[Run], Estimates]] = {}
 
     def fit(self, outcomes: Iterable[Outcome], *, base_rates: bool = True) -> Forecaster:
         """Learn from these outcomes. Interrupted and stopped runs are left out.
 
+        Of more than `catalog.LEARNT_FROM` runs a forecast takes some, see `catalog.thin`.
+
         Args:
-            outcomes: Outcomes of any models and methods.
+            outcomes: Outcomes of any models and methods, the oldest first.
             base_rates: Whether to use shipped runs of other models if the model's own runs cover
                 too few tasks.
 
@@ -67,7 +70,7 @@ class Forecaster:
         """
         self._record = [Run(o) for o in one_of_each_run(outcomes) if o.complete]
         self._borrowed = _load_borrowed(self._record) if base_rates else []
-        self._estimates = Estimates(self._record, self._borrowed)
+        self._taught = {}
         return self
 
     def predict(
@@ -126,8 +129,17 @@ class Forecaster:
             math.nan if linear_probe_accuracy is None else linear_probe_accuracy,
             linear_probe_standard_error or 0.0, n_train,
         )  # fmt: skip
-        ask = replace(ask, task=saved_name(self._record, ask))
-        return self._forecast(choose(self._record, self._borrowed, ask), ask, next_share)
+        record, _ = self._teach(model)
+        ask = replace(ask, task=saved_name(record, ask))
+        return self._forecast(choose(record, self._borrowed, ask), ask, next_share)
+
+    def _teach(self, model: str) -> tuple[list[Run], Estimates]:
+        """The saved runs that forecasts for a model rest on, and what they say."""
+        if model not in self._taught:
+            chosen = thin([run.outcome for run in self._record], model)
+            record = [self._record[i] for i in chosen]
+            self._taught[model] = record, Estimates(record, self._borrowed)
+        return self._taught[model]
 
     def _forecast(self, runs: Runs, ask: Ask, next_share: float | None) -> Forecast:
         """Of all quantities at the end of the run."""
@@ -135,8 +147,9 @@ class Forecaster:
         predictions: dict[str, Prediction | None] = dict.fromkeys(QUANTITIES)
         evidence = {}
         in_range = True
+        estimates = self._teach(ask.model)[1]
         for quantity in QUANTITIES if runs.rows else ():
-            predictions[quantity], found, words = self._estimates.before(runs, ask, quantity, 1.0)
+            predictions[quantity], found, words = estimates.before(runs, ask, quantity, 1.0)
             notes += [word for word in words if word not in notes]
             in_range = in_range and not any("range of the saved runs" in word for word in words)
             if found is not None:
@@ -193,6 +206,7 @@ class Forecaster:
         if forecast._asked is None:
             raise ValueError("`forecast` must be what `predict` gave; this one was made otherwise")
         ask, runs = forecast._asked
+        estimates = self._teach(ask.model)[1]
         if share >= 1:
             last: dict[str, Any] = {name: Prediction(*seen[name], math.inf) for name in seen}
             return replace(
@@ -209,7 +223,7 @@ class Forecaster:
         for name in seen:
             prior = getattr(forecast, name)
             sight = Sight(name, share, 1.0, seen, prior)
-            found, now = self._estimates.during(runs, ask, sight)
+            found, now = estimates.during(runs, ask, sight)
             if found is None or now is None:
                 continue
             updated[name] = found
@@ -220,7 +234,7 @@ class Forecaster:
                 error_of_zero_shot=plain.error_of_zero_shot,
             )
             if next_share is not None and name != "gain":
-                coming, _ = self._estimates.during(runs, ask, replace(sight, until=next_share))
+                coming, _ = estimates.during(runs, ask, replace(sight, until=next_share))
                 if coming is not None:
                     next_look[name] = coming
         if not updated:
@@ -247,9 +261,8 @@ class Forecaster:
             return {}
         if runs.own and not any(run.at("forgetting", next_share) is not None for run in runs.rows):
             return {}  # other models' looks do not say when this one's limit is crossed
-        found = {
-            q: self._estimates.before(runs, ask, q, next_share) for q in ("forgetting", "worst")
-        }
+        estimates = self._teach(ask.model)[1]
+        found = {q: estimates.before(runs, ask, q, next_share) for q in ("forgetting", "worst")}
         return {name: p for name, (p, _, _) in found.items() if p is not None}
 
 

@@ -24,13 +24,14 @@ from ..models.wrappers import find_own_head, model_fingerprint, model_name
 from ..probing import ranks
 from ..probing.probe import Probe
 from ..records import keys
+from ..records.catalog import Catalog, Listed
 from ..records.forecast import Forecast
 from ..records.journal import Journal, Journaled, opening
 from ..records.ledger import Ledger
 from ..records.log import get_logger
 from ..records.objects import Address
 from ..records.outcomes import Outcome
-from ..records.store import as_outcomes
+from ..records.store import as_outcomes, open_store
 from ..records.verdict import Limits
 from ..rescue.rescuer import Rescuer, is_exceeded
 from ..rescue.sweep import Rescue
@@ -167,7 +168,7 @@ class Measured(Journaled):
             run=ranks.from_first(lambda: uuid.uuid4().hex),
             recipe=journal.start.recipe | {"trainable_share": trainable_share(model)},
         )
-        n_outcomes = len(ranks.from_first(self.outcomes))
+        n_outcomes = ranks.from_first(lambda: self.past().n_outcomes)
         self._journal = replace(
             journal, start=start, n_outcomes=n_outcomes, history=[], failures=0, dropped=0
         )
@@ -220,9 +221,13 @@ class Measured(Journaled):
             raise RuntimeError(f"call `begin(model)` on the untouched model before `{call}`")
         return self._journal
 
-    def outcomes(self) -> list[Outcome]:
+    def past(self) -> Catalog:
         """The finished runs to learn from: those given, or those in the store."""
-        return self._ledger.read() if self._outcomes is None else as_outcomes(self._outcomes)
+        if self._outcomes is None:
+            return self._ledger.catalog()
+        if isinstance(self._outcomes, str | Path | Address):
+            return open_store(self._outcomes)
+        return Listed(as_outcomes(self._outcomes))
 
     def _trained(self, call: str) -> nn.Module:
         """The model that `begin` was given."""
@@ -236,27 +241,26 @@ class Measured(Journaled):
         if self.verbose and ranks.world()[0] == 0:
             self._forgiving("printing", lambda: tqdm.write(text()))
 
-    def _learn(self, resumed: Journal | None) -> int:
+    def _learn(self, past: Catalog | None, journal: Journal, *, resumed: bool) -> None:
         """Fit the forecaster; of a run that goes on, to what it learnt from when it began."""
-        outcomes = ranks.from_first(self.outcomes)  # files may differ between ranks
-        if resumed:
-            self.probe.check_fingerprints(resumed.fingerprints)
-            if len(outcomes) < resumed.n_outcomes:
-                logger.warning(
-                    "Of %d saved runs that this one learnt from when it began, %d are still "
-                    "there: forecasts from here on may differ from those of an uninterrupted run",
-                    resumed.n_outcomes,
-                    len(outcomes),
-                )
-            outcomes = outcomes[: resumed.n_outcomes]
+        model, first = journal.start.model_fingerprint, journal.n_outcomes if resumed else None
+        # The first rank's: files may differ between ranks.
+        there = ranks.from_first(lambda: past.n_outcomes if past else 0)
+        if first is not None and there < first:
+            logger.warning(
+                "Of %d saved runs that this one learnt from when it began, %d are still "
+                "there: forecasts from here on may differ from those of an uninterrupted run",
+                first,
+                there,
+            )
+        outcomes = ranks.from_first(lambda: past.relevant(model, first) if past else [])
+        journal.n_outcomes = there if first is None else first
         self._forecaster.fit(outcomes)
-        return len(outcomes)
 
     def _first_look(
         self,
         model: nn.Module,
         untouched: nn.Module | AbstractContextManager[Any] | None,
-        n_outcomes: int,
     ) -> Journal:
         before = untouched if isinstance(untouched, nn.Module) else model
         inside = untouched if isinstance(untouched, AbstractContextManager) else nullcontext()
@@ -280,7 +284,7 @@ class Measured(Journaled):
             start,
             look,
             self.probe.fingerprints,
-            n_outcomes,
+            n_outcomes=0,  # until `_learn` has counted them
             off_target_size=self.probe.off_target_size,
         )
 

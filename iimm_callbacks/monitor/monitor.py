@@ -174,9 +174,12 @@ class IIMMMonitor(Measured):
         is_new = resumed is None or not resumed.history
         self._size_probe(recipe or {}, resumed)
         self.probe.prepare(model)
-        n_outcomes = self._learn(resumed)
+        if resumed:
+            self.probe.check_fingerprints(resumed.fingerprints)
+        past = ranks.together(lambda: self.past() if ranks.world()[0] == 0 else None)
         settings = dict_of(anything)(dict(recipe or {}), "recipe")  # a file must be able to hold it
-        journal = resumed or self._first_look(model, untouched, n_outcomes)
+        journal = resumed or self._first_look(model, untouched)
+        self._learn(past, journal, resumed=resumed is not None)
         seconds = time.perf_counter() - began
         if not journal.history:  # maybe tried again with other settings
             journal.start = replace(journal.start, recipe=journal.start.recipe | settings)

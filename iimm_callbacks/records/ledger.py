@@ -9,11 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from .catalog import Catalog, Listed
 from .log import get_logger
 from .objects import Address, as_store
 from .outcomes import Outcome
 from .run_file import process, save_run, sweep
-from .store import append_outcome, as_outcomes, default_store, read_outcomes
+from .store import append_outcome, as_outcomes, default_store, open_store
 
 logger = get_logger(__name__)
 
@@ -73,15 +74,15 @@ class Ledger:
         self._drafts: list[Outcome] = []
         self._finalizer = weakref.finalize(self, _write, self.path, self._drafts, os.getpid())
 
-    def read(self) -> list[Outcome]:
-        """The outcomes in the store; none where it does not exist or cannot be read."""
+    def catalog(self) -> Catalog:
+        """The runs in the store; none where it does not exist or cannot be read."""
         if self.path is None:
-            return []
+            return Listed([])
         try:
-            return read_outcomes(self.path) if self.path.exists() else []
+            return open_store(self.path)
         except (OSError, ValueError, KeyError) as error:
             logger.warning("The saved runs in %s cannot be read: %s", self.path, error)
-            return []
+            return Listed([])
 
     def draft(self, outcome: Outcome, record: dict[str, Any] | None = None) -> None:
         """The run as it stands: its outcome, kept for the store, and its record for the run file.

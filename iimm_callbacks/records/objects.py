@@ -10,7 +10,7 @@ import hashlib
 import os
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -24,6 +24,7 @@ logger = get_logger(__name__)
 _T = TypeVar("_T")
 _SCHEME = re.compile(r"([a-z][a-z0-9+.-]+):/", re.IGNORECASE)  # of one slash: what `Path` leaves
 _OBJECT = re.compile(r"outcome-([0-9a-f]{32})\.json")
+_DATASET = ("state.json", "dataset_dict.json", "dataset_info.json")  # of `save_to_disk`
 _PAUSES = (0.5, 2.0)  # seconds before another try
 _AT_ONCE = 256  # objects that are fetched together
 # Where `makedirs` would make a bucket, and a prefix needs no folder.
@@ -112,11 +113,15 @@ def as_store(path: str | Path | Address) -> Path | Address:
         return Address(str(path))
     found = Path(path).expanduser()
     ends_as_folder = isinstance(path, str) and path.endswith(("/", os.sep))
-    names = os.listdir(found) if found.is_dir() else []
-    if {"state.json", "dataset_dict.json", "dataset_info.json"} & set(names):
+    if any((found / name).exists() for name in _DATASET):
         return found
-    is_objects = any(map(_OBJECT.fullmatch, names))
-    return Address(f"file://{found.absolute()}") if ends_as_folder or is_objects else found
+    is_objects = ends_as_folder or (found.is_dir() and _has_objects(found))
+    return Address(f"file://{found.absolute()}") if is_objects else found
+
+
+def _has_objects(folder: Path) -> bool:
+    with os.scandir(folder) as entries:
+        return any(_OBJECT.fullmatch(entry.name) for entry in entries)
 
 
 def put(address: Address, data: bytes) -> None:
@@ -152,7 +157,11 @@ def scan(address: Address) -> Iterator[tuple[str, bytes | ValueError]]:
     Raises:
         OSError: The place cannot be read, after some tries.
     """
-    names = _tried(lambda: _list(address), f"list the outcomes in {address}")
+    yield from fetch(address, list(listing(address)))
+
+
+def fetch(address: Address, names: Sequence[str]) -> Iterator[tuple[str, bytes | ValueError]]:
+    """As `scan`, of the objects with these names, in this order."""
     for start in range(0, len(names), _AT_ONCE):
         some = names[start : start + _AT_ONCE]
         ours = [name for name in some if _OBJECT.fullmatch(name)]
@@ -166,18 +175,31 @@ def scan(address: Address) -> Iterator[tuple[str, bytes | ValueError]]:
             yield name, data
 
 
-def _list(address: Address) -> list[str]:
+def listing(address: Address) -> dict[str, float]:
+    """Name of each object -> when it was written, in seconds; the oldest first.
+
+    Raises:
+        OSError: The place cannot be read, after some tries.
+    """
+    found = _tried(lambda: _list(address), f"list the outcomes in {address}")
+    return {
+        name: at
+        for at, name in sorted(found)
+        if name[0] != "." and not name.endswith((".md", ".unfinished"))
+    }
+
+
+def _list(address: Address) -> list[tuple[float, str]]:
+    if address.folder is not None:  # a tenth of the time that fsspec takes
+        with suppress(FileNotFoundError), os.scandir(address.folder) as entries:
+            return [(e.stat().st_mtime, e.name) for e in entries if e.is_file()]
+        return []
     files, root = address.filesystem()
     with suppress(FileNotFoundError):
         files.invalidate_cache(root)
         rows = files.ls(root, detail=True)
-        found = [
-            (_written(row), row["name"].rsplit("/", 1)[-1]) for row in rows if row["type"] == "file"
-        ]
         return [
-            name
-            for _, name in sorted(found)
-            if name[0] != "." and not name.endswith((".md", ".unfinished"))
+            (_written(row), row["name"].rsplit("/", 1)[-1]) for row in rows if row["type"] == "file"
         ]
     return []
 
@@ -189,6 +211,8 @@ def _written(row: dict[str, Any]) -> float:
 
 
 def _fetch(address: Address, names: list[str]) -> dict[str, bytes]:
+    if address.folder is not None:  # a third of the time that fsspec takes
+        return {name: _read(address.folder / name) for name in names}
     files, root = address.filesystem()
     if not names:
         return {}
@@ -200,6 +224,12 @@ def _fetch(address: Address, names: list[str]) -> dict[str, bytes]:
         if isinstance(data, bytes):
             contents[path.rsplit("/", 1)[-1]] = data
     return contents
+
+
+def _read(path: Path) -> bytes:
+    with suppress(FileNotFoundError):  # it went since it was listed
+        return path.read_bytes()
+    return b""
 
 
 def _tried(act: Callable[[], _T], what: str) -> _T:

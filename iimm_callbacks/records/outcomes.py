@@ -123,7 +123,7 @@ class Retired:
     """Says that a saved run no longer counts; the run itself stays where it is.
 
     Attributes:
-        retired: `Outcome.run`, or what `store.name_of` calls a run that has none.
+        retired: `Outcome.run`, or what `lines.name_of` calls a run that has none.
         why: In words.
         provenance: Who said so, and when.
     """

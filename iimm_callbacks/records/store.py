@@ -1,4 +1,4 @@
-"""Outcomes in files (JSON lines), at addresses, in a `datasets.Dataset`."""
+"""Saved runs in files of JSON lines, and at addresses."""
 
 from __future__ import annotations
 
@@ -6,34 +6,30 @@ import hashlib
 import json
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, fields
+from collections.abc import Container, Iterable, Iterator
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING
 
 from filelock import FileLock, Timeout
 from platformdirs import user_cache_path
 
 from . import objects
+from .catalog import Catalog, Listed
+from .lines import Found, decode_line, name_of, parse_each, report, to_line
 from .log import get_logger
 from .objects import Address, as_store
-from .outcomes import Outcome, Retired, parse_record
+from .outcomes import Outcome, Retired
 from .provenance import provenance
 from .saved import read_table
 
 if TYPE_CHECKING:
-    import pyarrow as pa
     from datasets import Dataset
 
 logger = get_logger(__name__)
 
 LOCK_SECONDS = 60.0
-_AS_JSON = (
-    "off_target_before", "off_target_after", "trajectory", "recipe", "versions", "images",
-    "provenance",
-)  # fmt: skip
-_T = TypeVar("_T")
-Found = tuple[str, "Outcome | Retired | ValueError"]  # where it is, and what it is
+_LARGE, _MANY = 4_000_000, 500  # bytes of a file, objects at an address: what has a table
 
 
 def default_store() -> Path | Address:
@@ -63,7 +59,7 @@ def append_outcome(path: str | Path | Address, outcome: Outcome) -> None:
         ValueError: The outcome could not be read back, such as one with NaN in it; or there is no
             such kind of address.
     """
-    store, line = as_store(path), _line(outcome)
+    store, line = as_store(path), to_line(outcome)
     if isinstance(store, Address):
         _put(store, line)
     else:
@@ -128,7 +124,7 @@ def _carry_over(address: Address) -> None:
         found = [item for _, item in _scan_file(path)]
         for record in found:
             if not isinstance(record, ValueError):
-                objects.put(address, _line(record))
+                objects.put(address, to_line(record))
         if not any(isinstance(item, ValueError) for item in found):
             path.unlink()
 
@@ -155,7 +151,7 @@ def sync(one: str | Path | Address, other: str | Path | Address) -> tuple[int, i
         if isinstance(store, Address):
             _carry_over(store)
         found = _scan(store) if store.exists() else ()
-        lines.append({_line(r): None for _, r in found if not isinstance(r, ValueError)})
+        lines.append({to_line(r): None for _, r in found if not isinstance(r, ValueError)})
     added = []
     for store, own, others in zip(stores, lines, reversed(lines), strict=True):
         missing = [line for line in others if line not in own]
@@ -185,7 +181,38 @@ def read_outcomes(path: str | Path | Address) -> list[Outcome]:
         ValueError: It is a folder that is damaged as a whole, or names files outside of it; or
             there is no such kind of address.
     """
-    return _report(_scan(path), str(path))
+    return report(_scan(path), str(path))
+
+
+def open_store(path: str | Path | Address) -> Catalog:
+    """The catalog of a store.
+
+    Args:
+        path: As `read_outcomes`; one that does not exist holds nothing.
+
+    Raises:
+        ImportError, OSError, TypeError, ValueError: As `read_outcomes`.
+    """
+    store, again = as_store(path), partial(open_store, path)
+    if not store.exists():
+        return Listed([])
+    if isinstance(store, Address):
+        listing = objects.listing(store)
+        if len(listing) >= _MANY:
+            from . import table
+
+            try:
+                rows, others = table.of_address(store, listing)
+            except OSError as error:  # such as a cache folder that may not be written
+                logger.debug("the objects of %s cannot be copied here: %s", store, error)
+                return Listed(read_outcomes(store))
+            others += waiting_for(store, listing)
+            return table.Tabled(store, rows, table.copy_of(store), others, again)
+    elif store.is_file() and store.stat().st_size >= _LARGE:
+        from . import table
+
+        return table.Tabled(store, table.of_file(store), store, [], again)
+    return Listed(read_outcomes(path))
 
 
 def check_store(path: str | Path | Address) -> list[str]:
@@ -211,7 +238,7 @@ def as_outcomes(
 
     Args:
         source: A store, as `read_outcomes`, a
-            `datasets.Dataset` of `to_dataset`, or records. ``None``: none.
+            `datasets.Dataset` of `as_dataset.to_dataset`, or records. ``None``: none.
 
     Returns:
         The outcomes.
@@ -226,57 +253,14 @@ def as_outcomes(
     if isinstance(source, str | Path | Address):
         return read_outcomes(source)
     if "datasets" in sys.modules and isinstance(source, sys.modules["datasets"].Dataset):
+        from .as_dataset import from_dataset
+
         return from_dataset(source)
     outcomes = list(source)
     for outcome in outcomes:
         if not isinstance(outcome, Outcome):
             raise TypeError(f"`outcomes` must hold Outcome records, got {type(outcome).__name__}")
     return outcomes
-
-
-def to_dataset(outcomes: Iterable[Outcome]) -> Dataset:
-    """Outcomes as a table for the Hub: numbers and words as columns, the rest as JSON strings.
-
-    Args:
-        outcomes: The records, none included.
-
-    Returns:
-        A `datasets.Dataset` with a column per field of `Outcome`; `from_dataset` undoes it.
-
-    Raises:
-        ValueError: An outcome could not be read back.
-    """
-    from datasets import Dataset, Features, Value
-
-    rows = [json.loads(_line(outcome)) for outcome in outcomes]
-    kinds = {"float": "float64", "int": "int64", "bool": "bool"}  # all else is text
-    columns = {f.name: kinds.get(str(f.type).split(" |")[0], "string") for f in fields(Outcome)}
-    data = {
-        name: [json.dumps(row[name]) if name in _AS_JSON else row[name] for row in rows]
-        for name in columns
-    }
-    features = Features({name: Value(kind) for name, kind in columns.items()})
-    return Dataset.from_dict(data, features=features)
-
-
-def from_dataset(dataset: Dataset) -> list[Outcome]:
-    """The outcomes in a table that `to_dataset` made; a row that is none is reported and skipped.
-
-    Args:
-        dataset: One split, wherever it has been in between.
-
-    Returns:
-        The outcomes, in the order of the rows.
-
-    Raises:
-        TypeError: It is no `datasets.Dataset`.
-    """
-    return _report(_scan_dataset(dataset), "dataset")
-
-
-def name_of(outcome: Outcome) -> str:
-    """What a saved run is called to `retire` it: its `run`, else a hash of it."""
-    return outcome.run or hashlib.sha256(_line(outcome)).hexdigest()[:32]
 
 
 def retire(path: str | Path | Address, name: str, why: str) -> Outcome:
@@ -306,19 +290,9 @@ def retire(path: str | Path | Address, name: str, why: str) -> Outcome:
             f"`name` must be the `run` of a saved run that counts, got {name!r}; "
             "`iimm outcomes list --json` has them"
         )
-    line = _line(Retired(name, why, provenance()))
+    line = to_line(Retired(name, why, provenance()))
     _put(store, line) if isinstance(store, Address) else _append_line(store, line)
     return known[name]
-
-
-def _line(record: Outcome | Retired) -> bytes:
-    """The record as it stands in a file, once it is sure that it can be read back."""
-    try:
-        line = json.dumps(asdict(record), allow_nan=False, sort_keys=True)
-        parse_record(json.loads(line))
-    except (TypeError, ValueError, RecursionError) as error:
-        raise ValueError(f"`outcome` cannot be saved: {error}") from error
-    return f"{line}\n".encode()
 
 
 def _scan(path: str | Path | Address) -> Iterator[Found]:
@@ -326,81 +300,34 @@ def _scan(path: str | Path | Address) -> Iterator[Found]:
     is_folder = not isinstance(path, Address) and Path(path).is_dir()
     store = as_store(path)
     if isinstance(store, Address):
-        there = set()
-        for name, found in _parse_each(objects.scan(store), _decode_object):
-            there.add(name)
-            yield name, found
-        if (waiting := _waiting(store)).exists():
-            for where, found in _scan_file(waiting):
-                if isinstance(found, ValueError) or objects.name_of(_line(found)) not in there:
-                    yield where, found
+        listing = objects.listing(store)
+        yield from parse_each(objects.fetch(store, list(listing)), decode_line)
+        yield from waiting_for(store, listing)
     elif is_folder:
+        from .as_dataset import scan_tables
+
         table = read_table(store)
-        yield from _scan_tables([] if table is None else [table])
+        yield from scan_tables([] if table is None else [table])
     else:
         yield from _scan_file(store)
 
 
-def _decode_object(data: bytes | ValueError) -> Any:
-    if isinstance(data, ValueError):
-        raise data
-    return json.loads(data)
+def waiting_for(address: Address, there: Container[str]) -> list[Found]:
+    """What waits on this machine to be written to an address.
+
+    Args:
+        address: The store.
+        there: The names of its objects.
+    """
+    path = _waiting(address)
+    return [
+        (where, found)
+        for where, found in (_scan_file(path) if path.exists() else ())
+        if isinstance(found, ValueError) or objects.name_of(to_line(found)) not in there
+    ]
 
 
 def _scan_file(path: Path) -> Iterator[Found]:
     with path.open(encoding="utf-8", errors="surrogateescape") as file:
         lines = ((f"line {n}", line) for n, line in enumerate(file, start=1) if line.strip())
-        yield from _parse_each(lines, json.loads)
-
-
-def _scan_dataset(dataset: Dataset) -> Iterator[Found]:
-    from datasets import Dataset
-
-    if not isinstance(dataset, Dataset):
-        raise TypeError(
-            f"`dataset` must be one datasets.Dataset, got {type(dataset).__name__}; "
-            "of several splits pass one, such as dataset['train']"
-        )
-    # As they are stored: another format opens the files that a column of images names.
-    yield from _scan_tables(dataset.with_format("arrow").iter(1000))
-
-
-def _scan_tables(
-    tables: Iterable[pa.Table],
-) -> Iterator[Found]:
-    rows = (table.slice(n, 1) for table in tables for n in range(table.num_rows))
-    yield from _parse_each(((f"row {n} (from 0)", row) for n, row in enumerate(rows)), _decode)
-
-
-def _decode(row: pa.Table) -> dict[str, Any]:
-    decoded: dict[str, Any] = row.to_pylist()[0]
-    for name in decoded.keys() & set(_AS_JSON):
-        try:
-            decoded[name] = json.loads(decoded[name])
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"`{name}` must be a JSON string: {error}") from error
-    return decoded
-
-
-def _parse_each(rows: Iterable[tuple[str, _T]], decode: Callable[[_T], Any]) -> Iterator[Found]:
-    """The one loop that tells outcomes from what is none."""
-    for where, row in rows:
-        try:
-            yield where, parse_record(decode(row))
-        except RecursionError:
-            yield where, ValueError("nested too deep to be an outcome")
-        except ValueError as error:
-            yield where, error
-
-
-def _report(found: Iterable[Found], origin: str) -> list[Outcome]:
-    outcomes: list[Outcome] = []
-    retired: set[str] = set()
-    for where, item in found:
-        if isinstance(item, Outcome):
-            outcomes.append(item)
-        elif isinstance(item, Retired):
-            retired.add(item.retired)
-        else:
-            logger.warning("%s %s is not an outcome and is skipped: %s", origin, where, item)
-    return [o for o in outcomes if name_of(o) not in retired] if retired else outcomes
+        yield from parse_each(lines, json.loads)

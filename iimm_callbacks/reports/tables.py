@@ -91,14 +91,16 @@ def outcomes(data: dict[str, Any]) -> str:
         data: What `iimm outcomes list --json` prints.
     """
     columns = ("model", "method", "task", "zero-shot", "gain", "mean", "worst", "ended")
-    rows = data["outcomes"]
-    table = new_table(f"{len(rows)} of {data['n_outcomes']} runs in {data['store']}", *columns)
+    rows, pages = data["outcomes"], data["n_pages"]
+    title = f"{data['n_found']} of {data['n_outcomes']} runs in {data['store']}"
+    table = new_table(title, *columns)
     for row in rows:
         numbers = [or_nothing(row[q]) for q in WORDS]
         ended = row["ended"] if row["complete"] else f"incomplete: {row['ended']}"
         about = [row[name] for name in ("model", "method", "task")]
         table.add_row(*about, percent(row["zero_shot_accuracy"]), *numbers, ended)
-    return page(table, "Gain, mean and worst forgetting in points.")
+    part = f" Page {data['page']} of {pages}: the last has the oldest." if pages > 1 else ""
+    return page(table, f"Gain, mean and worst forgetting in points.{part}")
 
 
 def grades(data: dict[str, Any], methods: Sequence[str]) -> str:

@@ -123,7 +123,8 @@ class GuardedRun(Settings):
             folder = host.output_dir(args) / f"{self._file_stem}_report"
             from ..reports.page import write_report  # takes time to import
 
-            outcomes = monitor.outcomes()
+            past = monitor.past()
+            outcomes = past.read(past.select(model=record["model_fingerprint"]))
             self._forgiving("the report", lambda: write_report(record, folder, outcomes))
             self._show(state, lambda: page(f"Report: {folder}"))
 

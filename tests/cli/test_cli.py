@@ -559,11 +559,23 @@ def test_list_shows_each_run_and_filters(record):
 
 
 def test_an_empty_record_is_listed_and_not_exported(store):
-    assert ask("outcomes", "list") == {"store": str(store), "n_outcomes": 0, "outcomes": []}
+    empty = {"n_outcomes": 0, "n_found": 0, "page": 1, "n_pages": 1, "outcomes": []}
+    assert ask("outcomes", "list") == {"store": str(store)} | empty
     assert "0 of 0 runs" in run("outcomes", "list").stdout
     assert "without any" in fails("outcomes", "export", "new.jsonl")
     assert "without any" in fails("grade")
     assert "does not exist" in fails("outcomes", "list", "--store", "elsewhere.jsonl")
+
+
+def test_the_record_is_listed_in_pages_from_the_newest(record):
+    names = [row["task"] for row in ask("outcomes", "list")["outcomes"]]
+    pages = [ask("outcomes", "list", "--limit", "2", "--page", str(n)) for n in (1, 2, 3)]
+    assert [[row["task"] for row in p["outcomes"]] for p in pages] == [names[1:], names[:1], []]
+    assert {(p["n_outcomes"], p["n_found"], p["n_pages"]) for p in pages} == {(3, 3, 2)}
+    assert "3 of 3 runs" in run("outcomes", "list", "--limit", "2").stdout
+    assert "Page 1 of 2" in run("outcomes", "list", "--limit", "2").stdout
+    assert "Page" not in run("outcomes", "list").stdout
+    assert "--limit" in fails("outcomes", "list", "--limit", "0")
 
 
 @pytest.mark.parametrize("target", ["shared.jsonl", "shared"])

@@ -66,17 +66,17 @@ def test_without_a_store_nothing_is_read_or_kept(store, own_store, tmp_path, mon
     ledger = Ledger(store)
     ledger.draft(RUN)
     ledger.close()
-    assert ledger.read() == []
+    assert ledger.catalog().n_outcomes == 0
     assert ledger.path is None
     assert not any(tmp_path.rglob("*.jsonl"))
 
 
 def test_the_default_store_is_read_and_added_to(own_store):
     ledger = Ledger("default")
-    assert (ledger.path, ledger.read()) == (own_store, [])
+    assert (ledger.path, ledger.catalog().n_outcomes) == (own_store, 0)
     ledger.draft(RUN)
     ledger.close()
-    assert Ledger("default").read() == [RUN]
+    assert Ledger("default").catalog().relevant("") == [RUN]
 
 
 ENDS = {
@@ -159,7 +159,7 @@ def test_a_folder_in_the_place_of_the_store_costs_a_warning(path, caplog):
     path.mkdir()
     ledger = Ledger(path)
     ledger.draft(RUN)
-    assert ledger.read() == []
+    assert ledger.catalog().n_outcomes == 0
     ledger.close()
     assert "cannot be read" in caplog.text
     assert "was not saved" in caplog.text
@@ -182,7 +182,7 @@ def test_a_store_that_may_not_be_read_costs_a_warning(path, caplog, monkeypatch,
 
     ledger = Ledger(path)
     monkeypatch.setattr(Path, method, refuse)
-    assert ledger.read() == []
+    assert ledger.catalog().n_outcomes == 0
     assert "cannot be read" in caplog.text
 
 
@@ -191,5 +191,5 @@ def test_damaged_lines_are_skipped(path, caplog):
     ledger.draft(RUN)
     ledger.close()
     path.write_text(path.read_text() + '{"cut sho')
-    assert Ledger(path).read() == [RUN]
+    assert Ledger(path).catalog().relevant("") == [RUN]
     assert "line 2" in caplog.text

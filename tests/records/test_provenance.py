@@ -11,10 +11,10 @@ from test_outcomes import RUN
 
 from iimm_callbacks import IIMMCallback, append_outcome, read_outcomes, sample
 from iimm_callbacks.records import provenance as module
+from iimm_callbacks.records.as_dataset import from_dataset, to_dataset
 from iimm_callbacks.records.audit import doubts
 from iimm_callbacks.records.outcomes import parse_outcome
 from iimm_callbacks.records.provenance import provenance
-from iimm_callbacks.records.store import from_dataset, to_dataset
 
 
 @pytest.fixture

@@ -21,14 +21,9 @@ from test_outcomes import PUBLISHED, RUN, outcomes
 
 from iimm_callbacks import append_outcome, read_outcomes, sample
 from iimm_callbacks.records import store
+from iimm_callbacks.records.as_dataset import from_dataset, to_dataset
 from iimm_callbacks.records.by_hand import read_csv
-from iimm_callbacks.records.store import (
-    as_outcomes,
-    check_store,
-    default_store,
-    from_dataset,
-    to_dataset,
-)
+from iimm_callbacks.records.store import as_outcomes, check_store, default_store
 
 STOPPED = replace(RUN, complete=False, ended="stopped", standard_error=0.01)
 

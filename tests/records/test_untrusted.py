@@ -20,17 +20,12 @@ from test_outcomes import RUN, json_values
 from test_report import make_record
 
 import iimm_callbacks
+from iimm_callbacks.records.as_dataset import from_dataset, to_dataset
 from iimm_callbacks.records.by_hand import read_csv
 from iimm_callbacks.records.outcomes import parse_outcome
 from iimm_callbacks.records.run_file import read_run, save_run
 from iimm_callbacks.records.saved import check_names
-from iimm_callbacks.records.store import (
-    append_outcome,
-    check_store,
-    from_dataset,
-    read_outcomes,
-    to_dataset,
-)
+from iimm_callbacks.records.store import append_outcome, check_store, read_outcomes
 from iimm_callbacks.reports.lines import look_line, preflight_lines
 from iimm_callbacks.reports.terminal import plot_run, preflight_table, printable, summary_table
 
@@ -47,9 +42,9 @@ lines = st.lists(noise | json_bytes | st.just(json.dumps(asdict(RUN)).encode()),
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """Where every reader of this module reads: it holds what the test put there, and no more."""
-    logging.getLogger("iimm_callbacks.records.store").setLevel(logging.CRITICAL)
+    logging.getLogger("iimm_callbacks.records.lines").setLevel(logging.CRITICAL)
     yield tmp_path_factory.mktemp("untrusted")
-    logging.getLogger("iimm_callbacks.records.store").setLevel(logging.NOTSET)
+    logging.getLogger("iimm_callbacks.records.lines").setLevel(logging.NOTSET)
 
 
 def write(folder, name, content):

@@ -1,0 +1,88 @@
+"""Saved runs <-> a table of `datasets`: for the Hub, and for folders of `save_to_disk`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import fields
+from typing import TYPE_CHECKING, Any
+
+from .lines import Found, parse_each, report, to_line
+from .outcomes import Outcome
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+    from datasets import Dataset
+
+_AS_JSON = (
+    "off_target_before", "off_target_after", "trajectory", "recipe", "versions", "images",
+    "provenance",
+)  # fmt: skip
+
+
+def to_dataset(outcomes: Iterable[Outcome]) -> Dataset:
+    """Outcomes as a table for the Hub: numbers and words as columns, the rest as JSON strings.
+
+    Args:
+        outcomes: The records, none included.
+
+    Returns:
+        A `datasets.Dataset` with a column per field of `Outcome`; `from_dataset` undoes it.
+
+    Raises:
+        ValueError: An outcome could not be read back.
+    """
+    from datasets import Dataset, Features, Value
+
+    rows = [json.loads(to_line(outcome)) for outcome in outcomes]
+    kinds = {"float": "float64", "int": "int64", "bool": "bool"}  # all else is text
+    columns = {f.name: kinds.get(str(f.type).split(" |")[0], "string") for f in fields(Outcome)}
+    data = {
+        name: [json.dumps(row[name]) if name in _AS_JSON else row[name] for row in rows]
+        for name in columns
+    }
+    features = Features({name: Value(kind) for name, kind in columns.items()})
+    return Dataset.from_dict(data, features=features)
+
+
+def from_dataset(dataset: Dataset) -> list[Outcome]:
+    """The outcomes in a table that `to_dataset` made; a row that is none is reported and skipped.
+
+    Args:
+        dataset: One split, wherever it has been in between.
+
+    Returns:
+        The outcomes, in the order of the rows.
+
+    Raises:
+        TypeError: It is no `datasets.Dataset`.
+    """
+    return report(_scan_dataset(dataset), "dataset")
+
+
+def _scan_dataset(dataset: Dataset) -> Iterator[Found]:
+    from datasets import Dataset
+
+    if not isinstance(dataset, Dataset):
+        raise TypeError(
+            f"`dataset` must be one datasets.Dataset, got {type(dataset).__name__}; "
+            "of several splits pass one, such as dataset['train']"
+        )
+    # As they are stored: another format opens the files that a column of images names.
+    yield from scan_tables(dataset.with_format("arrow").iter(1000))
+
+
+def scan_tables(tables: Iterable[pa.Table]) -> Iterator[Found]:
+    """Each row of these tables: where it is, and the outcome or what is wrong."""
+    rows = (table.slice(n, 1) for table in tables for n in range(table.num_rows))
+    yield from parse_each(((f"row {n} (from 0)", row) for n, row in enumerate(rows)), _decode)
+
+
+def _decode(row: pa.Table) -> dict[str, Any]:
+    decoded: dict[str, Any] = row.to_pylist()[0]
+    for name in decoded.keys() & set(_AS_JSON):
+        try:
+            decoded[name] = json.loads(decoded[name])
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"`{name}` must be a JSON string: {error}") from error
+    return decoded

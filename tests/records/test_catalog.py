@@ -1,0 +1,233 @@
+"""What is read of a large store is what would be read of all of it."""
+
+import json
+import os
+from dataclasses import asdict, replace
+from functools import partial
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from test_outcomes import RUN
+
+from iimm_callbacks.forecasting.forecaster import Forecaster
+from iimm_callbacks.forecasting.runs import about, measured
+from iimm_callbacks.records import catalog as catalogs
+from iimm_callbacks.records import store, table
+from iimm_callbacks.records.catalog import LEARNT_FROM, Listed, thin
+from iimm_callbacks.records.lines import name_of, to_line
+from iimm_callbacks.records.store import append_outcome, open_store, read_outcomes, retire, sync
+from iimm_callbacks.sample import load_outcomes
+
+
+def run(i, model="a", method="full", task="t", **fields):
+    return replace(
+        RUN, run=f"{i:032x}", model=f"org/{model}", model_fingerprint=model, method=method,
+        task=task, **fields,
+    )  # fmt: skip
+
+
+def many(n, seed=0):
+    """Runs of three models, two methods and four tasks; some cut short, some without a name."""
+    rng = np.random.default_rng(seed)
+    rows = []
+    for i in range(n):
+        cell = (rng.choice(list("abc")), rng.choice(["full", "lora"]), rng.choice(list("stuv")))
+        rows.append(run(i, *map(str, cell), complete=bool(rng.random() < 0.8)))
+        rows[-1] = replace(rows[-1], run="", ended=f"{i}") if rng.random() < 0.2 else rows[-1]
+    return rows
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch, tmp_path):
+    """Every store has a table, and learns from few."""
+    monkeypatch.setattr(store, "_LARGE", 1)
+    monkeypatch.setattr(store, "_MANY", 1)
+    monkeypatch.setattr(table, "_folder", lambda: tmp_path / "tables")
+
+
+@pytest.fixture(params=["file", "folder", "memory"])
+def place(request, tmp_path):
+    """A store of each kind."""
+    if request.param == "memory":
+        name = f"memory://catalog{os.getpid()}-{tmp_path.name}"
+        yield name
+        import fsspec
+
+        fsspec.filesystem("memory").rm(name.removeprefix("memory://"), recursive=True)
+    else:
+        yield {"file": f"{tmp_path}/o.jsonl", "folder": f"{tmp_path}/team/"}[request.param]
+
+
+def fill(place, rows):
+    for row in rows:
+        append_outcome(place, row)
+
+
+def same(found, expected):
+    """The same runs: objects that were written within a tick have no order."""
+    return sorted(map(to_line, found)) == sorted(map(to_line, expected))
+
+
+def check(place):
+    """Every answer is that of the store read as a whole."""
+    whole, tabled = Listed(read_outcomes(place)), open_store(place)
+    assert isinstance(tabled, table.Tabled)
+    assert tabled.n_outcomes == whole.n_outcomes
+    assert tabled.methods() == whole.methods()
+    for model in ("a", "b", "nobody"):
+        assert same(tabled.relevant(model), whole.relevant(model))
+    for pattern in ({}, {"model": "a"}, {"model": "org/*", "task": "[st]"}, {"method": "lo*"}):
+        chosen = tabled.select(**pattern)
+        assert same(tabled.read(chosen), whole.read(whole.select(**pattern)))
+    return tabled
+
+
+def test_a_table_answers_as_the_whole_store_does(place):
+    rows = many(40)
+    fill(place, rows)
+    check(place)
+    fill(place, [*many(10, seed=1), replace(rows[3], complete=True, ended="resumed")])
+    check(place)
+    retire(place, name_of(rows[5]), "by mistake")
+    assert check(place).n_outcomes == 50
+
+
+def test_more_than_a_forecast_needs_is_thinned_the_same(tmp_path):
+    rows = [run(i, "abcdef"[i % 6], task=f"t{i % 35}") for i in range(LEARNT_FROM + 200)]
+    fill(tmp_path / "o.jsonl", rows)
+    for model in ("a", "nobody"):
+        found = open_store(tmp_path / "o.jsonl").relevant(model)
+        assert found == [rows[i] for i in thin(rows, model)]
+        assert len(found) == LEARNT_FROM
+
+
+def test_what_was_saved_first_stays_the_same_when_more_is_saved(place):
+    rows = many(30)
+    fill(place, rows)
+    n = open_store(place).n_outcomes
+    before = open_store(place).relevant("a", first=n)
+    # As a resumed run finds them.
+    fill(place, [replace(row, run=f"later{i}") for i, row in enumerate(many(10, seed=1))])
+    after = open_store(place)
+    assert after.n_outcomes == n + 10
+    if "team" in place or "memory" in place:  # by the clock
+        assert len(after.relevant("a", first=n)) >= len(before) - 10
+    else:
+        assert after.relevant("a", first=n) == before
+
+
+def test_damaged_lines_are_reported_and_the_last_one_is_read_when_it_is_whole(tmp_path, caplog):
+    path, rows = tmp_path / "o.jsonl", many(6)
+    lines = [to_line(row) for row in rows]
+    path.write_bytes(b"\n".join([lines[0], b"{", b"", *lines[1:5], b"[]\n"]) + lines[5][:40])
+    check(path)
+    caplog.clear()
+    open_store(path).relevant("a")
+    assert caplog.text.count("is not an outcome and is skipped") == 3
+    with path.open("ab") as file:
+        file.write(lines[5][40:])
+    assert check(path).n_outcomes == 6
+
+
+@pytest.mark.parametrize("later", [{}, {"n": 3}])
+def test_a_file_that_was_edited_is_read_anew(tmp_path, later):
+    path, rows = tmp_path / "o.jsonl", many(20)
+    fill(path, rows)
+    check(path)
+    text = path.read_text().replace('"method": "lora"', '"method": "tune"')
+    path.write_text(text)  # as long as before
+    fill(path, many(**later, seed=3) if later else [])
+    found = check(path)
+    if not later:
+        assert found.methods() <= {"full", "tune"}
+
+
+def test_a_line_that_is_not_the_tables_is_never_taken_for_it(tmp_path):
+    """Edited in its middle and appended to, with the old time of its last change."""
+    path, rows = tmp_path / "o.jsonl", [run(i, ended="x" * 2000) for i in range(20)]
+    fill(path, rows)
+    open_store(path)
+    text = path.read_bytes()
+    path.write_bytes(text.replace(f"{9:032x}".encode(), b"f" * 32))
+    fill(path, [run(20)])
+    found = open_store(path).relevant("a")
+    assert {o.run for o in found} == {o.run for o in read_outcomes(path)}
+    open_store(path)
+    path.write_bytes(path.read_bytes().replace(b"f" * 32, b"e" * 32))
+    os.truncate(path, path.stat().st_size)
+    stale = table.Tabled(path, table.of_file(path), path, [], partial(open_store, path))
+    path.write_bytes(path.read_bytes().replace(b"e" * 32, b"d" * 32))
+    with pytest.raises(OSError, match="changed while it was read"):
+        stale.read(range(20))
+    assert len(open_store(path).read(range(21))) == 21
+
+
+def test_a_table_that_is_damaged_lost_or_cannot_be_kept_is_made_again(tmp_path, monkeypatch):
+    path = tmp_path / "o.jsonl"
+    fill(path, many(20))
+    check(path)
+    (kept,) = (tmp_path / "tables").glob("*.parquet")
+    for content in (b"", b"PAR1 and nothing more", kept.read_bytes()[:200]):
+        kept.write_bytes(content)
+        check(path)
+    kept.unlink()
+    check(path)
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(table, "_folder", lambda: tmp_path / "file" / "tables")
+    check(path)
+    fill(f"{tmp_path}/team/", many(20))
+    assert len(open_store(f"{tmp_path}/team/").select()) == 20
+
+
+def test_what_leaves_an_address_and_what_waits_for_it(tmp_path, monkeypatch):
+    place, rows = f"{tmp_path}/team/", many(8)
+    fill(place, rows)
+    check(place)
+    objects = sorted((tmp_path / "team").iterdir())
+    objects[0].unlink()
+    assert check(place).n_outcomes == 7
+    (tmp_path / "team" / "notes.txt").write_text("not ours")
+    check(place)
+    fill(place, [run(99)])
+    (new,) = set((tmp_path / "team").iterdir()) - {*objects, tmp_path / "team" / "notes.txt"}
+    new.write_bytes(new.read_bytes()[:-9])  # torn before it was copied
+    assert check(place).n_outcomes == 7
+    objects[1].write_bytes(b"{")  # torn later: the copy is what its name says
+    assert open_store(place).n_outcomes == 7
+    sync(place, tmp_path / "other.jsonl")
+    assert len(read_outcomes(tmp_path / "other.jsonl")) == len(read_outcomes(place)) == 6
+
+
+@given(st.lists(st.tuples(st.sampled_from("ab"), st.sampled_from("xyz")), max_size=60))
+def test_thinned_runs_are_the_newest_of_every_cell_and_stay_the_same(cells):
+    rows = [run(i, model, task=task) for i, (model, task) in enumerate(cells)]
+    chosen = thin(rows, "a", limit=12)
+    assert chosen == sorted(set(chosen))
+    assert len(chosen) == min(len(rows), 12)
+    kept = [rows[i] for i in chosen]
+    assert thin(kept, "a", limit=12) == list(range(len(kept)))
+    for cell in set(cells):
+        own = [i for i, other in enumerate(cells) if other == cell]
+        taken = [i for i in chosen if cells[i] == cell]
+        assert taken == own[len(own) - len(taken) :]
+        assert taken  # six cells, twelve places
+
+
+def test_a_forecast_from_a_store_is_that_from_its_runs(tmp_path, monkeypatch):
+    monkeypatch.setattr(catalogs, "LEARNT_FROM", 60)
+    monkeypatch.setattr(table, "LEARNT_FROM", 60)
+    monkeypatch.setattr(thin, "__defaults__", (60,))
+    rows = load_outcomes()
+    path = tmp_path / "o.jsonl"
+    path.write_text("".join(json.dumps(asdict(row)) + "\n" for row in rows))
+    new = replace(rows[0], task="new", task_fingerprint="")
+    found = open_store(path).relevant(new.model_fingerprint)
+    assert len(found) == 60
+    from_store, from_list = (
+        Forecaster().fit(known).predict(measured(new), **about(new)) for known in (found, rows)
+    )
+    assert from_store.gain == from_list.gain
+    assert from_store.forgetting == from_list.forgetting
+    assert from_store.basis.startswith("60 complete runs of this model")
