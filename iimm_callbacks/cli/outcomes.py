@@ -108,15 +108,16 @@ def export(
     private: Annotated[
         bool, typer.Option("--private", help="Make it private, if it is new there")
     ] = False,
+    license_name: Annotated[
+        str | None, typer.Option("--license", help="For the Hub's card, such as cc0-1.0")
+    ] = None,
     store: Store = None,
 ) -> Answer:
     """Write the saved runs to a file, a folder or the Hub.
 
     What it writes, `iimm outcomes import` reads; a folder is one of `datasets`. To the Hub goes
-    nothing of who saved a run.
+    nothing of who saved a run, and a card with models, methods and counts.
     """
-    from ..records.as_dataset import to_dataset
-
     if (target is None) == (push_to_hub is None):
         got = "neither" if target is None else "both"
         raise ValueError(f"`TARGET` or `--push-to-hub` must be given, got {got}; give one of them")
@@ -125,12 +126,24 @@ def export(
         raise ValueError(f"`--store` must hold outcomes to export, got {path} without any")
     if target is None:
         public = [replace(o, provenance=_without_who(o.provenance)) for o in found]
-        to_dataset(public).push_to_hub(push_to_hub, private=private or None)
+        _push(public, str(push_to_hub), private, license_name)
     else:
         _write(found, target.expanduser())
     where = str(push_to_hub or target)
     data = {"store": str(path), "target": where, "n_outcomes": len(found)}
     return Answer(data, f"{len(found)} outcomes of {path} written to {where}")
+
+
+def _push(outcomes: Sequence[Outcome], name: str, private: bool, license_name: str | None) -> None:
+    from huggingface_hub import DatasetCard
+
+    from ..records.as_dataset import to_dataset
+    from ..reports.card import update_outcomes_card
+
+    to_dataset(outcomes).push_to_hub(name, private=private or None)
+    card = DatasetCard.load(name)  # the columns are on it
+    update_outcomes_card(card, outcomes, name, license_name)
+    card.push_to_hub(name)
 
 
 def _without_who(provenance: dict[str, str]) -> dict[str, str]:

@@ -8,13 +8,15 @@ and nothing else on the card is touched.
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import EvalResult, ModelCard
+from huggingface_hub import DatasetCard, EvalResult, ModelCard, RepoCard
 
 from ..records import keys
+from ..records.outcomes import Outcome
 from ..records.run_file import file_name
 from .tables import mixed
 from .terminal import interval, percent, points, printable, score_name, standard_error
@@ -23,6 +25,7 @@ HEADING = "Gain and forgetting (iimm_callbacks)"
 TASK_TYPE = "zero-shot-image-classification"
 _MEASURED_BY = "iimm_callbacks"
 _MOST_PROMPTS = 8  # of a task in the metadata; the section has them all
+_RUNS, _MOST_ROWS = "outcomes", 100
 _MARKUP = re.compile(r"[\\`*_\[\]<>|&~$:@#]")
 
 
@@ -173,13 +176,61 @@ def _amend(
     ]
     data.model_name = data.model_name or str(record.get("model") or "model")
     data.eval_results = kept + new
-    text = section(record, templates, metrics)
-    begin, end = map(re.escape, _markers(record["task"]))
+    _put(card, section(record, templates, metrics), record["task"])
+
+
+def _put(card: RepoCard, text: str, name: str) -> None:
+    """The text between its comments, in the place of what stood there."""
+    begin, end = map(re.escape, _markers(name))
     there = re.compile(f"{begin}.*?{end}", re.DOTALL)
     if there.search(card.text):
         card.text = there.sub(lambda found: text, card.text, count=1)
     else:
         card.text = f"{card.text.rstrip()}\n\n{text}\n"
+
+
+def update_outcomes_card(
+    card: DatasetCard, outcomes: Sequence[Outcome], name: str, license_name: str | None = None
+) -> None:
+    """Put saved runs on a data set's card: how many, of which models and methods.
+
+    Args:
+        card: Changed: a section between two comments, tags, and the license.
+        outcomes: The runs.
+        name: The data set's on the Hub.
+        license_name: As the Hub writes it, such as ``cc0-1.0``; ``None``: what the card says.
+    """
+    data: Any = card.data
+    data.license = license_name or data.license
+    data.tags = sorted({*(data.get("tags") or []), "iimm", "fine-tuning"})
+    data.pretty_name = data.pretty_name or "Fine-tuning runs"
+    cells = Counter((o.model, o.model_fingerprint, o.method) for o in outcomes)
+    tasks: dict[tuple[str, str, str], set[str]] = {}
+    for o in outcomes:
+        tasks.setdefault((o.model, o.model_fingerprint, o.method), set()).add(o.task)
+    rows = [
+        f"| {_shown(model)} | {_shown(fingerprint)} | {_shown(method)} | "
+        f"{len(tasks[model, fingerprint, method])} | {n} |"
+        for (model, fingerprint, method), n in sorted(cells.items())
+    ]
+    n_models = len({o.model_fingerprint for o in outcomes})
+    begin, end = _markers(_RUNS)
+    text = "\n".join([
+        begin,
+        "## Fine-tuning runs (iimm_callbacks)",
+        "",
+        f"{len(outcomes)} runs of {n_models} models, {sum(o.complete for o in outcomes)} complete. "
+        f"`iimm outcomes import {name}` adds them to your own, and forecasts learn from them.",
+        "",
+        "| model | fingerprint | method | tasks | runs |",
+        "| --- | --- | --- | --- | --- |",
+        *rows[:_MOST_ROWS],
+        *([f"| and {len(rows) - _MOST_ROWS} more | | | | |"] if len(rows) > _MOST_ROWS else []),
+        "",
+        "Accuracies are fractions on probes of some hundred images. Who saved a run is left out.",
+        end,
+    ])  # fmt: skip
+    _put(card, text, _RUNS)
 
 
 def _scores(record: Mapping[str, Any]) -> Iterator[tuple[str, float, float | None]]:

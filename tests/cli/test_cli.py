@@ -603,6 +603,7 @@ def test_two_equal_runs_are_two_runs(store, tmp_path):
 
 def test_a_record_goes_to_the_hub_and_comes_back(record, tmp_path, monkeypatch):
     import datasets
+    from huggingface_hub import DatasetCard
 
     pushed = {}
     monkeypatch.setattr(
@@ -610,7 +611,14 @@ def test_a_record_goes_to_the_hub_and_comes_back(record, tmp_path, monkeypatch):
         "push_to_hub",
         lambda self, name, private: pushed.update({name: (self, private)}),
     )
-    assert ask("outcomes", "export", "--push-to-hub", "us/runs", "--private")["n_outcomes"] == 3
+    card = DatasetCard("---\nconfigs: []\n---\nBy hand.")
+    monkeypatch.setattr(DatasetCard, "load", lambda name: card)
+    monkeypatch.setattr(DatasetCard, "push_to_hub", lambda self, name: pushed.update(card=self))
+    given = ["--private", "--license", "cc0-1.0"]
+    assert ask("outcomes", "export", "--push-to-hub", "us/runs", *given)["n_outcomes"] == 3
+    assert pushed["card"].data.license == "cc0-1.0"
+    assert "By hand." in card.text
+    assert "3 runs of 2 models, 2 complete. `iimm outcomes import us/runs`" in card.text
     table, private = pushed["us/runs"]
     assert private is True
     loaded = {"us/runs": datasets.DatasetDict(train=table)}

@@ -82,14 +82,18 @@ def test_records_from_before_have_none_and_it_makes_no_difference():
 
 def test_to_the_hub_goes_nothing_of_who_it_was(monkeypatch, tmp_path):
     from datasets import Dataset
+    from huggingface_hub import DatasetCard
 
     pushed = []
+    monkeypatch.setattr(DatasetCard, "load", lambda name: DatasetCard("---\n{}\n---\n"))
+    monkeypatch.setattr(DatasetCard, "push_to_hub", lambda self, name: pushed.append(self.content))
     monkeypatch.setattr(Dataset, "push_to_hub", lambda self, *_, **__: pushed.append(self))
     known = {"who": "Ada", "when": "2026-01-01T00:00:00+00:00"}
     append_outcome(tmp_path / "runs.jsonl", replace(RUN, provenance=known))
     ask("outcomes", "export", "--push-to-hub", "org/runs", "--store", tmp_path / "runs.jsonl")
     (outcome,) = from_dataset(pushed[0])
     assert outcome.provenance == {"when": known["when"]}
+    assert "Ada" not in pushed[1]
 
 
 # --- doubts

@@ -3,22 +3,23 @@
 import gc
 import inspect
 import weakref
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import transformers
-from huggingface_hub import EvalResult, ModelCard
+from huggingface_hub import DatasetCard, EvalResult, ModelCard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from markdown_it import MarkdownIt
-from test_outcomes import json_values
+from test_outcomes import RUN, json_values
 from test_report import HOSTILE, make_record
 from test_untrusted import change_at
 from transformers import Trainer
 
 from iimm_callbacks import IIMMCallback, IIMMMonitor, PromptClassifier
 from iimm_callbacks.records.run_file import check_run
-from iimm_callbacks.reports.card import HEADING, update_card
+from iimm_callbacks.reports.card import HEADING, update_card, update_outcomes_card
 from iimm_callbacks.trainer.amended import amend_cards
 
 TEMPLATES = {"digits": ["the number {}"], "letters": ["the letter {}", "a big {}"]}
@@ -445,3 +446,26 @@ def test_a_prompt_list_too_long_for_metadata_is_whole_in_the_section():
     assert (len(about["prompts"]), about["n_prompts"]) == (8, 80)
     assert all(template in card.text for template in many)
     assert "- letters: not saved" in card.text
+
+
+def test_a_data_sets_card_counts_its_runs_and_is_written_again_in_its_place():
+    hostile = replace(RUN, model="<b>a</b>|b", method="lora")
+    runs = [RUN, replace(RUN, run="2", task="other", complete=False), hostile]
+    card = DatasetCard("---\nlicense: mit\ntags:\n- mine\n---\n# Ours\n\nBy hand.\n")
+    update_outcomes_card(card, runs[:1], "us/runs", "cc0-1.0")
+    update_outcomes_card(card, runs, "us/runs")
+    assert card.text.count("## Fine-tuning runs") == 1
+    assert "By hand." in card.text
+    assert "3 runs of 1 models, 2 complete." in card.text
+    assert f"| {RUN.method} | 2 | 2 |" in card.text
+    assert r"\<b\>a\</b\>\|b" in card.text
+    again = DatasetCard(card.content)
+    assert again.data.to_dict()["license"] == "cc0-1.0"
+    assert set(again.data.tags) == {"mine", "iimm", "fine-tuning"}
+
+
+def test_a_data_sets_card_stays_short():
+    card = DatasetCard("---\n{}\n---\n")
+    update_outcomes_card(card, [replace(RUN, method=f"m{i}") for i in range(130)], "us/runs")
+    assert "| and 30 more |" in card.text
+    assert len(card.text.splitlines()) < 115
