@@ -472,3 +472,17 @@ def test_the_heads_are_tabled(study):
     committed = (STUDY / "HEADS.txt").read_text(encoding="utf-8")
     names = [line.split("│")[1].strip() for line in committed.splitlines() if "│" in line]
     assert names == [name.strip() for name in (*compare.HEADS, *compare.OF_LAYERS)]
+
+
+# --- rescues ---
+
+
+@pytest.mark.whole
+def test_the_rescues_are_tabled(study, capsys, monkeypatch):
+    rescues = study("rescues")
+    monkeypatch.setattr(rescues.study, "OFF_TARGET_IMAGES", 16)
+    rescues.main(["--tasks", "arrow_directions", "--steps", "2"])
+    printed = capsys.readouterr().out
+    assert printed.count("arrow_directions") == 2
+    assert "mean of 2" in printed
+    assert "of 2 are over the limit of 5 points" in printed

@@ -62,7 +62,7 @@ def log_loss(scores, y):
 
 
 def ridge_residual(x, y, t, s, new, criterion=squared, features=None):
-    """Zero-shot probabilities plus a ridge regression of what they lack; as the package does."""
+    """Zero-shot probabilities plus a ridge regression of what they lack."""
     fitted_to, applied_to = features or (x, new)
     start = (s * x @ t.T).softmax(1).double()
     ridge = Ridge(fitted_to, F.one_hot(y, len(t)) - start)
@@ -75,7 +75,7 @@ def ridge_residual(x, y, t, s, new, criterion=squared, features=None):
 
 
 def ridge_on_logits(x, y, t, s, new, features=None):
-    """Zero-shot logits plus the ridge of the residual times a step, both by log-loss left out."""
+    """Zero-shot logits plus a step times that ridge; both by log-loss left out, as the package."""
     fitted_to, applied_to = features or (x, new)
     logits = (s * x @ t.T).double()
     ridge = Ridge(fitted_to, F.one_hot(y, len(t)) - logits.softmax(1))

@@ -9,10 +9,13 @@ saved fine-tunes. Means over a task's runs. Expected output: LINEAR_PROBE.txt.
 The mean of other tasks is that of the gain under the same method, added to zero-shot accuracy.
 Test images are those of `Outcome.final_accuracy`. Thirteen tasks of one small model, all of whose
 embeddings were seen when the probe's form was chosen: not a promise for another model.
-`compare_heads.py` holds other classifiers against this one.
+`compare_heads.py` holds other classifiers against this one. `--update FILE` writes the probes'
+accuracies into saved runs of the shipped model, where the probe's form has changed.
 """
 
+import json
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -28,6 +31,7 @@ from iimm_callbacks.models.encoders import class_embeddings, find_encoder
 class Settings:
     tasks: list[str] = field(default_factory=sample.task_names, metadata={"help": "Shipped tasks"})
     n_images: int = field(default=1000, metadata={"help": "Most images of a split"})
+    update: list[Path] = field(default_factory=list, metadata={"help": "JSON-lines files"})
 
 
 @torch.no_grad()
@@ -56,6 +60,21 @@ def probe_tasks(settings):
     return found
 
 
+def update(path, found):
+    """Give the runs in a file the probes' accuracies."""
+    lines = []
+    for row in map(json.loads, path.read_text(encoding="utf-8").splitlines()):
+        _, probe = found[row["task"]]
+        assert row["linear_probe_n_train"] == row["n_train"] == probe.n_train
+        new = {
+            "linear_probe_accuracy": probe.accuracy,
+            "linear_probe_standard_error": probe.standard_error,
+        }
+        row |= {name: round(value, 6) for name, value in new.items()}
+        lines.append(json.dumps(row, sort_keys=True) + "\n")
+    path.write_text("".join(lines), encoding="utf-8")
+
+
 def r_squared(x, y):
     return np.corrcoef(x, y)[0, 1] ** 2
 
@@ -76,6 +95,8 @@ def grade(found, outcomes, method):
 def main(arguments=None):
     (settings,) = HfArgumentParser(Settings).parse_args_into_dataclasses(arguments)
     found = probe_tasks(settings)
+    for path in settings.update:
+        update(path, found)
     outcomes = sample.load_outcomes()
     console = Console(width=110, color_system=None)
     accuracies = Table("task", "zero-shot", "linear probe", title="Accuracy on test images")

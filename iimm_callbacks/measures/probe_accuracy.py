@@ -9,15 +9,19 @@ from __future__ import annotations
 import itertools
 import math
 import warnings
+from collections import defaultdict
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 
 from .embeddings import ArrayLike, as_labels, as_matrix, unit_rows
 
 PENALTIES = tuple(10.0**power for power in (-4, -3, -2, -1, 0, 1, 2, 3))
+STEPS = (0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 50.0, 100.0)
+_Form = tuple[float, float]  # penalty and step
 _FARTHEST = 16.0  # times the images
 _LEAST = 32  # images in a part of the curve
 _CHUNK = 4096 * 1024  # scores held at once
@@ -30,12 +34,13 @@ class LinearProbe:
     Attributes:
         accuracy: Share of images that the probe classifies right, in [0, 1].
         standard_error: Of `accuracy`, sampling of the scored images only, a fraction.
-        penalty: Strength λ chosen by leave-one-out error; ``inf`` is the zero-shot classifier.
+        penalty: Strength λ chosen by leave-one-out log-loss; ``inf`` is the zero-shot classifier.
         n_train: Images that the probe was fitted to.
         n_scored: Images that `accuracy` is of.
         held_out: Whether they are other images; otherwise `accuracy` is leave-one-out.
         curve: Images fitted to -> accuracy on the same images, of nested balanced draws of about a
             quarter and a half of the training images, then of all.
+        step: ``a``, chosen with `penalty`; 0 is the zero-shot classifier.
     """
 
     accuracy: float
@@ -45,6 +50,7 @@ class LinearProbe:
     n_scored: int
     held_out: bool
     curve: tuple[tuple[int, float], ...] = ()
+    step: float = 0.0
 
     def at(self, n_train: int | None) -> tuple[float, float]:
         """Accuracy and standard error, carried on to more training images.
@@ -90,17 +96,19 @@ def linear_probe(
 ) -> LinearProbe:
     """Fit a linear probe that starts at the zero-shot classifier, and score it.
 
-    With unit rows ``x_i`` and ``t_c``, zero-shot probabilities ``p_i = softmax_c(s·x_i·t_c)`` and
-    one-hot labels ``y_i``, the probe's scores are ``p_i + W'x_i``, where ``W`` solves the ridge
-    regression ``min Σ ‖y_i - p_i - W'x_i‖² + λ‖W‖²``. ``λ → ∞`` is the zero-shot classifier
-    (anchoring as in CLAP, arXiv 2312.12730). The leave-one-out error has a closed form (PRESS):
-    the residual divided by ``1 - h_i``, ``h_i`` the leverage. It chooses λ.
+    With unit rows ``x_i`` and ``t_c``, zero-shot logits ``z_i = s·x_i·t_c``, probabilities ``p_i =
+    softmax(z_i)`` and one-hot labels ``y_i``, the probe's logits are ``z_i + a·W'x_i``, where ``W``
+    solves the ridge regression ``min Σ ‖y_i - p_i - W'x_i‖² + λ‖W‖²``: a step along the gradient of
+    the log-loss, preconditioned. ``a = 0`` is the zero-shot classifier (anchoring as in CLAP, arXiv
+    2312.12730). What ``W`` would be without image i has a closed form (PRESS): the residual divided
+    by ``1 - h_i``, ``h_i`` the leverage. The log-loss left out chooses λ and ``a``.
 
     It is *not* a forecast by itself, and not for ranking encoders. With ten images per class it
     underestimates what fine-tuning on all data reaches by 14 to 20 points. Methods that leave the
     towers nearly as they are (BitFit, CLIP-Adapter) reach only a part of it.
 
-    Time is ``O(N·D² + D³)`` once and ``O(N·D·C)`` a penalty, memory linear in ``N·D + C·D + D²``.
+    Time is ``O(N·D² + D³)`` once, ``O(N·D·C)`` a penalty and ``O(N·C)`` a step of each; memory is
+    linear in ``N·D + C·D + D²``.
 
     Args:
         image_embeds: [N, D] float, training images, any scale.
@@ -147,7 +155,7 @@ def linear_probe(
             stacklevel=2,
         )
     scored = None if held_out is None else _checked_pair(held_out, texts)
-    accuracy, penalty = _fit_and_score(images, texts, index, logit_scale, scored)
+    accuracy, (penalty, step) = _fit_and_score(images, texts, index, logit_scale, scored)
     n = len(images if scored is None else scored[0])
     error = math.sqrt(accuracy * (1 - accuracy) / n)
     order = balanced_order(index, len(texts))
@@ -159,7 +167,9 @@ def linear_probe(
         found, _ = _fit_and_score(images[rows], texts, index[rows], logit_scale, scored)
         curve.append((part, found))
     curve.append((len(images), accuracy))
-    return LinearProbe(accuracy, error, penalty, len(images), n, held_out is not None, tuple(curve))
+    return LinearProbe(
+        accuracy, error, penalty, len(images), n, held_out is not None, tuple(curve), step
+    )
 
 
 def balanced_order(labels: Tensor, n_classes: int) -> Tensor:
@@ -184,20 +194,19 @@ def _fit_and_score(
     labels: Tensor,
     scale: float,
     scored: tuple[Tensor, Tensor] | None,
-) -> tuple[float, float]:
-    """Accuracy on other images, else leave-one-out, and the penalty."""
+) -> tuple[float, tuple[float, float]]:
+    """Accuracy on other images, else leave-one-out; the penalty and the step."""
     ridge = _Ridge(images, texts, labels, scale)
-    errors, correct = ridge.leave_one_out()
-    if not all(map(math.isfinite, errors)):
+    losses, correct = ridge.leave_one_out()
+    if not all(map(math.isfinite, losses.values())):
         raise ValueError(
-            "the linear probe did not converge: its leave-one-out error is not finite; check "
+            "the linear probe did not converge: its leave-one-out log-loss is not finite; check "
             "`image_embeds` and `logit_scale`"
         )
-    best = min(range(len(errors)), key=lambda i: errors[i])
-    penalty = ridge.penalties[best]
+    best = min(losses, key=lambda form: losses[form])
     if scored is None:
-        return correct[best] / len(images), penalty
-    return ridge.correct(*scored, penalty) / len(scored[0]), penalty
+        return correct[best] / len(images), best
+    return ridge.correct(*scored, *best) / len(scored[0]), best
 
 
 class _Ridge:
@@ -212,33 +221,40 @@ class _Ridge:
         self._basis = basis.to(images.dtype)  # [D, D]
         moment = images.new_zeros(images.shape[1], len(texts))
         for x, y in self._chunks(images, labels):
-            moment += x.T @ (_one_hot(y, len(texts)) - self._zero_shot(x))
+            moment += x.T @ (_one_hot(y, len(texts)) - self._logits(x).softmax(1))
         self._moment = self._basis.T @ moment  # [D, C]
         # Relative to the mean eigenvalue: the same for any number of images.
         unit = float(self._values.mean())
-        self.penalties = (*(p * unit for p in PENALTIES), math.inf)
+        self.penalties = tuple(p * unit for p in PENALTIES)
 
-    def leave_one_out(self) -> tuple[list[float], list[int]]:
-        """Of each penalty: summed squared leave-one-out error, and images classified right."""
-        errors, correct = [0.0] * len(self.penalties), [0] * len(self.penalties)
+    def leave_one_out(self) -> tuple[dict[_Form, float], dict[_Form, int]]:
+        """Of each penalty and step: the summed log-loss left out, and images classified right."""
+        losses: dict[_Form, float] = defaultdict(float)
+        correct: dict[_Form, int] = defaultdict(int)
+
+        def note(form: _Form, logits: Tensor, y: Tensor) -> None:
+            losses[form] += float(cross_entropy(logits, y, reduction="sum"))
+            correct[form] += int((logits.argmax(1) == y).sum())
+
         for x, y in self._chunks(self._images, self._labels):
-            zero_shot = self._zero_shot(x)
-            truth = _one_hot(y, zero_shot.shape[1])
+            zero_shot = self._logits(x)
+            lacking = _one_hot(y, zero_shot.shape[1]) - zero_shot.softmax(1)
             rotated = x @ self._basis
-            for i, penalty in enumerate(self.penalties):
+            note((math.inf, 0.0), zero_shot, y)
+            for penalty in self.penalties:
                 shrunk = self._shrunk(penalty)
-                leverage = (rotated**2 @ shrunk).clamp_max(1 - 1e-6)  # [n]
-                residual = truth - zero_shot - (rotated * shrunk) @ self._moment
-                residual /= (1 - leverage)[:, None]
-                errors[i] += float(residual.double().square().sum())
-                correct[i] += int(((truth - residual).argmax(1) == y).sum())
-        return errors, correct
+                leverage = (rotated**2 @ shrunk).clamp_max(1 - 1e-6)[:, None]  # [n, 1]
+                fitted = (rotated * shrunk) @ self._moment
+                left_out = lacking - (lacking - fitted) / (1 - leverage)
+                for step in STEPS:
+                    note((penalty, step), zero_shot + step * left_out, y)
+        return losses, correct
 
-    def correct(self, images: Tensor, labels: Tensor, penalty: float) -> int:
+    def correct(self, images: Tensor, labels: Tensor, penalty: float, step: float) -> int:
         """How many of other images are classified right."""
-        weights = self._basis @ (self._shrunk(penalty)[:, None] * self._moment)  # [D, C]
+        weights = step * self._basis @ (self._shrunk(penalty)[:, None] * self._moment)  # [D, C]
         return sum(
-            int(((self._zero_shot(x) + x @ weights).argmax(1) == y).sum())
+            int(((self._logits(x) + x @ weights).argmax(1) == y).sum())
             for x, y in self._chunks(images, labels)
         )
 
@@ -246,9 +262,9 @@ class _Ridge:
         shrunk: Tensor = 1 / (self._values + penalty)  # [D]
         return shrunk.to(self._images.dtype)
 
-    def _zero_shot(self, images: Tensor) -> Tensor:
+    def _logits(self, images: Tensor) -> Tensor:
         logits: Tensor = self._scale * (images @ self._texts.T)  # [n, C]
-        return logits.softmax(1)
+        return logits
 
     def _chunks(self, images: Tensor, labels: Tensor) -> list[tuple[Tensor, Tensor]]:
         return list(

@@ -154,7 +154,7 @@ def _learnable(value: Any, name: str) -> Learnable:
     )
     probe = None
     if found["probe"] is not None:
-        row = checks.fields(found["probe"], f"{name}.probe", _PROBE)
+        row = checks.fields(found["probe"], f"{name}.probe", _PROBE, {"step": checks.ERROR})
         penalty = math.inf if row["penalty"] is None else row["penalty"]
         probe = LinearProbe(**row | {"penalty": penalty, "curve": tuple(row["curve"])})
     return Learnable(probe, found["note"], found["n_train"])

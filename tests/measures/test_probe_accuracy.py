@@ -27,39 +27,55 @@ def ridge_of(images, texts, labels):
     return probe_accuracy._Ridge(unit(images, dim=1), unit(texts, dim=1), labels, SCALE)
 
 
-def refitted(images, texts, labels, penalty):
-    """Squared error and images right, with one ridge regression for every image left out."""
+def refitted(images, texts, labels, penalty, step):
+    """Log-loss and images right, with one ridge regression for every image left out."""
     x = torch.nn.functional.normalize(images.double(), dim=1).numpy()
     t = torch.nn.functional.normalize(texts.double(), dim=1).numpy()
     logits = SCALE * x @ t.T
     zero_shot = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
     truth = np.eye(len(t))[labels.numpy()]
-    error, right = 0.0, 0
+    loss, right = 0.0, 0
     for i in range(len(x)):
         rest = np.arange(len(x)) != i
         gram = x[rest].T @ x[rest] + penalty * np.eye(x.shape[1])
         weights = np.linalg.solve(gram, x[rest].T @ (truth - zero_shot)[rest])
-        scores = zero_shot[i] + x[i] @ weights
-        error += ((truth[i] - scores) ** 2).sum()
-        right += scores.argmax() == labels[i]
-    return error, right
+        scores = logits[i] + step * x[i] @ weights
+        loss += np.log(np.exp(scores).sum()) - scores[labels[i]]
+        right += int(scores.argmax() == labels[i])
+    return loss, right
 
 
 def test_the_closed_form_equals_refits_without_each_image():
     data = planted(n_images=24)
     ridge = ridge_of(*data)
-    errors, correct = ridge.leave_one_out()
-    for penalty, error, right in zip(ridge.penalties[:-1], errors, correct, strict=False):
-        assert refitted(*data, penalty) == (pytest.approx(error, rel=1e-4), right)
+    losses, correct = ridge.leave_one_out()
+    assert len(losses) == 1 + len(probe_accuracy.PENALTIES) * len(probe_accuracy.STEPS)
+    for form, loss in losses.items():
+        if form != (math.inf, 0.0):
+            assert refitted(*data, *form) == (
+                pytest.approx(loss, rel=1e-3, abs=1e-5),
+                correct[form],
+            )
 
 
-def test_an_infinite_penalty_is_the_zero_shot_classifier():
+def test_the_form_of_the_least_loss_left_out_is_taken():
+    images, texts, labels = planted(n_images=48)
+    images += torch.randn(48, 8, generator=torch.Generator().manual_seed(2))
+    found = linear_probe(images, texts, labels, logit_scale=SCALE)
+    losses, correct = ridge_of(images, texts, labels).leave_one_out()
+    best = min(losses, key=losses.get)
+    assert (found.penalty, found.step) == pytest.approx(best, rel=1e-5)
+    assert 0.5 < found.accuracy < 1
+    assert found.accuracy == correct[best] / 48
+
+
+def test_no_step_is_the_zero_shot_classifier():
     images, texts, labels = planted()
     ridge = ridge_of(images, texts, labels)
     expected = zero_shot_accuracy(images, texts, labels)
     assert 0 < expected < 1
-    assert ridge.correct(ridge._images, labels, math.inf) / 60 == expected
-    assert ridge.leave_one_out()[1][-1] / 60 == expected
+    assert ridge.correct(ridge._images, labels, math.inf, 0.0) / 60 == expected
+    assert ridge.leave_one_out()[1][math.inf, 0.0] / 60 == expected
 
 
 def test_it_learns_what_the_texts_do_not_say():
