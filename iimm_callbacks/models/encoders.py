@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..data.sources import kind
 from .families import Family, family_of
-from .processors import describe, find_processor, is_complete, read_images, read_prompts
+from .processors import describe, find_processor, is_complete, keeps_case, read_images, read_prompts
 from .wrappers import adapt, breadth_first, find_dual_encoder
 
 TEXT_BATCH = 256  # prompts in one forward pass
@@ -66,8 +66,8 @@ def find_encoder(
             or inside a user's `nn.Module`.
         processor: Its processor (image processor and tokenizer in one), or for open_clip the pair
             ``(transform, tokenizer)``. Without, or with a part of one: that of the
-            `PromptClassifier` the model is in, or loaded with `AutoProcessor` from where the model
-            came from.
+            `PromptClassifier` the model is in; or loaded with `AutoProcessor` from where the model
+            came from, and the part given is used with the other part of that one.
         encode: ``(encode_images, encode_texts)`` for any other model: each takes the model and a
             list (RGB PIL images; prompts) and returns embeddings [n, D].
 
@@ -113,7 +113,7 @@ def find_encoder(
         lambda m, inputs: _vectors(m, family, "embed_images", inputs),
         lambda m, inputs: _vectors(m, family, "embed_texts", inputs),
         lambda m: family.logit_scale(find_dual_encoder(m)),
-        family.name if own_way else describe(processor),
+        family.name if own_way else describe(processor) + _of_prompts(family, processor),
     )
 
 
@@ -148,6 +148,11 @@ def class_embeddings(prompt_embeds: Tensor, n_templates: int) -> Tensor:
     unit = nn.functional.normalize(wide, dim=1)
     per_class = unit.reshape(-1, n_templates, unit.shape[1])  # [C, T, D]
     return nn.functional.normalize(per_class.mean(1), dim=1)
+
+
+def _of_prompts(family: Family, processor: Any) -> str:
+    is_lowered = family.name == "SigLIP" and keeps_case(processor)
+    return " prompts in lower case" if is_lowered else ""
 
 
 def _encoder_of(module: nn.Module) -> Encoder | None:

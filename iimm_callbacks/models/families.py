@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 
-from .processors import Inputs, Read, read_images, read_prompts
+from .processors import Inputs, Read, read_images, read_lower_cased, read_prompts
 
 
 def exponential_scale(model: Any) -> tuple[Any, Any]:
@@ -200,6 +201,13 @@ def _blip_retrieval() -> Family:
     )
 
 
+def _siglip() -> Family:
+    def tokenize(model: Any, processor: Any) -> Read:
+        return read_lower_cased(model, processor, _full_length(model))
+
+    return replace(_transformers("SigLIP"), tokenize=tokenize)
+
+
 def _open_clip() -> Family:
     def images(model: Any, inputs: Inputs) -> Tensor:
         # In half precision open_clip keeps some weights in full, the convolution never.
@@ -224,8 +232,18 @@ def _model_type(module: nn.Module) -> Any:
     return getattr(getattr(module, "config", None), "model_type", None)
 
 
+def _own(module: nn.Module, name: str) -> Any:
+    # PEFT, `torch.compile` and FSDP 1 pass on what is asked of the model inside.
+    if isinstance(module, torch.jit.ScriptModule):  # passes on to its own code
+        return getattr(module, name, None)
+    for own in (module._modules, module.__dict__):
+        if name in own:
+            return own[name]
+    return getattr(type(module), name, None)
+
+
 def _has(*functions: str) -> Callable[[nn.Module], bool]:
-    return lambda module: all(callable(getattr(module, name, None)) for name in functions)
+    return lambda module: all(callable(_own(module, name)) for name in functions)
 
 
 def _is(*model_types: str, functions: str = "get_text_features") -> Callable[[nn.Module], bool]:
@@ -245,7 +263,7 @@ _REGISTERED: list[tuple[Callable[[nn.Module], bool], Family]] = []  # by the use
 # with the usual functions.
 _TABLE: list[tuple[Callable[[nn.Module], bool], Family]] = [
     # Trained on text padded to its full length, and reads the padding.
-    (_is("siglip", "siglip2"), _transformers("SigLIP", padding=_full_length)),
+    (_is("siglip", "siglip2"), _siglip()),
     (_is("tipsv2"), _transformers("TIPSv2", padding=_full_length, logit_scale=_temperature)),
     (_is("align"), _transformers("ALIGN", logit_scale=_temperature)),
     # Its text tower attends to what comes later where no text of the batch is padded.
@@ -283,5 +301,6 @@ _TABLE: list[tuple[Callable[[nn.Module], bool], Family]] = [
     ),
     (_is("chinese_clip"), _transformers("Chinese-CLIP", texts=_chinese_clip_texts)),
     (_has("get_image_features", "get_text_features"), _transformers("CLIP")),
-    (_has("encode_image", "encode_text"), _open_clip()),
+    # A user's module may have these two around a model of any family; `visual` is open_clip's.
+    (_has("encode_image", "encode_text", "visual"), _open_clip()),
 ]

@@ -81,20 +81,57 @@ def read_prompts(model: Any, processor: Any, pad_to: int | None = None) -> Read:
         A function of a list of prompts.
     """
     if isinstance(processor, tuple):
-        return lambda prompts: {"input_ids": processor[1](prompts)}
+        return _read_by_pair(processor[1])
     tokenizer = processor.tokenizer
     most = pad_to or _most_tokens(model, tokenizer)
     padding = True if pad_to is None else "max_length"
-    told = False
+    tell = _teller()
 
     def read(prompts: list[str]) -> Inputs:
-        nonlocal told
         found = dict(
             tokenizer(
                 prompts, truncation=True, max_length=most, padding=padding, return_tensors="pt"
             )
         )
-        cut = [] if told or most is None else _cut(tokenizer, prompts, found, most)
+        if most is not None:
+            tell(lambda: _cut(tokenizer, prompts, found, most), most)
+        return found
+
+    return read
+
+
+def _read_by_pair(tokenizer: Callable[[list[str]], Any]) -> Read:
+    tell = _teller()
+
+    def read(prompts: list[str]) -> Inputs:
+        ids = tokenizer(prompts)
+        count, most = _counter(tokenizer), ids.shape[1]
+        if count is not None:
+            # A token is a byte at least, but for those around the text.
+            long = [p for p in prompts if len(p.encode()) + 3 > most]
+            tell(lambda: [p for p in long if count(p) > most], most)
+        return {"input_ids": ids}
+
+    return read
+
+
+def _counter(tokenizer: Any) -> Callable[[str], int] | None:
+    """Tokens of a prompt by a tokenizer of open_clip; None for another, which does not tell."""
+    inner, clean = getattr(tokenizer, "tokenizer", None), getattr(tokenizer, "clean_fn", str)
+    if callable(inner):
+        return lambda prompt: len(inner(clean(prompt), verbose=False)["input_ids"])
+    if hasattr(tokenizer, "encode") and hasattr(tokenizer, "context_length"):
+        return lambda prompt: len(tokenizer.encode(prompt)) + 2  # start and end
+    return None
+
+
+def _teller() -> Callable[[Callable[[], list[str]], int], None]:
+    """A function that warns of prompts that are cut, once."""
+    told = False
+
+    def tell(find_cut: Callable[[], list[str]], most: int) -> None:
+        nonlocal told
+        cut = [] if told else find_cut()
         if cut:
             told = True
             logger.warning(
@@ -104,19 +141,32 @@ def read_prompts(model: Any, processor: Any, pad_to: int | None = None) -> Read:
                 most,
                 f"{cut[0][:60]}...",
             )
-        return found
 
-    return read
+    return tell
+
+
+def read_lower_cased(model: Any, processor: Any, pad_to: int) -> Read:
+    """As `read_prompts`, of prompts in lower case where the tokenizer leaves that to its user."""
+    read = read_prompts(model, processor, pad_to)
+    if not keeps_case(processor):
+        return read
+    return lambda prompts: read([prompt.lower() for prompt in prompts])
+
+
+def keeps_case(processor: Any) -> bool:
+    """Whether its tokenizer is Gemma's, which SigLIP 2 was trained with on lower-cased text.
+
+    Checkpoints name it as it is; `Siglip2Tokenizer` lower-cases by itself.
+    """
+    return type(getattr(processor, "tokenizer", None)).__name__.startswith("Gemma")
 
 
 def _most_tokens(model: Any, tokenizer: Any) -> int | None:
-    """Tokens that a prompt is cut at: the tokenizer's, else as many positions as the model has."""
-    most = getattr(tokenizer, "model_max_length", None)
-    if isinstance(most, int) and most < _UNLIMITED:
-        return most
+    """Tokens that a prompt is cut at: the tokenizer's limit, or the model's positions if fewer."""
     config = getattr(model, "config", None)
     positions = getattr(getattr(config, "text_config", config), "max_position_embeddings", None)
-    return positions if isinstance(positions, int) else None
+    limits = [getattr(tokenizer, "model_max_length", None), positions]
+    return min((n for n in limits if isinstance(n, int) and n < _UNLIMITED), default=None)
 
 
 def _cut(tokenizer: Any, prompts: list[str], found: Inputs, most: int) -> list[str]:
@@ -169,8 +219,21 @@ def is_complete(processor: Any) -> bool:
     return image_part(processor) is not None and hasattr(processor, "tokenizer")
 
 
+def _with_part(saved: Any, part: Any) -> Any:
+    """A saved processor, with the part that is given instead of its own; it is changed."""
+    images, tokenizer = image_part(part), getattr(part, "tokenizer", part)
+    if hasattr(tokenizer, "convert_ids_to_tokens"):
+        saved.tokenizer = tokenizer
+    if images is not None and not isinstance(part, tuple):
+        name = "image_processor" if hasattr(saved, "image_processor") else "feature_extractor"
+        setattr(saved, name, images)
+    return saved
+
+
 def find_processor(model: nn.Module, processor: Any, takes_pair: bool) -> Any:
     """The processor as given, if it is complete, else the one saved with the model.
+
+    A part that is given takes the place of the saved one's.
 
     Args:
         model: A dual encoder.
@@ -194,7 +257,7 @@ def find_processor(model: nn.Module, processor: Any, takes_pair: bool) -> Any:
             problem = f"loading one from {source!r} failed ({error})"
         else:
             if is_complete(loaded):
-                return loaded
+                return _with_part(loaded, processor)
             problem = f"{source!r} has {type(loaded).__name__} only"
     got = "none" if processor is None else type(processor).__name__
     if takes_pair:

@@ -18,7 +18,7 @@ def is_sharded(model: nn.Module) -> bool:
 
 
 def is_fsdp1(module: nn.Module) -> bool:
-    """Whether it is the wrapper of FSDP 1, which has all attributes of what it wraps."""
+    """Whether it is the wrapper of FSDP 1."""
     return _kind(module) == _FSDP1
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from .families import family_of, why_not
 from .heads import Head
-from .sharded import full_parameters, is_fsdp1
+from .sharded import full_parameters
 
 _WRAPPERS = (
     "module",
@@ -37,7 +37,7 @@ def find_dual_encoder(model: nn.Module) -> Any:
         ValueError: There is none; says why, where the model is of a kind that cannot be one.
     """
     for module in breadth_first(model):
-        if family_of(module) is not None and not is_fsdp1(module):
+        if family_of(module) is not None:
             return module
     reasons = ((module, why_not(module)) for module in breadth_first(model))
     module, reason = next((found for found in reasons if found[1]), (model, None))
@@ -46,7 +46,7 @@ def find_dual_encoder(model: nn.Module) -> Any:
         + (
             reason
             or "neither it nor any module inside has `get_image_features` and "
-            "`get_text_features`, or `encode_image` and `encode_text`"
+            "`get_text_features`, or `encode_image`, `encode_text` and `visual`"
         )
         + "; pass `encode=(encode_images, encode_texts)`, two functions of (model, list) that "
         "return embeddings [n, D], or teach its family with `register_encoder`"

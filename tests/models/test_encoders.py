@@ -265,6 +265,23 @@ def test_a_tokenizer_alone_falls_back_to_the_saved_processor(saved, tiny_clip, p
     assert_close(ours, embed(model, find_encoder(model, processor), pictures), atol=0)
 
 
+def test_a_part_of_a_processor_is_used_with_the_saved_other_part(
+    saved, tiny_clip, processor, pictures
+):
+    model = loaded(saved, tiny_clip)
+    images = copy.deepcopy(processor.image_processor)
+    images.image_mean = [0.0, 0.0, 0.0]
+    encoder = find_encoder(model, images)
+    pixels = images(pictures, return_tensors="pt")["pixel_values"]
+    assert torch.equal(encoder.preprocess(pictures)["pixel_values"], pixels)
+    assert encoder.description != find_encoder(model).description
+    words = copy.deepcopy(processor.tokenizer)
+    words.model_max_length = 3
+    encoder = find_encoder(model, words)
+    assert encoder.tokenize(PROMPTS)["input_ids"].shape == (3, 3)
+    assert encoder.description == find_encoder(model).description
+
+
 def test_preprocessing_is_described_alike_made_in_code_and_loaded(saved, tiny_clip, processor):
     model = loaded(saved, tiny_clip)
     assert find_encoder(model).description == find_encoder(model, processor).description

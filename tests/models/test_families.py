@@ -13,6 +13,7 @@ import tiny
 import torch
 import transformers as hf
 from conftest import make_dataset
+from peft import LoraConfig, get_peft_model
 from PIL import Image
 from torch import nn
 from transformers import Trainer, TrainingArguments
@@ -230,6 +231,35 @@ def test_an_embedding_does_not_depend_on_its_batch(name):
         torch.testing.assert_close(alone[1][0], texts[i], atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize(
+    ("kind", "lowers"), [("GemmaTokenizer", True), ("Siglip2Tokenizer", False)]
+)
+def test_prompts_of_siglip_2_are_lower_cased_where_its_tokenizer_does_not(kind, lowers):
+    model, processor = build("SigLIP 2")
+    tokenizer = processor.tokenizer
+    plain = find_encoder(model, processor)
+    tokenizer.__class__ = type(kind, (type(tokenizer),), {})
+    encoder = find_encoder(model, processor)
+    lower = encoder.tokenize(["a photo of a red circle"])["input_ids"]
+    capital = encoder.tokenize(["A photo of a Red circle"])["input_ids"]
+    assert torch.equal(lower, capital) == lowers
+    assert (encoder.description != plain.description) == lowers
+    clip, of_clip = build("CLIP")
+    of_clip.tokenizer.__class__ = tokenizer.__class__
+    ids = find_encoder(clip, of_clip).tokenize(["red", "Red"])["input_ids"]
+    assert not torch.equal(ids[0], ids[1])
+
+
+def test_prompts_are_cut_at_the_models_positions_where_the_tokenizer_allows_more(caplog):
+    model, processor = build("CLIP")
+    processor.tokenizer.model_max_length = 512
+    encoder = find_encoder(model, processor)
+    tokens = encoder.tokenize(["a photo of the red green blue grey thing circle square cross"])
+    assert tokens["input_ids"].shape == (1, 12)
+    assert "1 prompts have more than the 12 tokens" in caplog.text
+    assert encoder.embed_texts(model, tokens).shape == (1, 24)
+
+
 # What the models of open_clip compute
 
 
@@ -262,6 +292,19 @@ def test_embeddings_and_logits_are_those_of_open_clips_own_forward(name, output_
 def test_open_clips_own_tokenizer_pads_to_full_length(name):
     model, pair = build(name)
     assert find_encoder(model, pair).tokenize(TEXTS)["input_ids"].shape == (3, 32)
+
+
+@needs_open_clip
+@pytest.mark.parametrize("name", ["open_clip CLIP", "open_clip SigLIP"])  # its own tokenizer, HF's
+def test_prompts_that_open_clip_cuts_are_told_once(name, caplog):
+    model, pair = build(name)
+    tokenize = find_encoder(model, pair).tokenize
+    tokenize([29 * "a"])
+    assert "are cut" not in caplog.text
+    ids = tokenize(["red", 40 * "a"])["input_ids"]
+    tokenize([50 * "a"])
+    assert ids.shape == (2, 32)
+    assert caplog.text.count("1 prompts have more than the 32 tokens") == 1
 
 
 @needs_open_clip
@@ -440,6 +483,71 @@ def test_an_entry_of_ones_own_decides_the_scale_the_towers_and_what_is_read(
 
 def trains(parameter):
     return parameter.requires_grad
+
+
+class Kin(hf.CLIPModel):
+    """A user's class, whose functions go by the usual names."""
+
+
+class PassesOn(nn.Module):
+    """Asks the model inside for whatever it has not itself."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.inner = model
+
+    def __getattr__(self, name):
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.inner, name)
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda model: get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"])),
+        lambda model: torch.compile(model, backend="eager"),
+        PassesOn,
+    ],
+    ids=["peft", "compile", "passes on"],
+)
+def test_an_entry_of_ones_own_counts_in_wrappers_that_pass_on_its_functions(
+    own_table, tiny_clip, processor, wrap
+):
+    model = Kin(tiny_clip().config)
+    functions = {"embed_texts": lambda model, inputs: torch.full((len(TEXTS), 24), 7.0)}
+    register_encoder(mine(name="kin", logit_scale=lambda model: (42.0, None), **functions), Kin)
+    wrapped = wrap(model)
+    encoder = find_encoder(wrapped, processor)
+    assert find_dual_encoder(wrapped) is model
+    assert encoder.scale(wrapped) == 42
+    assert encoder.embed_texts(wrapped, encoder.tokenize(TEXTS)).eq(7).all()
+
+
+class NamesOfOpenClip(nn.Module):
+    """A user's module with the names of open_clip around a model of transformers."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def encode_image(self, pixel_values):
+        raise AssertionError
+
+    encode_text = encode_image
+
+
+def test_functions_named_as_open_clips_around_another_model_are_looked_through(
+    tiny_clip, processor
+):
+    model = tiny_clip().eval()
+    wrapped = NamesOfOpenClip(model)
+    assert find_dual_encoder(wrapped) is model
+    inputs = make_inputs("image")
+    expected = embed(model, processor, inputs)
+    for one, other in zip(embed(wrapped, processor, inputs), expected, strict=True):
+        assert torch.equal(one, other)
 
 
 @pytest.mark.parametrize(
