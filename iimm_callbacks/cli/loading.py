@@ -250,27 +250,16 @@ def _device(device: str | None) -> torch.device:
 
 
 def _load_transformers(name: str, argument: str) -> Any:
-    import transformers
+    from ..models.pretrained import check_complete, load_pretrained
 
     try:
-        config = transformers.AutoConfig.from_pretrained(name)
-        # `AutoModel` would read e.g. BLIP's retrieval model as another class, with random parts.
-        named = getattr(transformers, str((config.architectures or [""])[0]), None)
-        # What a file names is taken for a model only: other classes read other files.
-        is_model = isinstance(named, type) and issubclass(named, transformers.PreTrainedModel)
-        kind: Any = named if is_model else transformers.AutoModel
-        model, report = kind.from_pretrained(name, output_loading_info=True)
+        model, missing = load_pretrained(name)
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(
             f"`{argument}` must be a Hub name or folder that transformers reads, 'sample' or "
             f"'open_clip:NAME:PRETRAINED', got {name!r}: {first_line(error)}"
         ) from error
-    missing = sorted(report["missing_keys"])
-    if missing:
-        raise ValueError(
-            f"`{argument}` {name!r} lacks {len(missing)} weights of {type(model).__name__}, which "
-            f"would be random: {', '.join(map(str, missing[:3]))}...; name a complete dual encoder"
-        )
+    check_complete(name, model, missing, argument)
     return model
 
 

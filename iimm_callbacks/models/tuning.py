@@ -6,17 +6,18 @@ import re
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ..data.tasks import Task
 from ..records.log import get_logger
 from .blocks import block_names, in_attention, inside, is_bias, is_input_projection, towers
-from .encoders import Encoder, class_embeddings, find_encoder, move
+from .encoders import TEXT_BATCH, Encoder, class_embeddings, find_encoder, move
 from .families import family_of
 from .heads import ClipAdapter, LinearProbe
 from .sharded import full_parameters
 from .undisturbed import undisturbed
-from .wrappers import find_dual_encoder, find_head, freeze
+from .wrappers import adapter_ids, find_dual_encoder, find_head, freeze
 
 logger = get_logger(__name__)
 
@@ -97,7 +98,9 @@ def detect(model: nn.Module) -> str:
         ``"ia3"``, ``"prompt_tuning"``, ...; ``"dora"`` for LoRA with DoRA); else by what trains:
         ``"full"``, ``"bitfit"`` (biases only), ``"attention"`` (attention input-projection weights
         only), ``"frozen"`` (nothing) or ``"partial"``. Whether the logit scale trains changes none
-        of this. A head or an adapter on an encoder that trains too is ``"partial"``.
+        of this. A head or an adapter on an encoder that trains too is ``"partial"``, but for the
+        biases that the adapter's config asks for. An adapter that does not train is part of the
+        model, and what trains beside it counts.
     """
     trains = _what_trains(model)
     tuned = [name for name, is_trained in trains.items() if is_trained]
@@ -105,15 +108,11 @@ def detect(model: nn.Module) -> str:
     if head is not None:
         return "partial" if any(_what_trains(head.dual_encoder).values()) else head.method
     everything = len(tuned) == len(trains)
-    for module in model.modules():
-        config = _active_config(module)
-        if config is not None:
-            if everything:
-                return "partial"
-            if getattr(config, "use_dora", False):
-                return "dora"
-            kind = config.peft_type
-            return str(getattr(kind, "value", kind)).lower()
+    config = next((c for m in model.modules() if (c := _active_config(m)) is not None), None)
+    adapters = _adapter_names(model)
+    if config is not None and (not adapters or not adapters.isdisjoint(tuned)):
+        beside = [n for n in tuned if n not in adapters and not _asks_for(config, n)]
+        return "partial" if everything or (adapters and beside) else _peft_type(config)
     if everything:
         return "full"
     if not tuned:
@@ -134,6 +133,25 @@ def _active_config(module: nn.Module) -> Any:
         return None
     active: Any = getattr(module, "active_adapter", None)  # a function in transformers
     return configs[active] if isinstance(active, str) else next(iter(configs.values()))
+
+
+def _adapter_names(model: nn.Module) -> set[str]:
+    """Names of the adapters' parameters; none of prompts, which peft adds to no layer."""
+    ids = adapter_ids(model)
+    return {name for name, p in model.named_parameters() if id(p) in ids}
+
+
+def _asks_for(config: Any, name: str) -> bool:
+    """Whether a peft config makes this parameter of the encoder train."""
+    bias = getattr(config, "bias", "none")
+    return is_bias(name) and bias != "none" and (bias == "all" or ".base_layer." in name)
+
+
+def _peft_type(config: Any) -> str:
+    if getattr(config, "use_dora", False):
+        return "dora"
+    kind = config.peft_type
+    return str(getattr(kind, "value", kind)).lower()
 
 
 def _full(model: nn.Module) -> nn.Module:
@@ -240,8 +258,11 @@ def _linear_probe(model: nn.Module, *, task: Task, processor: Any = None) -> nn.
 
 
 def _embed_texts(model: nn.Module, encoder: Encoder, prompts: list[str]) -> Tensor:
+    chunks = [prompts[i : i + TEXT_BATCH] for i in range(0, len(prompts), TEXT_BATCH)]
     with undisturbed(model):
-        return encoder.embed_texts(model, move(encoder.tokenize(prompts), model))
+        return torch.cat(
+            [encoder.embed_texts(model, move(encoder.tokenize(chunk), model)) for chunk in chunks]
+        )
 
 
 def _train_only(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 from .families import family_of, why_not
 from .heads import Head
+from .pretrained import check_complete, load_pretrained
 from .sharded import full_parameters
 
 _WRAPPERS = (
@@ -143,7 +145,7 @@ def find_untouched(
 
     Raises:
         OSError, TypeError: See `load_untouched`.
-        ValueError: It is not available.
+        ValueError: It is not available, or see there.
     """
     if base is not None:
         return load_untouched(base, model)
@@ -165,14 +167,17 @@ def load_untouched(
         base: The model, its Hub name or folder, or a function that returns it.
         like: The model that trains: its device and dtype are taken over.
 
+    Returns:
+        It; of a model that is given and has another device or dtype a copy.
+
     Raises:
         OSError: There is no model of that name.
         TypeError: It is no model.
+        ValueError: The model of that name lacks weights, which would stay random.
     """
     if isinstance(base, str | Path):
-        from transformers import AutoModel
-
-        model = AutoModel.from_pretrained(base)
+        model, missing = load_pretrained(base)
+        check_complete(base, model, missing, "base_model")
     else:
         model = base if isinstance(base, nn.Module) else base()
     if not isinstance(model, nn.Module):
@@ -181,7 +186,13 @@ def load_untouched(
             f"got {type(model).__name__}"
         )
     first = next(p for p in like.parameters() if p.is_floating_point())
-    return model.to(first.device, first.dtype)
+    device, dtype = first.device, first.dtype
+    if model is base and any(
+        t.device != device or (t.is_floating_point() and t.dtype != dtype)
+        for t in (*model.parameters(), *model.buffers())
+    ):
+        model = copy.deepcopy(model)
+    return model.to(device, dtype)
 
 
 def model_fingerprint(model: nn.Module) -> str:

@@ -3,6 +3,7 @@
 import copy
 
 import pytest
+import tiny
 import torch
 from peft import IA3Config, LoraConfig, get_peft_model
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
@@ -17,7 +18,7 @@ from transformers import (
 
 from iimm_callbacks import IIMMCallback, PromptClassifier
 from iimm_callbacks.models.encoders import class_embeddings, find_encoder, move
-from iimm_callbacks.models.wrappers import find_dual_encoder, model_fingerprint
+from iimm_callbacks.models.wrappers import find_dual_encoder, load_untouched, model_fingerprint
 
 PROMPTS = ["a red thing", "a photo of a blue circle", "grey"]
 LORA = {"r": 2, "target_modules": ["q_proj", "v_proj"], "init_lora_weights": False}
@@ -309,6 +310,40 @@ def test_a_folder_without_a_processor_is_named(tmp_path, tiny_clip):
     tiny_clip().save_pretrained(tmp_path / "weights-only")
     with pytest.raises(ValueError, match="weights-only"):
         find_encoder(loaded(tmp_path / "weights-only", tiny_clip))
+
+
+# The untouched model
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_base_model_of_the_users_stays_as_it_is(tiny_clip, dtype):
+    base, like = tiny_clip(), tiny_clip().to(dtype)
+    before = {name: value.clone() for name, value in base.state_dict().items()}
+    found = load_untouched(base, like)
+    assert {p.dtype for p in found.parameters()} == {dtype}
+    assert (found is base) == (dtype == torch.float32)
+    for name, value in base.state_dict().items():
+        assert value.dtype == before[name].dtype
+        assert torch.equal(value, before[name])
+
+
+def test_a_base_model_is_loaded_as_the_class_that_was_saved(tmp_path):
+    model, _ = tiny.FAMILIES["BLIP retrieval"]()
+    model.save_pretrained(tmp_path)
+    for name in (tmp_path, str(tmp_path)):
+        found = load_untouched(name, model)
+        assert type(found) is type(model)
+        assert model_fingerprint(found) == model_fingerprint(model)
+
+
+def test_a_base_model_without_all_weights_is_refused(tmp_path, tiny_clip):
+    model = tiny_clip()
+    state = {n: v for n, v in model.state_dict().items() if n != "visual_projection.weight"}
+    model.save_pretrained(tmp_path, state_dict=state)
+    with pytest.raises(ValueError, match=r"`base_model` .* lacks 1 weights of CLIPModel, which"):
+        load_untouched(tmp_path, model)
+    with pytest.raises(OSError, match="nowhere"):
+        load_untouched(tmp_path / "nowhere", model)
 
 
 # Fingerprints

@@ -18,7 +18,7 @@ from torch import nn
 from transformers import Trainer, TrainingArguments
 
 from iimm_callbacks import ImageCollator, PromptClassifier, Task
-from iimm_callbacks.models.encoders import find_encoder, move
+from iimm_callbacks.models.encoders import class_embeddings, find_encoder, move
 from iimm_callbacks.models.heads import ClipAdapter, LinearProbe
 from iimm_callbacks.models.tuning import detect, prepare, trainable_share
 from iimm_callbacks.models.wrappers import model_fingerprint, zero_shot_twin
@@ -447,6 +447,22 @@ def test_linear_probe_by_hand():
     assert probe.adapt(embeds) is embeds
 
 
+def test_a_linear_probe_of_many_prompts_embeds_them_in_batches(tiny_clip, processor, colour_task):
+    seen, task = [], copy.copy(colour_task)
+    task.templates = [f"{i} {{}}" for i in range(100)]
+    model = tiny_clip()
+    model.text_model.register_forward_pre_hook(
+        lambda module, args, inputs: seen.append(len(inputs["input_ids"])), with_kwargs=True
+    )
+    head = prepare(model, "linear_probe", task=task, processor=processor)
+    assert seen == [256, 100 * len(task.class_names) - 256]
+    with torch.no_grad():
+        encoder = find_encoder(model, processor)
+        whole = encoder.embed_texts(model, encoder.tokenize(task.prompts([])))
+    expected = class_embeddings(whole, 100)
+    torch.testing.assert_close(head.classifier.weight, expected, atol=1e-5, rtol=0)
+
+
 def test_the_scale_of_a_linear_probe_is_the_models_and_stays(tiny_clip, processor, colour_task):
     model = tiny_clip()
     probe = prepare(model, "linear_probe", task=colour_task, processor=processor)
@@ -584,6 +600,14 @@ def thawed(head):
     return head
 
 
+def beside(model, wanted, **config):
+    adapted = get_peft_model(model, LoraConfig(**LORA, **config))
+    for name, parameter in adapted.named_parameters():
+        if re.search(wanted, name):
+            parameter.requires_grad_(True)
+    return adapted
+
+
 def fake_config(model, **config):
     model.peft_config = {"default": SimpleNamespace(**config)}
     return model.requires_grad_(False)
@@ -610,6 +634,29 @@ DETECTED = {
     "IA3": (lambda m: get_peft_model(m, IA3Config(**IA3)), "ia3"),
     "LoRA by transformers": (lambda m: with_adapter(m, LoraConfig(**LORA)), "lora"),
     "DoRA by transformers": (lambda m: with_adapter(m, LoraConfig(**LORA, use_dora=True)), "dora"),
+    "LoRA and a tower": (lambda m: beside(m, r"vision_model.*layer"), "partial"),
+    "LoRA and biases": (lambda m: beside(m, r"bias$"), "partial"),
+    "LoRA and a module it copies": (
+        lambda m: get_peft_model(m, LoraConfig(**LORA, modules_to_save=["visual_projection"])),
+        "lora",
+    ),
+    "LoRA with biases": (lambda m: get_peft_model(m, LoraConfig(**LORA, bias="all")), "lora"),
+    "LoRA with its own biases": (
+        lambda m: get_peft_model(m, LoraConfig(**LORA, bias="lora_only")),
+        "lora",
+    ),
+    "LoRA with its own biases and more": (
+        lambda m: beside(m, r"norm\d\.bias$", bias="lora_only"),
+        "partial",
+    ),
+    "a frozen LoRA": (
+        lambda m: get_peft_model(m, LoraConfig(**LORA)).requires_grad_(False),
+        "frozen",
+    ),
+    "biases beside a frozen LoRA": (
+        lambda m: by_hand(get_peft_model(m, LoraConfig(**LORA)), r"bias$"),
+        "bitfit",
+    ),
     "any by name": (lambda m: fake_config(m, peft_type="PREFIX_TUNING"), "prefix_tuning"),
     "an empty config": (lambda m: setattr(m, "peft_config", {}) or m, "full"),
     "CLIP-Adapter": (lambda m: ClipAdapter(m, 24), "clip_adapter"),
