@@ -19,9 +19,12 @@ def load_pretrained(name: str | Path) -> tuple[Any, list[str]]:
     import transformers
 
     kind: Any = transformers.AutoModel
-    config = transformers.AutoConfig.from_pretrained(name)
+    try:
+        architectures = transformers.AutoConfig.from_pretrained(name).architectures
+    except (OSError, ValueError):  # an adapter, or nothing that can be read: `AutoModel` knows
+        architectures = None
     # `AutoModel` would read e.g. BLIP's retrieval model as another class, with random parts.
-    named = getattr(transformers, str((config.architectures or [""])[0]), None)
+    named = getattr(transformers, str((architectures or [""])[0]), None)
     # What a file names is taken for a model only: other classes read other files.
     if isinstance(named, type) and issubclass(named, transformers.PreTrainedModel):
         kind = named

@@ -290,13 +290,16 @@ def bare_name(name: str) -> str:
 
 
 def adapter_ids(model: nn.Module) -> set[int]:
-    """Identities (`id`) of the parameters of all PEFT adapters, `modules_to_save` included."""
+    """Identities (`id`) of the weights of all PEFT adapters, `modules_to_save` included.
+
+    They are parameters, and buffers such as the running statistics of a copied batch norm.
+    """
     return {
-        id(parameter)
+        id(tensor)
         for module in model.modules()
         for layer in getattr(module, "adapter_layer_names", ())  # of every PEFT layer
         if isinstance(getattr(module, layer, None), nn.Module)
-        for parameter in getattr(module, layer).parameters()
+        for tensor in (*getattr(module, layer).parameters(), *getattr(module, layer).buffers())
     }
 
 

@@ -75,6 +75,18 @@ class Weight:
     is_saved: bool
 
 
+# What peft puts into the names of its weights, beside the layers of the model at hand.
+_ADAPTERS = {
+    "lora_A",
+    "lora_B",
+    "lora_embedding_A",
+    "lora_embedding_B",
+    "lora_magnitude_vector",
+    "ia3_l",
+    "modules_to_save",
+}
+
+
 def core_of(model: nn.Module) -> nn.Module:
     """The dual encoder in a model; all of the model if no encoder is known."""
     try:
@@ -121,7 +133,7 @@ def counterparts(
     Args:
         core: As `core_of` gives it.
         untouched: A module, whatever wraps it; a state dict of one; or `Kept`, which need not have
-            what cannot have changed.
+            what cannot have changed. Adapters in it do not count.
 
     Raises:
         TypeError: `untouched` is none of these.
@@ -141,6 +153,7 @@ def counterparts(
             "`base` must be a model, a state dict, a Hub name or a folder, got "
             f"{type(untouched).__name__}"
         )
+    theirs = _without_adapters(theirs, core)
     extra = [n for n, t in theirs.items() if n not in own and t.is_floating_point()]
     missing = [] if isinstance(untouched, Kept) else _missing(weights, theirs)
     for names, problem in ((missing, "lacks"), (extra, "has beside them")):
@@ -159,6 +172,11 @@ def counterparts(
                 f"`base` must be given, as {weight.names[0]!r} began to train later and was not "
                 "kept; give the model before fine-tuning"
             )
+
+
+def _without_adapters(theirs: Mapping[str, Tensor], core: nn.Module) -> dict[str, Tensor]:
+    layers = {n for m in core.modules() for n in getattr(m, "adapter_layer_names", ())} | _ADAPTERS
+    return {n: t for n, t in theirs.items() if layers.isdisjoint(n.split("."))}
 
 
 def _pair(weight: Weight, known: list[Tensor]) -> list[tuple[Tensor, Tensor]]:

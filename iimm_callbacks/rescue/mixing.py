@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..models.heads import ClipAdapter
 from ..models.sharded import check_measurable, is_sharded
-from ..models.wrappers import adapter_ids, find_head, zero_shot_twin
+from ..models.wrappers import adapter_ids, find_head, find_own_head, zero_shot_twin
 from .counterparts import Kept, core_of, counterparts, weights_of
 
 # Adapter weights -> what they are where the adapter does nothing. Its effect is linear in them.
@@ -50,12 +50,12 @@ class Mixture:
     def __init__(
         self, model: nn.Module, untouched: nn.Module | Mapping[str, Tensor] | Kept | None = None
     ) -> None:
-        _check_whole(model)
+        _check_mixable(model)
         parts = _own_parts(model)
         if untouched is None:
             _check_has_untouched(model, parts)
         else:
-            names = {id(tensor): name for name, tensor in model.named_buffers()} | _names(model)
+            names = _names(model)
             for tensor, other in counterparts(core_of(model), untouched):
                 parts.append(_Part(names[id(tensor)], tensor, other))
         self._parts = [part for part in parts if part.differs()]
@@ -138,8 +138,27 @@ def needs_untouched(model: nn.Module) -> bool:
         ValueError: The model is tuned in a way that has no mixes, or its weights are spread over
             ranks.
     """
-    _check_whole(model)
+    _check_mixable(model)
     return not _own_parts(model) or not _has_untouched(model)
+
+
+def check_starts_untouched(model: nn.Module) -> None:
+    """Raise unless adapters and a CLIP-Adapter do nothing yet: a `Mixture` takes that for α = 0.
+
+    Args:
+        model: Before its first step.
+
+    Raises:
+        ValueError: One was trained before, or starts by an initialisation such as PiSSA.
+    """
+    for part in _own_parts(model):
+        if part.differs():
+            raise ValueError(
+                f"`model` must start with adapters that do nothing yet to be rescued, got "
+                f"{part.name!r} with weights of its own (trained before, or an initialisation such "
+                "as PiSSA); give `base_model`, the model without them, from which gain and "
+                "forgetting then count"
+            )
 
 
 def keep_untouched(model: nn.Module) -> Kept:
@@ -161,8 +180,15 @@ def keep_untouched(model: nn.Module) -> Kept:
     )
 
 
-def _check_whole(model: nn.Module) -> None:
+def _check_mixable(model: nn.Module) -> None:
     check_measurable(model)
+    classifier = _own_classifier(model)
+    if classifier is not None:
+        raise ValueError(
+            f"`model` has a classifier of its own, {type(classifier).__name__}.classify, of which "
+            "there is no mix: only the dual encoder would be mixed, under a head trained for "
+            "another; train a `PromptClassifier`, or use `action='stop'`"
+        )
     if is_sharded(model):
         raise ValueError(
             "`model` must have whole weights to be rescued, got one that FSDP shards; save it, and "
@@ -174,6 +200,13 @@ def _check_whole(model: nn.Module) -> None:
                 f"`model` must have its weights in memory, got {name!r} on the meta device; load "
                 "it without offloading"
             )
+
+
+def _own_classifier(model: nn.Module) -> Any:
+    try:
+        return find_own_head(model)
+    except ValueError:  # no encoder is known: all of the model is mixed
+        return None
 
 
 # --- adapters and heads: they hold the untouched model ---
@@ -201,7 +234,7 @@ def _own_parts(model: nn.Module) -> list[_Part]:
 
 
 def _names(model: nn.Module) -> dict[int, str]:
-    return {id(parameter): name for name, parameter in model.named_parameters()}
+    return {id(t): n for n, t in (*model.named_buffers(), *model.named_parameters())}
 
 
 def _adapter_parts(name: str, module: Any, names: dict[int, str]) -> list[_Part]:
@@ -218,25 +251,29 @@ def _adapter_parts(name: str, module: Any, names: dict[int, str]) -> list[_Part]
     for layer in module.adapter_layer_names:
         held: Any = getattr(module, layer, None)
         for adapter in active.intersection(held.keys() if hasattr(held, "keys") else ()):
-            tensors = _parameters(held[adapter])
+            tensors = _weights(held[adapter])
             if layer == "modules_to_save":
-                originals: dict[str, Any] = dict(module.original_module.named_parameters())
+                originals: dict[str, Any] = _weights(module.original_module)
             elif layer in _NEUTRAL and not getattr(module, "lora_variant", {}).get(adapter):
                 originals = dict.fromkeys(tensors, _NEUTRAL[layer])
             elif layer in _LEFT_ALONE:
                 continue
             else:
                 raise ValueError(
-                    f"`model` has an adapter that cannot be scaled, {layer!r} of {name!r}: its "
-                    "effect is not linear in any one part of it (DoRA and others); "
+                    f"`model` has an adapter that cannot be scaled, {layer!r} of {name!r}: LoRA "
+                    "without variants such as DoRA, IA3 and `modules_to_save` are supported; "
                     "`merge_and_unload` and give `base`"
                 )
             parts += [_Part(names[id(t)], t, originals[key]) for key, t in tensors.items()]
     return parts
 
 
-def _parameters(held: Any) -> dict[str, nn.Parameter]:
-    return {"": held} if isinstance(held, nn.Parameter) else dict(held.named_parameters())
+def _weights(held: Any) -> dict[str, Tensor]:
+    """Its parameters and floating-point buffers."""
+    if isinstance(held, nn.Parameter):
+        return {"": held}
+    buffers = {name: b for name, b in held.named_buffers() if b.is_floating_point()}
+    return dict(held.named_parameters()) | buffers
 
 
 def _has_untouched(model: nn.Module) -> bool:

@@ -16,7 +16,7 @@ from ..records.log import get_logger
 from ..records.look import Look
 from ..records.verdict import Limits
 from .counterparts import Kept, save_weights
-from .mixing import keep_untouched, needs_untouched
+from .mixing import check_starts_untouched, keep_untouched, needs_untouched
 from .sweep import Rescue, Untouched, sweep
 
 logger = get_logger(__name__)
@@ -57,9 +57,15 @@ class Rescuer:
 
         Raises:
             OSError: The file cannot be written.
-            ValueError: See `mixing.needs_untouched`.
+            ValueError: See `mixing.needs_untouched` and, where no `base_model` was given,
+                `mixing.check_starts_untouched`.
         """
-        if not ranks.together(lambda: needs_untouched(model)) or self._given:
+        needs = ranks.together(lambda: needs_untouched(model))
+        if self._given:
+            return
+        if kept is None:
+            ranks.together(lambda: check_starts_untouched(model))
+        if not needs:
             return
         self._base = keep_untouched(model) if kept is None else kept._base
         if will_save and isinstance(self._base, Kept):

@@ -336,6 +336,15 @@ def test_a_base_model_is_loaded_as_the_class_that_was_saved(tmp_path):
         assert model_fingerprint(found) == model_fingerprint(model)
 
 
+def test_a_base_model_of_a_folder_with_an_adapter_is_loaded_with_it(tmp_path, tiny_clip):
+    tiny_clip().save_pretrained(tmp_path / "base")
+    base = type(tiny_clip()).from_pretrained(tmp_path / "base")
+    get_peft_model(base, LoraConfig(**LORA)).save_pretrained(tmp_path / "adapter")
+    found = load_untouched(tmp_path / "adapter", tiny_clip())
+    assert find_dual_encoder(found) is found
+    assert found.peft_config
+
+
 def test_a_base_model_without_all_weights_is_refused(tmp_path, tiny_clip):
     model = tiny_clip()
     state = {n: v for n, v in model.state_dict().items() if n != "visual_projection.weight"}

@@ -11,8 +11,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tiny
 import torch
-from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
+from peft import IA3Config, LoHaConfig, LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from torch import nn
 from transformers import TrainerCallback
@@ -199,6 +200,37 @@ def test_adapters_beside_tuned_biases_are_rescued_with_the_base(tiny_clip):
         torch.testing.assert_close(value.float(), expected, atol=1e-6, rtol=1e-5)
 
 
+def test_a_state_dict_of_a_model_under_adapters_is_a_base(tiny_clip):
+    config = LoraConfig(**LORA, bias="all", modules_to_save=["visual_projection"])
+    model = get_peft_model(tiny_clip(), config)
+    before = state(model)
+    stir(model, 0.2)
+    plain = copy.deepcopy(model).merge_and_unload()
+    Mixture(model, before).set(0.0)
+    assert_equal(merged(model), tiny_clip().state_dict())
+    Mixture(plain, before).set(0.0)
+    assert_equal(state(plain), tiny_clip().state_dict())
+
+
+@pytest.mark.parametrize("kind", ["kept", "base", "state"])
+def test_running_statistics_of_a_copied_batch_norm_are_mixed_with_the_originals(kind):
+    name = "vision_model.embeddings.batchnorm"
+    model, _ = tiny.FAMILIES["ALIGN"]()
+    base = copy.deepcopy(model)
+    config = LoraConfig(r=2, target_modules=["query"], modules_to_save=[name])
+    model = get_peft_model(model, config)
+    untouched = {"base": base, "state": state(model), "kept": keep_untouched(model)}[kind]
+    copied = model.get_submodule(f"base_model.model.{name}").modules_to_save["default"]
+    first = copied.running_mean.clone()
+    copied.running_mean.add_(0.5)
+    mixture = Mixture(stir(model), untouched)
+    mixture.set(0.5)
+    torch.testing.assert_close(copied.running_mean, first + 0.25)
+    mixture.set(0.0)
+    assert torch.equal(copied.running_mean, first)
+    assert "batch norms" in mixture.notes[0]
+
+
 def test_a_clip_adapter_is_scaled_as_by_a_smaller_residual_ratio(tiny_clip, processor):
     model = prepare(tiny_clip(), "clip_adapter", processor=processor)
     x = torch.randn(5, 24, generator=torch.Generator().manual_seed(2))
@@ -253,6 +285,17 @@ def in_integers(model):
     return model
 
 
+class OwnHead(nn.Module):
+    """A user's classifier on a dual encoder."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.clip, self.head = model, nn.Linear(24, 4)
+
+    def classify(self, image_embeds):
+        return self.head(image_embeds)
+
+
 def probe_head(model):
     return prepare_probe(model)
 
@@ -275,6 +318,16 @@ REFUSED = {
         lambda m: get_peft_model(m, LoraConfig(**LORA, use_dora=True)),
         False,
         "cannot be scaled, .*DoRA.*merge_and_unload",
+    ),
+    "LoHa": (
+        lambda m: get_peft_model(m, LoHaConfig(r=2, target_modules=["q_proj"])),
+        False,
+        "cannot be scaled, 'hada_w1_a' of .*: LoRA without variants .* are supported",
+    ),
+    "a classifier of one's own": (
+        lambda m: OwnHead(m),
+        True,
+        "has a classifier of its own, OwnHead.classify, of which there is no mix",
     ),
     "PiSSA": (
         lambda m: get_peft_model(m, LoraConfig(**LORA, init_lora_weights="pissa")),
@@ -615,6 +668,42 @@ def test_a_resumed_run_is_rescued_from_the_weights_kept_beside_its_checkpoints(
         assert_equal(state(again.model), state(trainer.model))
     with pytest.raises(ValueError, match="`base_model` must be given to rescue a resumed run"):
         make_trainer([at_end()], **settings).train(resume_from_checkpoint=checkpoint)
+
+
+STARTED = {
+    "trained before": lambda m: stir(get_peft_model(m, LoraConfig(**LORA)), 0.2),
+    "a copy trained before": lambda m: stir(
+        get_peft_model(m, LoraConfig(**LORA, modules_to_save=["visual_projection"])), 0.2
+    ),
+    "IA3 trained before": lambda m: stir(ADAPTERS["IA3"](m), 0.2),
+    "PiSSA": lambda m: get_peft_model(m, LoraConfig(**LORA, init_lora_weights="pissa")),
+}
+
+
+@pytest.mark.parametrize("kind", STARTED)
+def test_adapters_that_do_something_before_the_first_step_need_the_base_model(
+    tiny_clip, tmp_path, kind
+):
+    model = STARTED[kind](tiny_clip())
+    with pytest.raises(ValueError, match=r"adapters that do nothing yet .* give `base_model`"):
+        Rescuer(tmp_path, "iimm_x").begin(model, will_save=False)
+    Rescuer(tmp_path, "iimm_x", tiny_clip()).begin(model, will_save=False)
+    Mixture(stir(model), tiny_clip()).set(0.0)
+    assert_equal(merged(model), tiny_clip().state_dict())
+
+
+@pytest.mark.parametrize("kind", ["gaussian", True])
+def test_adapters_that_start_at_nothing_are_kept_for(tiny_clip, tmp_path, kind):
+    model = get_peft_model(tiny_clip(), LoraConfig(**LORA, init_lora_weights=kind))
+    rescuer = Rescuer(tmp_path, "iimm_x")
+    rescuer.begin(model, will_save=False)
+    Rescuer(tmp_path, "iimm_x").begin(stir(model), will_save=False, kept=rescuer)  # tried again
+
+
+def test_a_classifier_of_ones_own_is_refused_before_training(tiny_clip, tmp_path):
+    for base in (None, tiny_clip()):
+        with pytest.raises(ValueError, match="has a classifier of its own, OwnHead"):
+            Rescuer(tmp_path, "iimm_x", base).begin(OwnHead(tiny_clip()), will_save=False)
 
 
 def test_a_kept_file_that_is_none_says_so(make_trainer, tiny_clip, tmp_path):
