@@ -67,7 +67,7 @@ def prepare(model: nn.Module, method: str, **options: Any) -> nn.Module:
         known = ", ".join(map(repr, _METHODS))
         raise ValueError(f"`method` must be one of {known}, got {method!r}")
     core = find_dual_encoder(model)
-    # PEFT and `torch.compile` pass on what is asked of the model inside.
+    # A user's module may have the functions of the model inside.
     inside = [m for m in core.modules() if m is not core and family_of(m) is not None]
     if core is not model or inside:
         raise ValueError(
