@@ -38,15 +38,16 @@ def parse_line(line: bytes | ValueError) -> Outcome | Retired | ValueError:
     return found
 
 
-def decode_line(data: bytes | ValueError) -> Any:
-    """What its JSON holds.
+def decode_line(data: str | bytes | ValueError) -> Any:
+    """What its JSON holds, with or without a mark of UTF-8 before it.
 
     Raises:
         ValueError: It is none.
     """
     if isinstance(data, ValueError):
         raise data
-    return json.loads(data)
+    text = data.decode(errors="surrogateescape") if isinstance(data, bytes) else data
+    return json.loads(text.removeprefix("\ufeff"))
 
 
 def parse_each(rows: Iterable[tuple[str, _T]], decode: Callable[[_T], Any]) -> Iterator[Found]:

@@ -163,6 +163,7 @@ def one_of_each_run(outcomes: Iterable[Outcome]) -> list[Outcome]:
     for outcome in outcomes:
         key = outcome.run or object()  # of unknown runs each is its own
         if outcome.complete or key not in found or not found[key].complete:
+            found.pop(key, None)  # it counts where its latest record is
             found[key] = outcome
     return list(found.values())
 

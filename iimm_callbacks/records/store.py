@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import sys
-from collections.abc import Container, Iterable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -193,7 +192,16 @@ def open_store(path: str | Path | Address) -> Catalog:
     Raises:
         ImportError, OSError, TypeError, ValueError: As `read_outcomes`.
     """
-    store, again = as_store(path), partial(open_store, path)
+    return _open(path, partial(_open, path, partial(_listed, path)))
+
+
+def _listed(path: str | Path | Address) -> Catalog:
+    return Listed(read_outcomes(path))
+
+
+def _open(path: str | Path | Address, again: Callable[[], Catalog]) -> Catalog:
+    """As `open_store`; `again` opens it where its table turns out to be of another content."""
+    store = as_store(path)
     if not store.exists():
         return Listed([])
     if isinstance(store, Address):
@@ -203,16 +211,17 @@ def open_store(path: str | Path | Address) -> Catalog:
 
             try:
                 rows, others = table.of_address(store, listing)
-            except OSError as error:  # such as a cache folder that may not be written
+            except (OSError, NotImplementedError) as error:  # of filelock before 3.24 the latter
+                # Such as a cache folder that may not be written, or has no locks.
                 logger.debug("the objects of %s cannot be copied here: %s", store, error)
-                return Listed(read_outcomes(store))
+                return _listed(store)
             others += waiting_for(store, listing)
             return table.Tabled(store, rows, table.copy_of(store), others, again)
     elif store.is_file() and store.stat().st_size >= _LARGE:
         from . import table
 
         return table.Tabled(store, table.of_file(store), store, [], again)
-    return Listed(read_outcomes(path))
+    return _listed(path)
 
 
 def check_store(path: str | Path | Address) -> list[str]:
@@ -330,4 +339,4 @@ def waiting_for(address: Address, there: Container[str]) -> list[Found]:
 def _scan_file(path: Path) -> Iterator[Found]:
     with path.open(encoding="utf-8", errors="surrogateescape") as file:
         lines = ((f"line {n}", line) for n, line in enumerate(file, start=1) if line.strip())
-        yield from parse_each(lines, json.loads)
+        yield from parse_each(lines, decode_line)

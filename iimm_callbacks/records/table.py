@@ -8,7 +8,6 @@ lose. Of an address it is a table of a copy of its objects, one line each.
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -30,7 +29,7 @@ from .catalog import LEARNT_FROM, Catalog, Listed, matcher, thin_cells
 from .lines import Found, name_of, parse_line, report
 from .log import get_logger
 from .objects import Address
-from .outcomes import SCHEMA_VERSION, Outcome, Retired, parse_outcome
+from .outcomes import Outcome, Retired
 from .run_file import write_whole
 
 logger = get_logger(__name__)
@@ -42,7 +41,7 @@ _SCHEMA = pa.schema(
     + [(name, pa.int64()) for name in ("start", "size", "check")]
     + [("complete", pa.bool_()), ("has_run", pa.bool_()), ("kind", pa.int8())]
 )
-_VERSION = b"1"  # of this layout
+_VERSION = b"2"  # of this layout
 _LOCK_SECONDS = 30.0
 _Positions = NDArray[np.int64]
 _SAMPLE = 4096  # bytes that tell whether a store still begins with what its table is of
@@ -56,7 +55,7 @@ class Tabled:
         table: As `table.of_file`.
         lines: The file that has the lines.
         others: What is not in that file.
-        again: Makes the catalog anew, once the table is gone.
+        again: Opens the store once more, where the table turns out to be of another content.
     """
 
     def __init__(
@@ -74,20 +73,26 @@ class Tabled:
         self._again = again
 
     @cached_property
+    def _retired(self) -> set[str]:
+        """Names of the runs that no longer count."""
+        rows = np.flatnonzero(self._column("kind") == RETIRED)
+        also = {found.retired for _, found in self._others if isinstance(found, Retired)}
+        return also.union(self._table["name"].take(rows).to_pylist())
+
+    @cached_property
     def _counted(self) -> _Positions:
         """Rows of the outcomes that are not retired."""
-        kind = self._column("kind")
-        gone = set(self._table["name"].take(np.flatnonzero(kind == RETIRED)).to_pylist())
-        gone |= {found.retired for _, found in self._others if isinstance(found, Retired)}
-        counts = kind == OUTCOME
-        if gone:
-            counts &= ~self._fits("name", gone.__contains__)
+        counts = self._column("kind") == OUTCOME
+        if self._retired:
+            counts &= ~self._fits("name", self._retired.__contains__)
         return np.flatnonzero(counts)
 
     @cached_property
     def _rest(self) -> Listed:
         """The runs that are not in the file."""
-        return Listed(report(self._others, str(self._store)))
+        found = report(self._others, str(self._store))
+        gone = self._retired
+        return Listed([o for o in found if name_of(o) not in gone] if gone else found)
 
     @property
     def n_outcomes(self) -> int:
@@ -143,7 +148,11 @@ class Tabled:
     def _read(self, rows: _Positions) -> list[Outcome]:
         columns = [self._column(name)[rows].tolist() for name in ("start", "size", "check")]
         found: list[Found] = []
-        with self._lines.open("rb") as file:
+        try:
+            file = self._lines.open("rb")
+        except FileNotFoundError as error:  # another process has made its table anew
+            raise _ChangedError from error
+        with file:
             for start, size, check in zip(*columns, strict=True):
                 file.seek(start)
                 line = file.read(size)
@@ -239,6 +248,9 @@ def of_address(address: Address, listing: dict[str, float]) -> tuple[pa.Table, l
         known = set(table["object"].to_pylist())
         lacking = [name for name in listing if name not in known]
         with lines.open("ab") as file:
+            end = int((table.schema.metadata or {}).get(b"end", b"0"))
+            if file.tell() > end:  # a line that a crash cut short
+                file.truncate(end)
             for name, data in objects.fetch(address, lacking):
                 if isinstance(data, bytes) and data.count(b"\n") == data.endswith(b"\n") == 1:
                     file.write(data)
@@ -279,23 +291,15 @@ def _read_facts(file: Any, start: int) -> tuple[pa.Table, int]:
 
 
 def _facts(line: bytes) -> dict[str, Any]:
-    """What the table says of a line; only `lines.parse_line` looks at all of it."""
-    try:
-        row = json.loads(line)
-        if row["schema_version"] != SCHEMA_VERSION:
-            raise ValueError
-        if "retired" in row:
-            facts = {"name": row["retired"], "complete": False, "has_run": False, "kind": RETIRED}
-        else:
-            run = row.get("run", "")
-            facts = {word: row[word] for word in _FACTS}
-            facts |= {"name": run or name_of(parse_outcome(row)), "has_run": bool(run)}
-            facts |= {"complete": row.get("complete", True) is True, "kind": OUTCOME}
-        if not all(isinstance(facts[word], str) for word in facts.keys() & {*_FACTS, "name"}):
-            raise TypeError
-        "".join(str(value) for value in facts.values()).encode()  # what Arrow can hold
-    except (ValueError, KeyError, TypeError, RecursionError):
-        facts = {"complete": False, "has_run": False, "kind": DAMAGED}
+    """What the table says of a line."""
+    record = parse_line(line)
+    facts: dict[str, Any] = {"complete": False, "has_run": False, "kind": DAMAGED}
+    if isinstance(record, Retired):
+        facts |= {"name": record.retired, "kind": RETIRED}
+    elif isinstance(record, Outcome):
+        facts = {word: getattr(record, word) for word in _FACTS}
+        facts |= {"name": name_of(record), "has_run": bool(record.run)}
+        facts |= {"complete": record.complete, "kind": OUTCOME}
     return facts | {"object": objects.name_of(line)}
 
 

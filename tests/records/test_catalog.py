@@ -14,7 +14,7 @@ from test_outcomes import RUN
 from iimm_callbacks.forecasting.forecaster import Forecaster
 from iimm_callbacks.forecasting.runs import about, measured
 from iimm_callbacks.records import catalog as catalogs
-from iimm_callbacks.records import store, table
+from iimm_callbacks.records import objects, store, table
 from iimm_callbacks.records.catalog import LEARNT_FROM, Listed, thin
 from iimm_callbacks.records.lines import name_of, to_line
 from iimm_callbacks.records.store import append_outcome, open_store, read_outcomes, retire, sync
@@ -131,6 +131,41 @@ def test_damaged_lines_are_reported_and_the_last_one_is_read_when_it_is_whole(tm
     assert check(path).n_outcomes == 6
 
 
+def test_lines_with_bad_values_push_no_good_run_out(tmp_path, monkeypatch):
+    monkeypatch.setattr(table, "LEARNT_FROM", 20)
+    monkeypatch.setattr(thin, "__defaults__", (20,))
+    path, rows = tmp_path / "o.jsonl", many(60)
+    fill(path, rows)
+    good = [asdict(row) for row in rows]
+    wrong = [
+        *(row | {"final_accuracy": 150.0} for row in good),  # later lines of the same runs
+        *(row | {"run": f"new{i}", "iimm": "high"} for i, row in enumerate(good)),
+        {"schema_version": 1, "retired": rows[0].run},  # without why
+    ]
+    with path.open("a") as file:
+        file.writelines(json.dumps(row) + "\n" for row in wrong)
+    found = check(path)
+    assert found.n_outcomes == 60
+    assert len(found.read(found.select())) == 60
+    assert len(found.relevant("a")) == 20
+
+
+def test_a_run_that_is_there_twice_counts_where_it_came_last(tmp_path):
+    rows = [run(i, task="st"[i % 2]) for i in range(4)]
+    path = tmp_path / "o.jsonl"
+    fill(path, [*rows, replace(rows[0], ended="again")])
+    expected = [*rows[1:], replace(rows[0], ended="again")]
+    assert Listed(read_outcomes(path)).relevant("a") == expected
+    assert open_store(path).relevant("a") == expected
+
+
+@pytest.mark.parametrize("mark", [b"\xef\xbb\xbf", b""])
+def test_a_mark_of_utf_8_at_the_start_costs_no_run(tmp_path, mark):
+    path = tmp_path / "o.jsonl"
+    path.write_bytes(mark + b"".join(map(to_line, many(5))))
+    assert check(path).n_outcomes == 5
+
+
 @pytest.mark.parametrize("later", [{}, {"n": 3}])
 def test_a_file_that_was_edited_is_read_anew(tmp_path, later):
     path, rows = tmp_path / "o.jsonl", many(20)
@@ -185,19 +220,74 @@ def test_what_leaves_an_address_and_what_waits_for_it(tmp_path, monkeypatch):
     place, rows = f"{tmp_path}/team/", many(8)
     fill(place, rows)
     check(place)
-    objects = sorted((tmp_path / "team").iterdir())
-    objects[0].unlink()
+    there = sorted((tmp_path / "team").iterdir())
+    there[0].unlink()
     assert check(place).n_outcomes == 7
     (tmp_path / "team" / "notes.txt").write_text("not ours")
     check(place)
     fill(place, [run(99)])
-    (new,) = set((tmp_path / "team").iterdir()) - {*objects, tmp_path / "team" / "notes.txt"}
+    (new,) = set((tmp_path / "team").iterdir()) - {*there, tmp_path / "team" / "notes.txt"}
     new.write_bytes(new.read_bytes()[:-9])  # torn before it was copied
     assert check(place).n_outcomes == 7
-    objects[1].write_bytes(b"{")  # torn later: the copy is what its name says
+    there[1].write_bytes(b"{")  # torn later: the copy is what its name says
     assert open_store(place).n_outcomes == 7
     sync(place, tmp_path / "other.jsonl")
     assert len(read_outcomes(tmp_path / "other.jsonl")) == len(read_outcomes(place)) == 6
+
+
+def test_a_copy_that_was_cut_short_loses_nothing(tmp_path):
+    place = f"{tmp_path}/team/"
+    fill(place, many(8))
+    check(place)
+    (copy,) = (tmp_path / "tables").glob("*.jsonl")
+    copy.write_bytes(copy.read_bytes()[:-200])  # killed while it was written
+    assert check(place).n_outcomes == 8
+    check(place)
+    assert copy.read_bytes().count(b"\n") == 8
+
+
+def test_what_is_outside_the_copy_may_be_retired_in_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(store, "user_cache_path", lambda name: tmp_path / "cache" / name)
+    place, rows = f"{tmp_path}/team/", many(6)
+    fill(place, rows)
+    spread = json.dumps(asdict(run(7)), indent=1).encode()  # which has no line in the copy
+    (tmp_path / "team" / objects.name_of(spread)).write_bytes(spread)
+    fill(store._waiting(objects.as_store(place)), [run(8)])
+    assert check(place).n_outcomes == 8
+    for i in (7, 8):
+        retire(place, run(i).run, "by mistake")
+    assert check(place).n_outcomes == 6
+
+
+def test_without_locks_an_address_is_read_as_a_whole(tmp_path, monkeypatch):
+    place = f"{tmp_path}/team/"
+    fill(place, many(5))
+
+    def no_lock(*_, **__):
+        raise NotImplementedError("FileSystem does not appear to support flock")
+
+    monkeypatch.setattr(table, "FileLock", no_lock)
+    assert isinstance(open_store(place), Listed)
+    assert open_store(place).n_outcomes == 5
+
+
+def test_a_stale_table_that_cannot_be_removed_costs_no_run(tmp_path, monkeypatch):
+    path = tmp_path / "o.jsonl"
+    fill(path, [run(i, ended="x" * 2000) for i in range(10)])
+    before, state = open_store(path), path.stat()
+    path.write_bytes(path.read_bytes().replace(f"{5:032x}".encode(), b"f" * 32))
+    os.utime(path, ns=(state.st_atime_ns, state.st_mtime_ns))
+    monkeypatch.setattr(table, "forget", lambda store: None)  # of a folder that is read only
+    assert {o.run for o in before.relevant("a")} == {o.run for o in read_outcomes(path)}
+    assert "f" * 32 in {o.run for o in open_store(path).relevant("a")}
+
+
+def test_a_copy_that_another_process_removed_is_made_again(tmp_path):
+    place = f"{tmp_path}/team/"
+    fill(place, many(6))
+    found = open_store(place)
+    table.forget(objects.as_store(place))
+    assert same(found.relevant("a"), Listed(read_outcomes(place)).relevant("a"))
 
 
 @given(st.lists(st.tuples(st.sampled_from("ab"), st.sampled_from("xyz")), max_size=60))
