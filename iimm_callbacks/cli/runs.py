@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from glob import escape
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -39,8 +38,10 @@ def report(
     """
     run = run.expanduser()
     record = read_run_file(run)
+    from ..records.catalog import of_model
+
     where, known = open_record(outcomes, "--outcomes")
-    found = known.read(known.select(escape(record["model_fingerprint"] or "")))
+    found = of_model(known, record)
     from ..reports.page import PICTURES, write_report
     from ..reports.past import past_runs
     from ..reports.terminal import page, summary_table

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from fnmatch import translate
+from glob import escape
 from typing import TYPE_CHECKING, Any, Protocol
 
 from .outcomes import Outcome, one_of_each_run
@@ -126,6 +127,17 @@ class Listed:
     def read(self, positions: Sequence[int]) -> list[Outcome]:
         """As `Catalog`."""
         return [self._outcomes[i] for i in positions]
+
+
+def of_model(past: Catalog, record: Mapping[str, Any]) -> list[Outcome]:
+    """The saved runs of the model of a run; none where it is unknown.
+
+    Args:
+        past: The saved runs.
+        record: As `run_file.save_run`.
+    """
+    model = record.get("model_fingerprint")
+    return past.read(past.select(escape(model))) if model else []
 
 
 def matcher(pattern: str) -> Callable[[str], Any]:

@@ -80,7 +80,7 @@ class Ledger:
             return Listed([])
         try:
             return open_store(self.path)
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, TypeError, ValueError, KeyError) as error:
             logger.warning("The saved runs in %s cannot be read: %s", self.path, error)
             return Listed([])
 

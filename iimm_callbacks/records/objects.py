@@ -66,6 +66,9 @@ class Address:
         """The file system of fsspec, and the path in it. Credentials are the environment's."""
         import fsspec
 
+        if self._text.startswith("file:"):  # its path may hold what chains addresses
+            local = fsspec.filesystem("file")
+            return local, local._strip_protocol(self._text).rstrip("/")
         try:
             files, root = fsspec.core.url_to_fs(self._text)
         except ImportError as error:
@@ -185,7 +188,7 @@ def listing(address: Address) -> dict[str, float]:
     return {
         name: at
         for at, name in sorted(found)
-        if name[0] != "." and not name.endswith((".md", ".unfinished"))
+        if name and name[0] != "." and not name.endswith((".md", ".unfinished"))
     }
 
 

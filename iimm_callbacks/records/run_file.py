@@ -276,7 +276,7 @@ _RECORD = {
 }  # fmt: skip
 _OPTIONAL = {  # of a rescued run, and what an old version did not write
     "rescue": check_rescue, "templates": dict_of(list_of(text)), "metrics": dict_of(text),
-    "fingerprints": dict_of(text),
+    "fingerprints": dict_of(text), "model_fingerprint": or_none(text),
     "process": object_of({"host": text, "pid": count, "started": finite}, rest=anything),
     "linear_probe": or_none(object_of(
         {"note": text}, dict.fromkeys(("accuracy", "standard_error"), or_none(FRACTION)), anything

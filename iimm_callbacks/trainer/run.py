@@ -18,6 +18,7 @@ from ..models.wrappers import find_untouched, model_fingerprint
 from ..monitor import IIMMMonitor
 from ..monitor.forgiving import Forgiving
 from ..probing import ranks
+from ..records.catalog import of_model
 from ..records.former import pick
 from ..records.log import get_logger
 from ..records.outcomes import Outcome
@@ -123,9 +124,10 @@ class GuardedRun(Settings):
             folder = host.output_dir(args) / f"{self._file_stem}_report"
             from ..reports.page import write_report  # takes time to import
 
-            past = monitor.past()
-            outcomes = past.read(past.select(model=record["model_fingerprint"]))
-            self._forgiving("the report", lambda: write_report(record, folder, outcomes))
+            self._forgiving(
+                "the report",
+                lambda: write_report(record, folder, of_model(monitor.past(), record)),
+            )
             self._show(state, lambda: page(f"Report: {folder}"))
 
     def _step_back(self) -> None:

@@ -813,6 +813,15 @@ def test_report_writes_the_page_among_the_past_runs_of_its_model(tmp_path, store
     assert shown.endswith(f"Written to {tmp_path / 'here' / 'report.html'}.\n")
 
 
+@pytest.mark.parametrize("more", [{}, {"model_fingerprint": None}])
+def test_report_takes_a_run_of_an_unknown_model(tmp_path, store, more):
+    append_outcome(store, outcome("task", model=""))
+    save_run(make_record() | more, tmp_path / "run.json")
+    found = ask("report", tmp_path / "run.json")
+    assert found["n_past"] == 0
+    assert (tmp_path / "run_report" / "report.html").exists()
+
+
 def test_report_refuses_what_is_no_run(tmp_path):
     (tmp_path / "run.json").write_text("{}")
     assert "run.json is no run file: `task` is missing" in fails("report", tmp_path / "run.json")

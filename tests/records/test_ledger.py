@@ -8,11 +8,13 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import datasets
 import pytest
 from test_outcomes import RUN
 
 from iimm_callbacks import read_outcomes
 from iimm_callbacks.records import ledger as module
+from iimm_callbacks.records.as_dataset import to_dataset
 from iimm_callbacks.records.ledger import Ledger
 
 INTERRUPTED = replace(RUN, complete=False, ended="interrupted")
@@ -163,6 +165,12 @@ def test_a_folder_in_the_place_of_the_store_costs_a_warning(path, caplog):
     ledger.close()
     assert "cannot be read" in caplog.text
     assert "was not saved" in caplog.text
+
+
+def test_a_folder_of_several_splits_costs_a_warning(path, caplog):
+    datasets.DatasetDict(train=to_dataset([RUN])).save_to_disk(path)
+    assert Ledger(path).catalog().n_outcomes == 0
+    assert "cannot be read" in caplog.text
 
 
 def test_an_outcome_that_could_not_be_read_back_costs_a_warning(path, caplog):

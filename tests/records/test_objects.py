@@ -92,6 +92,28 @@ def test_which_paths_are_files_and_which_are_folders_of_objects(tmp_path):
     assert read_outcomes(tmp_path / "objects") == [RUN]
 
 
+def test_a_local_folder_may_have_any_name(tmp_path):
+    for name in ("a::b", "50%#x?"):
+        place = f"{tmp_path}/{name}/"
+        append_outcome(place, RUN)
+        assert [path.suffix for path in (tmp_path / name).iterdir()] == [".json"]
+        assert read_outcomes(place) == read_outcomes(tmp_path / name) == [RUN]
+        files, root = as_store(place).filesystem()
+        assert len(files.ls(root)) == 1
+
+
+def test_the_marker_of_a_folder_is_no_object(flaky, monkeypatch):
+    append_outcome(flaky, RUN)
+    real = Flaky.ls
+
+    def marked(self, path, **more):
+        return [{"name": f"{path}/", "size": 0, "type": "file"}, *real(self, path, **more)]
+
+    monkeypatch.setattr(Flaky, "ls", marked)
+    assert read_outcomes(flaky) == [RUN]
+    assert check_store(flaky) == []
+
+
 @pytest.mark.parametrize("place", ["folder", "memory"], indirect=True)
 def test_torn_changed_and_foreign_objects_are_named_skipped_and_left(place, caplog):
     append_outcome(place, RUN)

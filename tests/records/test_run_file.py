@@ -147,6 +147,7 @@ DELETED = object()
     [
         (["task"], DELETED, "`task` is missing"),
         (["task"], 5, "`task` must be a string, got 5"),
+        (["model_fingerprint"], 5, "`model_fingerprint` must be a string, got 5"),
         (["task"], "\ud800", "`task` must be a string in UTF-8"),
         (["off_target", 1], None, r"`off_target\[1\]` must be a string, got None"),
         (["off_target", 1], "x\x1b", r"`looks\[0\]` lacks 'eval_iimm_x\\x1b_accuracy'"),

@@ -6,6 +6,7 @@ import torch
 from iimm_callbacks import IIMMCallback
 from iimm_callbacks.models.tuning import prepare
 from iimm_callbacks.monitor import measured as monitor
+from iimm_callbacks.records.catalog import Listed
 from iimm_callbacks.records.run_file import read_run
 
 
@@ -93,3 +94,17 @@ def test_a_report_that_fails_costs_a_warning(make_trainer, guard, monkeypatch, c
     make_trainer([callback], max_steps=4).train()
     assert callback.outcome.complete
     assert caplog.text.count("the report raised ZeroDivisionError") == 1
+
+
+@pytest.mark.parametrize("fails", ["select", "read"])
+def test_saved_runs_that_cannot_be_read_for_the_report_cost_a_warning(
+    make_trainer, guard, monkeypatch, caplog, fails
+):
+    def changed(*_, **__):
+        raise OSError("it has changed while it was read")
+
+    callback = guard(report=True)
+    monkeypatch.setattr(Listed, fails, changed)
+    make_trainer([callback], max_steps=4).train()
+    assert callback.outcome.complete
+    assert caplog.text.count("the report raised OSError: it has changed") == 1
