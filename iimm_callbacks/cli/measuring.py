@@ -210,8 +210,9 @@ def open_runs(model: str, store: str | None) -> Catalog:
         from ..records.catalog import Listed
         from ..sample import load_outcomes
 
-        saved = found.read(range(found.n_outcomes))
-        found = Listed(saved + [run for run in load_outcomes() if run not in saved])  # none twice
+        shipped = load_outcomes()  # all of one model
+        saved = found.relevant(shipped[0].model_fingerprint)
+        found = Listed(saved + [run for run in shipped if run not in saved])  # none twice
     if not found.n_outcomes:
-        typer.echo(f"no saved runs in {path}: published averages are used", err=True)
+        typer.echo(f"no saved runs in {path}: the shipped runs of other models are used", err=True)
     return found

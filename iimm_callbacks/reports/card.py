@@ -213,7 +213,7 @@ def update_outcomes_card(
         f"{len(tasks[model, fingerprint, method])} | {n} |"
         for (model, fingerprint, method), n in sorted(cells.items())
     ]
-    n_models = len({o.model_fingerprint for o in outcomes})
+    n_models = len({o.model_fingerprint or o.model for o in outcomes})
     begin, end = _markers(_RUNS)
     text = "\n".join([
         begin,

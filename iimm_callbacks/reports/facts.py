@@ -187,6 +187,13 @@ def grade(record: dict[str, Any]) -> list[dict[str, str]]:
     return rows
 
 
+def left_out(record: dict[str, Any]) -> str:
+    """How these errors were measured."""
+    found = record["forecast"]["evidence"].values()
+    units = {"model" if row.get("left_out") == "model" else "task" for row in found}
+    return " and ".join(f"leave-one-{unit}-out" for unit in sorted(units))
+
+
 def _against(found: dict[str, Any]) -> str:
     said = []
     for key, words in (("error_of_mean", "plain mean"), ("error_of_zero_shot", "zero-shot error")):

@@ -155,13 +155,15 @@ def _off_target(record: dict[str, Any]) -> Picture:
         if len(order) > len(shown)
         else ""
     )
+    ahead = "There is no forecast for single tasks."
+    if record["forecast"].get("off_target"):
+        ahead = "The table has the forecast of each."
     return Picture(
         "off_target", "Each off-target task",
         "Small line charts, one per off-target task, of its drop in points over the steps, at the "
         f"last look: {said}.{more}",
         f"Drop of {score_name(metrics, *order)} since before training, the worst first, one scale "
-        "for all; the number is that of the last look. There is no forecast for single tasks."
-        f"{more}",
+        f"for all; the number is that of the last look. {ahead}{more}",
         _small_charts({n: drops[n] for n in shown}, record),
     )  # fmt: skip
 

@@ -133,6 +133,7 @@ def _context(record: dict[str, Any], pictures: dict[str, Picture], n_past: int) 
         "n_outcomes": forecast.get("n_outcomes", "an unknown number of"),
         "basis": [forecast["basis"], *notes],
         "grade": facts.grade(record),
+        "left_out": facts.left_out(record),
         "turns": facts.turns(record),
         "history": facts.history(record),
         "recipe": facts.recipe(record),

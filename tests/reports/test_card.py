@@ -464,6 +464,13 @@ def test_a_data_sets_card_counts_its_runs_and_is_written_again_in_its_place():
     assert set(again.data.tags) == {"mine", "iimm", "fine-tuning"}
 
 
+def test_models_without_a_fingerprint_are_counted_by_name():
+    card = DatasetCard("---\n{}\n---\n")
+    runs = [replace(RUN, model=name, model_fingerprint="") for name in "abca"]
+    update_outcomes_card(card, runs, "us/runs")
+    assert "4 runs of 3 models, 4 complete." in card.text
+
+
 def test_a_data_sets_card_stays_short():
     card = DatasetCard("---\n{}\n---\n")
     update_outcomes_card(card, [replace(RUN, method=f"m{i}") for i in range(130)], "us/runs")

@@ -188,6 +188,26 @@ def test_the_grade_says_where_simpler_forecasts_were_better(tmp_path):
     assert page.shows("learning rate lies outside the range of the saved runs")
 
 
+def test_the_grade_says_what_was_left_out(tmp_path):
+    record = full_record()
+    evidence = record["forecast"]["evidence"]
+    assert report(record, tmp_path).shows("mean error in points, leave-one-task-out, beside")
+    evidence["worst"] = evidence["gain"] | {"left_out": "model"}
+    both = "leave-one-model-out and leave-one-task-out, beside"
+    assert report(record, tmp_path).shows(both)
+    del evidence["gain"]
+    assert report(record, tmp_path).shows("mean error in points, leave-one-model-out, beside")
+
+
+def test_base_rates_are_said_to_be_of_what_they_are_of(tmp_path):
+    record = full_record()
+    basis = "base rates: borrowed from 143 complete runs of 1 other model, with other recipes"
+    record["forecast"] |= {"base_rate": True, "basis": basis}
+    page = report(record, tmp_path)
+    assert page.shows(f"The forecast rests on {basis}. IIMM does not compare across models")
+    assert not page.shows("published figures")
+
+
 def test_every_off_target_task_is_there_and_how_many_lost_more_than_the_limit(page):
     assert page.shows("emoji 50.0 % 37.5 % +12.5 yes [v2] 75.0 % 75.0 % +0.0 no")
     assert page.shows("1 of 2 off-target tasks have lost more than 5.0 points; the limit of")
@@ -200,6 +220,8 @@ def test_the_forecast_of_each_off_target_task_stands_beside_its_drop(tmp_path):
     assert page.shows(
         "emoji 50.0 % 37.5 % +12.5 +10.0 [+2.0, +18.0] yes [v2] 75.0 % 75.0 % +0.0 none"
     )
+    assert page.shows("The table has the forecast of each.")
+    assert not page.shows("There is no forecast for single tasks.")
     save_run(record, tmp_path / "run.json")
     assert read_run(tmp_path / "run.json") == record
     record["forecast"]["off_target"]["emoji"]["low"] = "<b>"
