@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from .loading import SAMPLE, check_name, load_model, load_task
-from .outcomes import Store
+from .outcomes import Store, store_to_write
 from .shell import Answer, folder_to_write
 
 if TYPE_CHECKING:
@@ -82,6 +82,7 @@ def calibrate(
     )  # fmt: skip
     if device not in (None, "cpu"):
         raise ValueError(f"`--device` must be cpu or left out, got {device!r}")
+    place = store_to_write(store)
     check_name(model, "MODEL")
     names = learning.task or _shipped()
     for argument, some in (("--task", names), ("--off-target", learning.off_target or ())):
@@ -100,7 +101,7 @@ def calibrate(
             processor=reads,
             off_target=off_target_of(learning.off_target, learning.split),
             n_tasks=learning.tasks,
-            store="default" if store is None else store,
+            store=place,
             output=output,
             budget=seconds,
             script=learning.script,

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import importlib
 import logging
+import os
 import platform
 import tempfile
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, metadata, packages_distributions, version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 from packaging.requirements import Requirement
@@ -19,6 +20,9 @@ from rich.table import Table
 
 from .. import __version__
 from .shell import Answer
+
+if TYPE_CHECKING:
+    from ..records.objects import Address
 
 _PACKAGE = "iimm_callbacks"
 _WIDTH = 96
@@ -196,14 +200,21 @@ def _trackers() -> list[str] | None:
 
 
 def _store() -> dict[str, Any]:
-    """The user's store: where, how many runs, whether it is writable. Changes nothing."""
+    """The user's store: where, how many runs, whether it is writable. Changes nothing.
+
+    Whether one on another machine is writable is not tested, and None.
+    """
     from ..records.store import check_store, default_store, read_outcomes
 
-    path = default_store()
-    about: dict[str, Any] = {"path": str(path), "runs": 0, "damaged": 0, "writable": True}
-    problems = []
-    if isinstance(path, Path):
-        problems += _write_problems(path)
+    named = os.environ.get("IIMM_CALLBACKS_STORE")
+    about: dict[str, Any] = {"path": named, "runs": 0, "damaged": 0, "writable": None}
+    try:
+        path = default_store()
+    except (ImportError, ValueError) as error:
+        return about | {"problems": [str(error)]}
+    about["path"] = str(path)
+    problems = _write_problems(path)
+    if isinstance(path, Path) or path.folder is not None:
         about["writable"] = not problems
     try:
         if path.exists():
@@ -214,18 +225,23 @@ def _store() -> dict[str, Any]:
                     f"{damaged} lines of the store {path} are damaged and skipped: `iimm outcomes "
                     "check` names them"
                 )
-    except (OSError, TypeError, ValueError) as error:
+    except (ImportError, OSError, TypeError, ValueError) as error:
         problems.append(f"the store {path} cannot be read ({error})")
     return about | {"problems": problems}
 
 
-def _write_problems(path: Path) -> list[str]:
-    folder = next(p for p in path.absolute().parents if p.exists())
+def _write_problems(path: Path | Address) -> list[str]:
+    """Why a store on this machine cannot be written."""
+    file = path if isinstance(path, Path) else None
+    place = path.absolute().parent if isinstance(path, Path) else path.folder
+    if place is None:
+        return []
+    folder = next(p for p in (place, *place.parents) if p.exists())
     try:
         with tempfile.TemporaryFile(dir=folder):  # the lock is a file beside the record
             pass
-        if path.is_file():
-            path.open("ab").close()
+        if file is not None and file.exists():
+            file.open("ab").close()
     except OSError as error:
         return [
             f"the store {path} cannot be written ({error.strerror or error}): make it writable, or "
@@ -246,12 +262,13 @@ def _text(data: dict[str, Any]) -> str:
         state = package["problem"] or ("not installed" if missing else "ok")
         table.add_row(package["name"], package["version"] or "", purpose, state)
     store = data["store"]
-    writable = "writable" if store["writable"] else "NOT writable"
+    writable = {True: "writable", False: "NOT writable", None: "writing not tested"}
     trackers = data["trackers"]
     lines = [
         f"Devices: {'; '.join(data['devices'])}",
         "Trackers: " + ("unknown" if trackers is None else ", ".join(trackers) or "none installed"),
-        f"Store: {store['path']}, {writable}, {store['runs']} runs, {store['damaged']} damaged",
+        f"Store: {store['path']}, {writable[store['writable']]}, {store['runs']} runs, "
+        f"{store['damaged']} damaged",
         *(f"Extra '{extra}': {how}" for extra, how in data["missing_extras"].items()),
         *(f"Problem: {problem}." for problem in data["problems"]),
     ]

@@ -8,11 +8,11 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from .loading import first_line, load_recorded
+from .loading import SAMPLE, first_line, load_recorded
 from .shell import Answer, command
 
 if TYPE_CHECKING:
@@ -121,6 +121,11 @@ def export(
     if (target is None) == (push_to_hub is None):
         got = "neither" if target is None else "both"
         raise ValueError(f"`TARGET` or `--push-to-hub` must be given, got {got}; give one of them")
+    if target is not None and (private or license_name is not None):
+        raise ValueError(
+            "`--private` and `--license` are of a data set on the Hub, got one of them with "
+            f"{target}; leave it out, or give `--push-to-hub` instead of `TARGET`"
+        )
     path, found = read_record(store)
     if not found:
         raise ValueError(f"`--store` must hold outcomes to export, got {path} without any")
@@ -182,7 +187,7 @@ def sync(
     """
     from ..records.store import sync as bring_together
 
-    added = bring_together(one, other)
+    added = bring_together(store_to_write(one, "A"), store_to_write(other, "B"))
     data = {"stores": [one, other], "added": list(added)}
     return Answer(data, f"{added[0]} outcomes added to {one}, {added[1]} to {other}")
 
@@ -199,6 +204,7 @@ def retire(
     """
     from ..records.store import retire as let_go
 
+    store_to_write(store)
     path = _existing(store)
     run = let_go(path, name, why)
     data = {"store": str(path), "retired": name, "why": why}
@@ -245,12 +251,34 @@ def _told(path: Path | Address, argument: str) -> Iterator[None]:
         raise _no_outcomes(path, argument, why) from error
 
 
+def store_to_write(store: str | None, argument: str = "--store") -> Path | Address:
+    """Where runs are added.
+
+    Args:
+        store: As ``--store``; ``None`` for the user's own.
+        argument: What `store` is called in errors.
+
+    Raises:
+        ImportError: As `objects.as_store`.
+        ValueError: Likewise; or it is what ships with the package.
+    """
+    from ..records.objects import as_store
+    from ..records.store import default_store
+
+    if store == SAMPLE:
+        raise ValueError(
+            f"`{argument}` must be a store to write to, got {store!r}, whose runs ship with the "
+            f"package and stay as they are; name another (./{store} is a file)"
+        )
+    return default_store() if store is None else as_store(store)
+
+
 def _existing(store: str | None, argument: str = "--store") -> Path | Address:
     from ..records.objects import as_store
     from ..records.store import default_store
     from ..sample import OUTCOMES
 
-    if store == "sample":
+    if store == SAMPLE:
         return OUTCOMES
     path = default_store() if store is None else as_store(store)
     if store is not None and not path.exists():
@@ -266,17 +294,16 @@ def _no_outcomes(path: Path | Address, argument: str, why: str) -> ValueError:
 
 
 def _append(new: Sequence[Outcome], store: str | None) -> Answer:
-    """Add what is not there yet; two equal runs of one source are two runs."""
-    from ..records.objects import as_store
-    from ..records.store import append_outcome, default_store, read_outcomes
+    """Add what is not there yet, whoever saved it; two equal runs of one source are two runs."""
+    from ..records.store import append_outcome, read_outcomes
 
-    path = default_store() if store is None else as_store(store)
-    there = Counter(map(_line, read_outcomes(path) if path.exists() else []))
+    path = store_to_write(store)
+    there = Counter(map(_what, read_outcomes(path) if path.exists() else []))
     added = 0
     for outcome in new:
-        line = _line(outcome)
-        if there[line] > 0:
-            there[line] -= 1
+        what = _what(outcome)
+        if there[what] > 0:
+            there[what] -= 1
             continue
         append_outcome(path, outcome)
         added += 1
@@ -291,7 +318,13 @@ def _write(found: Sequence[Outcome], target: Path) -> None:
     if target.exists():
         raise ValueError(f"`TARGET` must not exist yet, got {target}; remove it or name another")
     if target.suffix == ".jsonl":
-        target.write_text("".join(f"{_line(o)}\n" for o in found), encoding="utf-8")
+        try:
+            target.write_text("".join(f"{_line(o)}\n" for o in found), encoding="utf-8")
+        except OSError as error:
+            raise ValueError(
+                f"`TARGET` must be a file that can be written, got {target} "
+                f"({error.strerror or error}); make its folder, or name another"
+            ) from error
     elif target.suffix:
         raise ValueError(
             f"`TARGET` must end in .jsonl, or be a folder without a suffix, got {target}"
@@ -300,5 +333,10 @@ def _write(found: Sequence[Outcome], target: Path) -> None:
         to_dataset(found).save_to_disk(target)
 
 
-def _line(outcome: Outcome) -> Any:
+def _what(outcome: Outcome) -> str:
+    """What makes two outcomes equal, as one that can be counted."""
+    return _line(replace(outcome, provenance={}))
+
+
+def _line(outcome: Outcome) -> str:
     return json.dumps(asdict(outcome), allow_nan=False, sort_keys=True)

@@ -14,7 +14,7 @@ import typer
 from .calibrating import off_target_of
 from .loading import check_name, task_name_of
 from .measuring import Measured, Subject, check_methods, check_names, limits_of, measure, open_runs
-from .outcomes import Store
+from .outcomes import Store, store_to_write
 from .shell import Answer, LimitOn
 
 if TYPE_CHECKING:
@@ -58,6 +58,8 @@ def plan(
     if attempt and subject.train is None:
         raise ValueError("`--try` needs `--train`, the training data, got none")
     limits = limits_of(max_forgetting, limit_on, 0.8)
+    if attempt:
+        store_to_write(store)  # before what takes time
     check_names(subject)
     past = open_runs(subject.model, store)
     check_methods(method or (), past)
@@ -162,7 +164,7 @@ class _Attempt:
 
     def run(self, off_target: list[Task] | None, store: str | None) -> Outcome:
         """The run under a guard that watches, saved."""
-        from ..records.store import append_outcome, default_store
+        from ..records.store import append_outcome
         from ..trainer.calibration.runs import fine_tune
 
         with tempfile.TemporaryDirectory() as folder:
@@ -170,7 +172,7 @@ class _Attempt:
                 self.subject, self.task, self.train, off_target, self.recipe, self.recipe.steps,
                 Path(folder),
             )  # fmt: skip
-        append_outcome(default_store() if store is None else store, outcome)
+        append_outcome(store_to_write(store), outcome)
         return outcome
 
 

@@ -11,6 +11,7 @@ from dataclasses import replace
 from importlib.metadata import version
 from types import SimpleNamespace
 
+import fsspec
 import numpy as np
 import pytest
 import torch
@@ -32,10 +33,13 @@ import iimm_callbacks
 from iimm_callbacks import Forecaster, Outcome, append_outcome, cli, read_outcomes, sample
 from iimm_callbacks.cli import doctor, loading, shell
 from iimm_callbacks.cli.loading import load_model
+from iimm_callbacks.cli.measuring import open_runs
 from iimm_callbacks.models.wrappers import model_fingerprint
 from iimm_callbacks.probing.probe import Probe
+from iimm_callbacks.records.catalog import Listed
 from iimm_callbacks.records.run_file import save_run
 from iimm_callbacks.reports import tables
+from iimm_callbacks.sample import OUTCOMES
 
 # click before 8.2 mixes stderr into stdout unless told not to.
 MIXES = "mix_stderr" in inspect.signature(CliRunner).parameters
@@ -390,6 +394,16 @@ def test_the_shipped_model_has_the_shipped_runs_saved():
     assert not row["base_rate"]
 
 
+def test_of_a_store_only_what_is_relevant_to_the_shipped_model_is_read(store, monkeypatch):
+    shipped = sample.load_outcomes()
+    for saved in (*shipped[:2], outcome("digits"), outcome("letters", complete=False)):
+        append_outcome(store, saved)
+    monkeypatch.setattr(Listed, "read", None)
+    found = open_runs("sample", None).relevant(shipped[0].model_fingerprint)
+    assert len(found) == len(shipped) + 1  # none twice
+    assert [o.task for o in found if o not in shipped] == ["digits"]
+
+
 def test_base_rates_are_labelled_wherever_they_show(model):
     result = run("forecast", model, *EMOJI)
     lines = result.stdout.splitlines()
@@ -400,6 +414,7 @@ def test_base_rates_are_labelled_wherever_they_show(model):
         r"Choose \w+ \(borrowed\): of the methods that likely stay within 5.0", result.stdout
     )
     assert "no saved runs" in result.stderr
+    assert "the shipped runs of other models are used" in result.stderr
     assert ask("forecast", model, *EMOJI, "--method", "full")["forecasts"]["full"]["base_rate"]
 
 
@@ -599,6 +614,56 @@ def test_two_equal_runs_are_two_runs(store, tmp_path):
     append_outcome(store, outcome("digits"))
     found = ask("outcomes", "import", tmp_path / "twins.jsonl")
     assert (found["added"], found["skipped"]) == (1, 1)
+
+
+def test_an_equal_run_is_there_already_whoever_saved_it(store, tmp_path):
+    append_outcome(store, outcome("digits", provenance={"who": "Ada", "when": "today"}))
+    append_outcome(tmp_path / "hub.jsonl", outcome("digits", provenance={"when": "today"}))
+    found = ask("outcomes", "import", tmp_path / "hub.jsonl")
+    assert (found["added"], found["skipped"]) == (0, 1)
+    assert read_outcomes(store)[0].provenance["who"] == "Ada"
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["outcomes", "retire", "RUN", "--why", "x"], ["outcomes", "add", "runs.csv"],
+        ["outcomes", "import", "runs.jsonl"], ["calibrate", "sample", "--tasks", "1"],
+        ["plan", "sample", *EMOJI, "--train", "sample:emoji_groups", "--try"],
+    ],
+    ids=" ".join,
+)  # fmt: skip
+def test_what_ships_with_the_package_is_never_written_to(command, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs.csv").write_text(
+        "model,method,task,zero_shot_accuracy,final_accuracy\na,full,t,0.5,0.6\n"
+    )
+    append_outcome("runs.jsonl", outcome("digits"))
+    before = OUTCOMES.read_bytes()
+    told = fails(*command, "--store", "sample")
+    assert "`--store` must be a store to write to, got 'sample', whose runs ship" in told
+    assert OUTCOMES.read_bytes() == before
+    assert not (tmp_path / "sample").exists()
+
+
+def test_sync_refuses_what_ships_with_the_package(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert "`A` must be a store to write to" in fails("outcomes", "sync", "sample", "b.jsonl")
+    assert "`B` must be a store to write to" in fails("outcomes", "sync", "b.jsonl", "sample")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("given", [["--private"], ["--license", "cc0-1.0"]])
+def test_what_is_of_the_hub_is_refused_for_a_file(record, tmp_path, given):
+    told = fails("outcomes", "export", tmp_path / "new.jsonl", *given)
+    assert "`--private` and `--license` are of a data set on the Hub" in told
+    assert not (tmp_path / "new.jsonl").exists()
+
+
+def test_export_names_a_target_that_cannot_be_written(record, tmp_path):
+    told = fails("outcomes", "export", tmp_path / "none" / "new.jsonl")
+    assert "`TARGET` must be a file that can be written, got " in told
+    assert "(No such file or directory); make its folder" in told
 
 
 def test_a_record_goes_to_the_hub_and_comes_back(record, tmp_path, monkeypatch):
@@ -1016,6 +1081,36 @@ def test_doctor_sees_a_store_that_cannot_be_written(tmp_path, monkeypatch, packa
     assert found["store"]["writable"] is False
     assert "cannot be written (Not a directory)" in found["problems"][0]
     assert "IIMM_CALLBACKS_STORE" in found["problems"][0]
+
+
+@pytest.mark.parametrize(
+    ("named", "writable", "words"),
+    [
+        ("{}/team/", True, "{}/team, writable, "),
+        ("{}/file/team/", False, "NOT writable"),
+        ("memory://doctor", None, "memory://doctor, writing not tested, "),
+    ],
+)
+def test_doctor_looks_at_stores_of_each_kind(
+    named, writable, words, tmp_path, monkeypatch, packages
+):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("IIMM_CALLBACKS_STORE", named.format(tmp_path))
+    code = 1 if writable is False else 0
+    assert ask("doctor", code=code)["store"]["writable"] is writable
+    assert words.format(tmp_path) in run("doctor", code=code).stdout
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_doctor_still_shows_its_table_where_the_store_needs_a_package(monkeypatch, packages):
+    def missing(text):
+        raise ImportError("Install s3fs to access S3")
+
+    monkeypatch.setattr(fsspec.core, "url_to_fs", missing)
+    monkeypatch.setenv("IIMM_CALLBACKS_STORE", "s3://bucket/team")
+    shown = run("doctor", code=1).stdout
+    assert "│ transformers" in shown
+    assert "Problem: the store s3://bucket/team needs another package: Install s3fs" in shown
 
 
 # --- help ---
