@@ -5,18 +5,15 @@ from __future__ import annotations
 import io
 import os
 import threading
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 from PIL import Image, ImageOps
 
+from .columns import pick_columns
+from .pixels import as_array, picture_of
 from .streams import STREAM_SIZE, is_stream, read_stream
 
-_DEPTHS = (255, 4095, 65535)  # largest values of pictures of 8, 12 and 16 bits
-_IMAGES = ("Image", "Audio")  # features of `datasets`
-# Names of a column of labels, or of captions, in the order of preference.
-_CALLED_LABEL = ("label", "labels", "class", "target", "caption", "captions", "text")
 _READING = threading.RLock()  # a data set may be made of another task
 _COMPARED = 16  # items of a data set that also has `.targets`
 
@@ -26,7 +23,7 @@ class _HubSource:
 
     def __init__(self, name: str, dataset: Any, image: str | None, label: str | None) -> None:
         self._dataset = dataset.with_format(None)
-        self._image, self._label = _columns(name, dataset.features, image, label)
+        self._image, self._label = pick_columns(name, dataset.features, image, label)
         self.class_names = getattr(dataset.features[self._label], "names", None)
         self._encoded = _without_decoding(self._dataset, self._image)
 
@@ -107,51 +104,6 @@ def _check_pair(name: str, item: Any, position: int) -> None:
     )
 
 
-def _columns(name: str, features: Any, image: str | None, label: str | None) -> tuple[str, str]:
-    """Names of the columns of images and of labels."""
-    from datasets import ClassLabel, Value
-
-    def pick(argument: str, given: str | None, found: list[str], called: tuple[str, ...]) -> str:
-        if given is not None:
-            if given not in features:
-                raise ValueError(
-                    f"`{argument}` of task {name!r} must be one of {list(features)}, got {given!r}"
-                )
-            return given
-        if len(found) > 1:
-            found = next(([word] for word in called if word in found), found)
-        if len(found) == 1:
-            return found[0]
-        raise ValueError(
-            f"`dataset` of task {name!r} must have one column for `{argument}`, got "
-            f"{f'{found} among ' if found else ''}features {dict(features)}; name the column"
-        )
-
-    def of(is_kind: Callable[[Any], bool]) -> list[str]:
-        return [str(key) for key, feature in features.items() if is_kind(feature)]
-
-    numbers_or_texts = of(
-        lambda f: (
-            _holds_texts(f) or (isinstance(f, Value) and ("int" in f.dtype or "string" in f.dtype))
-        )
-    )
-    return (
-        pick("image_column", image, of(lambda f: type(f).__name__ in _IMAGES), ("image",)),
-        pick(
-            "label_column",
-            label,
-            of(lambda f: isinstance(f, ClassLabel)) or numbers_or_texts,
-            _CALLED_LABEL,
-        ),
-    )
-
-
-def _holds_texts(feature: Any) -> bool:
-    """Whether a feature of `datasets` is a list of strings, such as the captions of an image."""
-    inner = feature[0] if isinstance(feature, list) else getattr(feature, "feature", None)
-    return getattr(inner, "dtype", "") in ("string", "large_string")
-
-
 def _open_stream(
     name: str, stream: Any, image: str | None, label: str | None, **draw: int
 ) -> _PairSource:
@@ -163,7 +115,7 @@ def _open_stream(
                 "name `image_column` and `label_column`"
             )
     else:
-        image, label = _columns(name, features, image, label)
+        image, label = pick_columns(name, features, image, label)
     source = _PairSource(name, read_stream(name, stream, image, label, **draw))
     source.class_names = getattr((features or {}).get(label), "names", None)
     return source
@@ -249,6 +201,7 @@ def as_image(item: Any) -> Any:
 
     Pictures are turned as their EXIF orientation says. Grey levels of more than 8 bits are scaled
     by 8, 12 or 16 bits, the least that holds the picture's largest value; floats by 1 or 255.
+    Floats may be over an end of their range by a thousandth of it, as after a resize.
 
     Args:
         item: An image (PIL image, path, encoded bytes, an open file; or an array or tensor [H, W],
@@ -269,7 +222,7 @@ def as_image(item: Any) -> Any:
         samples = item.get_all_samples()
         item = {"array": samples.data.mean(0).numpy(), "sampling_rate": samples.sample_rate}
     if hasattr(item, "detach") and hasattr(item, "numpy"):  # a tensor
-        item = item.detach().cpu().numpy()
+        item = as_array(item)
     if isinstance(item, list) and item and isinstance(item[0], float):
         item = np.asarray(item)
     if isinstance(item, np.ndarray) and item.ndim == 1 and item.dtype.kind == "f":
@@ -308,11 +261,11 @@ def _as_rgb(image: Any) -> Image.Image:
         held = image.get("bytes")
         image = image.get("path") if held is None else held
     if hasattr(image, "detach") and hasattr(image, "numpy"):
-        image = image.detach().cpu().numpy()
+        image = as_array(image)
     if isinstance(image, bytes | bytearray | memoryview):
         image = Image.open(io.BytesIO(image))
     elif isinstance(image, np.ndarray):
-        return _from_array(image)
+        return picture_of(image)
     elif isinstance(image, str | os.PathLike) or hasattr(image, "read"):
         image = Image.open(image)
     elif not isinstance(image, Image.Image):
@@ -322,43 +275,6 @@ def _as_rgb(image: Any) -> Image.Image:
         )
     image = ImageOps.exif_transpose(image)
     if image.mode == "F" or image.mode.startswith("I"):  # which `convert` would clip
-        return _from_array(np.asarray(image))
+        return picture_of(np.asarray(image))
     rgb: Image.Image = image.convert("RGB")
     return rgb
-
-
-def _from_array(array: Any) -> Image.Image:
-    """A picture of an array [H, W], [H, W, channels] or [channels, H, W]."""
-    channels = (1, 3, 4)
-    if array.ndim == 3 and array.shape[2] not in channels and array.shape[0] in channels:
-        array = array.transpose(1, 2, 0)
-    is_sound = array.ndim == 2 and min(array.shape) <= 2 and array.dtype.kind == "f"  # in stereo
-    known = array.ndim in (2, 3) and 0 not in array.shape and (*array.shape, 1)[2] in channels
-    if is_sound or not known:
-        raise ValueError(
-            f"expected a picture [H, W], [H, W, C] or [C, H, W] with C of 1, 3 or 4, got shape "
-            f"{list(array.shape)} of {array.dtype}"
-        )
-    levels = _as_bytes(array)
-    if levels.ndim == 3 and levels.shape[2] == 1:
-        levels = levels[..., 0]
-    return Image.fromarray(np.ascontiguousarray(levels)).convert("RGB")
-
-
-def _as_bytes(array: Any) -> Any:
-    """The same picture in uint8."""
-    if array.dtype == np.uint8:
-        return array
-    if array.dtype == bool:
-        return array.astype(np.uint8) * 255
-    if array.dtype.kind not in "iuf":
-        raise TypeError(f"expected numbers for a picture, got an array of {array.dtype}")
-    low, high = float(array.min()), float(array.max())
-    scales = (1, 255) if array.dtype.kind == "f" else _DEPTHS
-    scale = next((scale for scale in scales if high <= scale), None)
-    if scale is None or not low >= 0:
-        raise ValueError(
-            f"expected a picture with values from 0 to {' or '.join(map(str, scales))} for "
-            f"{array.dtype}, got {low:g} to {high:g}; pass it before it is normalised"
-        )
-    return np.rint(array.astype(np.float64) * (255 / scale)).astype(np.uint8)

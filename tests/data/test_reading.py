@@ -166,6 +166,21 @@ def test_grey_levels_are_those_of_8_bits_however_they_are_stored(picture):
     assert np.array_equal(np.asarray(as_image(picture)), np.dstack([GREY] * 3))
 
 
+@pytest.mark.parametrize(
+    ("picture", "level"),
+    [
+        (np.full((5, 5, 3), 1.0000001, np.float32), 255),  # of interpolate(antialias=True)
+        (np.full((5, 5, 3), 1.001), 255),
+        (np.full((5, 5, 3), 255.00003, np.float32), 255),
+        (np.full((5, 5, 3), -1e-7), 0),
+        (np.full((5, 5, 3), 2.0), 2),
+        (torch.full((3, 5, 5), 0.5, dtype=torch.bfloat16), 128),
+    ],
+)
+def test_floats_a_hair_over_their_range_are_clipped(picture, level):
+    assert np.asarray(as_image(picture)).tolist() == np.full((5, 5, 3), level).tolist()
+
+
 def test_twelve_bits_in_sixteen_are_scaled_by_twelve():
     levels = (np.arange(4096) // 16 * 16).reshape(64, 64).astype(np.uint16)
     read = np.asarray(as_image(Image.fromarray(levels)))[..., 0]
@@ -178,6 +193,9 @@ def test_twelve_bits_in_sixteen_are_scaled_by_twelve():
         (np.zeros((5, 5, 2), np.uint8), "got shape [5, 5, 2] of uint8"),
         (np.zeros((0, 5, 3), np.uint8), "got shape [0, 5, 3] of uint8"),
         (np.full((5, 5), -1.0), "got -1 to -1; pass it before it is normalised"),
+        (np.full((5, 5), -0.002), "got -0.002 to -0.002; pass it before it is normalised"),
+        (np.full((5, 5), 1.002), "got 1.002 to 1.002, which may be either; clip it to [0, 1]"),
+        (np.full((5, 5), 255.3), "got 255.3 to 255.3; pass it before it is normalised"),
         (np.full((5, 5), np.nan), "got nan to nan"),
         (np.full((5, 5), 70000), "values from 0 to 255 or 4095 or 65535 for int64, got 70000"),
     ],
