@@ -191,6 +191,8 @@ class Sums:
         if metric is not None:
             scores = zero_shot_scores(images, texts) if logits is None else logits
             seen = metric.see(scores, labels).cpu()
+            if shown.owners is not None and isinstance(metric, Metric):
+                seen = shown.owners[seen]  # references are images, not captions
         elif logits is not None:
             seen = (logits.argmax(1) == labels.to(logits.device)).cpu()
         else:

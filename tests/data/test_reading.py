@@ -476,3 +476,38 @@ def test_recall_counts_an_image_with_any_of_its_captions_among_the_first_k(k, ti
     nearest = scores.argsort(1, descending=True)[:, :k] // 3
     expected = float((nearest == torch.arange(6)[:, None]).any(1).double().mean())
     assert look.accuracy("t") == pytest.approx(expected)
+
+
+class Numbers(torch.nn.Module):
+    """One vector for each number: of a grey picture's level, of the first word of a text."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = torch.nn.Parameter(torch.ones(1))
+
+    def images(self, _, images):
+        levels = [image.getpixel((0, 0))[0] for image in images]
+        return torch.eye(32)[levels] * self.scale
+
+    def texts(self, _, texts):
+        ends = torch.tensor([[0.1] if text.endswith("b") else [0.0] for text in texts])
+        return (torch.eye(32)[[int(text.split()[0]) for text in texts]] + ends) * self.scale
+
+
+def share_right(predictions, references):
+    return float((predictions == references).mean())
+
+
+@pytest.mark.parametrize("n_wrong", [0, 6])
+@pytest.mark.parametrize("flat", [False, True])
+def test_a_metric_is_given_the_image_that_the_nearest_caption_belongs_to(n_wrong, flat):
+    shown = [(k + 1) % n_wrong if k < n_wrong else k for k in range(30)]  # the wrong go round
+    pairs = [
+        (Image.new("RGB", (8, 8), (level,) * 3), [f"{k} a", f"{k} b"])
+        for k, level in enumerate(shown)
+    ]
+    task = Task("t", rows_of(pairs) if flat else pairs, metric=share_right)
+    model = Numbers()
+    look = Probe(task, encode=(model.images, model.texts), progress=False).look(model, 0)
+    assert look.scores["t"].value == pytest.approx(1 - n_wrong / 30)
+    assert look.correct["t"].mean() == pytest.approx(1 - n_wrong / 30)
