@@ -16,6 +16,7 @@ from . import hub
 from .folders import ImageFolder
 from .labels import check_utf8, read_labels
 from .metrics import as_metric
+from .randomness import random_streams_kept
 from .sources import kind, open_source, read_image
 from .streams import STREAM_SIZE
 from .templates import given_templates
@@ -124,6 +125,7 @@ class Task:
         ['a red square', 'a blue square']
     """
 
+    @random_streams_kept()  # reading labels may read items, which may draw
     def __init__(
         self,
         name: str,

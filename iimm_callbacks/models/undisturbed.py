@@ -12,6 +12,8 @@ import numpy as np
 import torch
 from torch import nn
 
+from ..data.randomness import random_streams_kept
+
 
 @contextmanager
 def undisturbed(model: nn.Module) -> Iterator[None]:
@@ -26,8 +28,6 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
         model: The model that is put in eval mode for the while.
     """
     modes = [(module, module.training) for module in model.modules()]
-    python_state, numpy_state = random.getstate(), np.random.get_state()
-    torch_state = torch.get_rng_state()
     packing: list[Any] = [
         m for m in model.modules() if getattr(m, "support_avx512bf16_for_cpu", False)
     ]
@@ -36,16 +36,13 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
     for module in packing:
         module.support_avx512bf16_for_cpu = False
     try:
-        with torch.no_grad():
+        with torch.no_grad(), random_streams_kept():
             yield
     finally:
         for module in packing:
             module.support_avx512bf16_for_cpu = True
         for module, training in modes:
             module.training = training
-        random.setstate(python_state)
-        np.random.set_state(numpy_state)
-        torch.set_rng_state(torch_state)
         restore_devices()
 
 

@@ -233,7 +233,8 @@ class Probe:
         """The linear probe on [N, D] embeddings of the task's images."""
         if reason := why_none(self.task):
             return Learnable(None, reason)
-        sample, why_not = read_sample(self.train, self.task)
+        with undisturbed(model):  # items of the training set may draw random numbers
+            sample, why_not = read_sample(self.train, self.task)
         scale = None  # the functions of `encode` tell none
         if self.encode is None:
             scale = ranks.from_first(lambda: share.encoder.scale(model))

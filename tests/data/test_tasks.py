@@ -1,6 +1,7 @@
 """Tasks: the probe is balanced, fixed and seeded; what cannot be probed is refused by value."""
 
 import io
+import random
 import re
 from collections import Counter
 
@@ -12,6 +13,7 @@ from datasets import ClassLabel, Dataset, Features, Image, Value
 from PIL import Image as PILImage
 
 from iimm_callbacks import Task
+from iimm_callbacks.probing.ahead import streams
 
 RED = PILImage.new("RGB", (4, 4), (255, 0, 0))
 
@@ -126,6 +128,23 @@ def test_torchvision_data_sets_give_targets_and_classes_without_being_read(targe
 
 def test_targets_of_another_length_are_not_taken_for_labels():
     assert Task("t", TorchvisionLike([1, 1], readable=6)).labels(range(6)) == [0, 1, 0, 1, 0, 1]
+
+
+@pytest.mark.parametrize("n_targets", [6, 1])  # 1: labels are read item by item
+def test_making_a_task_moves_no_random_stream(n_targets):
+    class Drawing(TorchvisionLike):
+        def __getitem__(self, position):
+            random.random(), np.random.rand(), torch.rand(1)
+            return super().__getitem__(position)
+
+    before = streams()
+    task = Task("t", Drawing(([0, 1] * 3)[:n_targets], readable=6), metric=drawing_share_right)
+    assert streams() == before
+    assert task.labels(range(6)) == [0, 1] * 3
+
+
+def drawing_share_right(predictions, references):
+    return (predictions == references).mean() * (1 - random.random() / 100)
 
 
 def test_class_names_may_be_reworded_for_the_prompts():

@@ -121,6 +121,22 @@ def turned_at_random(batch):
     return batch | {"image": turned}
 
 
+class TurnedPairs:
+    """As torchvision's data sets: labels in `.targets`, and a transform that draws."""
+
+    def __init__(self, data):
+        self.data, self.targets = data, list(data["label"])
+        self.classes = data.features["label"].names
+
+    def __len__(self):
+        return len(self.targets)
+
+    def __getitem__(self, position):
+        image = self.data[position]["image"]
+        angle = 90 * (int(torch.randint(4, ())) + random.randrange(4) + np.random.randint(4))
+        return image.rotate(angle), self.targets[position]
+
+
 def assert_same_weights(one, other):
     assert one.keys() == other.keys()
     assert all(torch.equal(one[k], other[k]) for k in one)
@@ -302,6 +318,19 @@ def test_the_run_is_bit_identical_with_and_without_the_guard(
     for one, other in zip(moments[0].values(), moments[1].values(), strict=True):
         assert_same_weights(one, other)
     assert len(rows(guarded)) == 6
+
+
+def test_a_training_set_that_draws_random_numbers_is_left_alone(make_trainer, guard, tiny_clip):
+    losses = []
+    for callbacks in ([], [guard(every=2)]):
+        torch.manual_seed(0)
+        trainer = make_trainer(callbacks, model=tiny_clip(dropout=0.3))
+        trainer.train_dataset = TurnedPairs(trainer.train_dataset)
+        trainer.train()
+        losses.append([r["loss"] for r in trainer.state.log_history if "loss" in r])
+    assert losses[0] == losses[1]
+    assert len(losses[0]) == len(set(losses[0])) == 10
+    assert callbacks[0].outcome.linear_probe_accuracy is not None
 
 
 def test_the_bit_identity_test_can_fail(make_trainer, tiny_clip):
