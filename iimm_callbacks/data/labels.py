@@ -16,7 +16,11 @@ _NUMBERED = re.compile(r"(\d{2,})[._ -]+(\D.*)")  # such as "001.Black_footed_Al
 
 
 def read_labels(
-    name: str, labels: Sequence[Any], given: Any, own: Sequence[str] | None
+    name: str,
+    labels: Sequence[Any],
+    given: Any,
+    own: Sequence[str] | None,
+    strings: Counter[str] | None = None,
 ) -> tuple[list[Any], tuple[str, ...] | None]:
     """A task's labels as class indices and names of classes; or tuples of captions and None.
 
@@ -29,6 +33,7 @@ def read_labels(
         given: Names of the classes by the user: in the order of the labels, or a mapping from the
             data set's names.
         own: The data set's names.
+        strings: How often each string is a label, where `labels` are a part of what was read.
 
     Raises:
         TypeError: A label is neither an integer nor a string, or not of the kind of the first; or
@@ -47,7 +52,9 @@ def read_labels(
     if not isinstance(labels[0], str):
         names = checked_class_names(name, given, own)
         return integer_labels(name, labels, len(names)), names
-    if given is None and own is None and not are_classes(labels):
+    if strings is None:
+        strings = Counter(label for label in labels if isinstance(label, str))
+    if given is None and own is None and not are_classes(strings):
         check_captions(name, labels)
         return [(label,) for label in labels], None
     for position, label in enumerate(labels):
@@ -56,12 +63,12 @@ def read_labels(
                 f"`dataset` of task {name!r}: label {position} must be a string like label 0, got "
                 f"{label!r:.80} ({type(label).__name__})"
             )
-    found = sorted(set(labels))
+    found = sorted(strings)
     if own is None and (given is None or isinstance(given, Mapping)):
         own = found
         logger.warning(
             "Task %r: the %d distinct strings of %d labels are taken as classes: %s",
-            name, len(found), len(labels), _some(found),
+            name, len(found), strings.total(), _some(found),
         )  # fmt: skip
     names = checked_class_names(name, given, own)
     known = own if own is not None else names
@@ -84,9 +91,9 @@ def _several(name: str, position: int, captions: Any) -> tuple[str, ...]:
     )
 
 
-def are_classes(labels: Sequence[str]) -> bool:
+def are_classes(strings: Counter[str]) -> bool:
     """Whether strings are names of classes, not captions: each is there twice on average."""
-    return 1 < len(set(labels)) <= len(labels) / 2
+    return 1 < len(strings) <= strings.total() / 2
 
 
 def checked_class_names(name: str, given: Any, own: Sequence[str] | None) -> tuple[str, ...]:

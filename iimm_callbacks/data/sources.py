@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import threading
+from collections import Counter
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,8 @@ _COMPARED = 16  # items of a data set that also has `.targets`
 
 class _HubSource:
     """A `datasets.Dataset`, read without its transform and without decoding for the labels."""
+
+    strings: Counter[str] | None = None
 
     def __init__(self, name: str, dataset: Any, image: str | None, label: str | None) -> None:
         self._dataset = dataset.with_format(None)
@@ -54,6 +57,8 @@ def _without_decoding(dataset: Any, column: str) -> Any:
 
 class _PairSource:
     """Any sequence of (image, label) or (image, caption) pairs."""
+
+    strings: Counter[str] | None = None  # of a stream: labels of all that was read
 
     def __init__(self, name: str, pairs: Any) -> None:
         self._name = name
@@ -105,7 +110,7 @@ def _check_pair(name: str, item: Any, position: int) -> None:
 
 
 def _open_stream(
-    name: str, stream: Any, image: str | None, label: str | None, **draw: int
+    name: str, stream: Any, image: str | None, label: str | None, **draw: Any
 ) -> _PairSource:
     features = stream.features
     if features is None:
@@ -116,7 +121,9 @@ def _open_stream(
             )
     else:
         image, label = pick_columns(name, features, image, label)
-    source = _PairSource(name, read_stream(name, stream, image, label, **draw))
+    pairs, strings = read_stream(name, stream, image, label, **draw)
+    source = _PairSource(name, pairs)
+    source.strings = strings
     source.class_names = getattr((features or {}).get(label), "names", None)
     return source
 
@@ -130,8 +137,12 @@ def open_source(
     size: int,
     first: int = STREAM_SIZE,
     seed: int = 0,
+    given: Any = None,
 ) -> Any:
-    """The source for a data set: ``len``, ``labels()``, ``image(position)``, ``class_names``.
+    """The source for a data set.
+
+    It has ``len``, ``labels()``, ``image(position)``, ``class_names``, and ``strings`` as
+    `labels.read_labels` takes them.
 
     Args:
         name: Of the task, for errors.
@@ -141,13 +152,15 @@ def open_source(
         size: Of the draw from a stream, see `streams.read_stream`.
         first: Likewise.
         seed: Likewise.
+        given: Likewise.
 
     Raises:
         TypeError: The data set is of another kind.
         ValueError: A column is missing or ambiguous, or a stream cannot be read.
     """
     if is_stream(dataset):
-        return _open_stream(name, dataset, image, label, size=size, first=first, seed=seed)
+        draw = {"size": size, "first": first, "seed": seed, "given": given}
+        return _open_stream(name, dataset, image, label, **draw)
     if hasattr(dataset, "features") and hasattr(dataset, "with_format"):
         return _HubSource(name, dataset, image, label)
     if isinstance(dataset, dict):

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence, Sized
 from contextlib import closing
 from dataclasses import replace
-from itertools import chain, islice
 from typing import Any
 
 import numpy as np
@@ -30,8 +30,16 @@ def is_stream(dataset: Any) -> bool:
 
 
 def read_stream(
-    name: str, stream: Any, image: str, label: str, *, size: int, first: int, seed: int
-) -> list[tuple[Any, Any]]:
+    name: str,
+    stream: Any,
+    image: str,
+    label: str,
+    *,
+    size: int,
+    first: int,
+    seed: int,
+    given: Any = None,
+) -> tuple[list[tuple[Any, Any]], Counter[str]]:
     """The examples that a balanced draw from the first of a stream takes, in their order.
 
     The stream is read once, from its start, in its order, on each rank for itself; neither it nor
@@ -48,9 +56,11 @@ def read_stream(
         size: Examples kept at most.
         first: Examples read at most.
         seed: Of the draw.
+        given: Names of the classes by the user; then strings are no captions.
 
     Returns:
-        Pairs of image and label, or caption; each caption once.
+        Pairs of image and label, or caption; each caption once. And how often each string is there
+        in all that was read, for `labels.read_labels`.
 
     Raises:
         TypeError: A label is neither an integer nor a string.
@@ -70,12 +80,18 @@ def read_stream(
         (_column(name, example, image), _label(name, _column(name, example, label), position))
         for position, example in _read(name, plain, first)
     )
-    begun = list(islice(examples, size))
-    strings = [y for _, y in begun if isinstance(y, str)]
-    classes = bool(strings) and are_classes(strings)
-    drawn = draw_balanced(chain(begun, examples), size, seed, captions=not classes)
-    _check_classes(name, [y for _, y in drawn], features.get(label), size, first)
-    return [(_fetched(name, x), y) for x, y in drawn]
+    draws = [_Draw(size, seed, captions=captions) for captions in (True, False)]
+    strings: Counter[str] = Counter()
+    n_read = 0
+    for x, y in examples:
+        n_read += 1
+        strings.update([y] if isinstance(y, str) else ())
+        for draw in draws:
+            draw.add(x, y)
+    drawn = draws[given is not None or are_classes(strings)].drawn()
+    names = getattr(features.get(label), "names", None)
+    _check_classes(name, [y for _, y in drawn], names, given, size, n_read)
+    return [(_fetched(name, x), y) for x, y in drawn], strings
 
 
 def draw_balanced(
@@ -98,22 +114,35 @@ def draw_balanced(
     Returns:
         The pairs drawn, in the order they came.
     """
-    rng = np.random.default_rng(seed)
-    kept: list[tuple[float, int, Any, Label]] = []
-    seen: set[Label] = set()
-    for position, (item, label) in enumerate(examples):
-        if captions and isinstance(label, str | tuple):
-            if label in seen:
-                continue
-            seen.add(label)
-        kept.append((rng.random(), position, item, label))
-        if len(kept) >= 2 * size:
-            kept = _first(kept, size)
-    return [(item, label) for _, _, item, label in sorted(_first(kept, size), key=_position)]
+    draw = _Draw(size, seed, captions=captions)
+    for item, label in examples:
+        draw.add(item, label)
+    return draw.drawn()
 
 
-def _position(row: tuple[float, int, Any, Label]) -> int:
-    return row[1]
+class _Draw:
+    """`draw_balanced`, to be given one example after another."""
+
+    def __init__(self, size: int, seed: int, *, captions: bool) -> None:
+        self._size, self._captions = size, captions
+        self._rng = np.random.default_rng(seed)
+        self._kept: list[tuple[float, int, Any, Label]] = []
+        self._seen: set[Label] = set()
+        self._position = 0
+
+    def add(self, item: Any, label: Label) -> None:
+        position, self._position = self._position, self._position + 1
+        if self._captions and isinstance(label, str | tuple):
+            if label in self._seen:
+                return
+            self._seen.add(label)
+        self._kept.append((self._rng.random(), position, item, label))
+        if len(self._kept) >= 2 * self._size:
+            self._kept = _first(self._kept, self._size)
+
+    def drawn(self) -> list[tuple[Any, Any]]:
+        first = sorted(_first(self._kept, self._size), key=lambda row: row[1])
+        return [(item, label) for _, _, item, label in first]
 
 
 def _first(rows: list[Any], size: int) -> list[Any]:
@@ -164,19 +193,25 @@ def _label(name: str, label: Any, position: int) -> Label:
     return int(label.__index__())
 
 
-def _check_classes(name: str, labels: Sequence[Label], feature: Any, size: int, first: int) -> None:
-    known, found = getattr(feature, "num_classes", 0), len(set(labels))
+def _check_classes(
+    name: str, labels: Sequence[Label], own: Sequence[str] | None, given: Any, size: int, n: int
+) -> None:
+    """Raise where the draw from n examples is of one class; warn where most are missing."""
+    found = len(set(labels))
+    known = len(own or (given if isinstance(given, Sized) else ()))
     advice = "shuffle it with a seed, stream.shuffle(seed=0), or read more by `stream_size`"
-    if found == 1 < known and len(labels) > 1:
+    if found == 1 < n and labels[0] != -1:  # which `integer_labels` explains
+        of = f"one of its {known} classes" if known else "one class or caption"
+        only = own[labels[0]] if own and isinstance(labels[0], int) else labels[0]
         raise ValueError(
-            f"`dataset` of task {name!r}: the first {first} examples of the stream are all of one "
-            f"of its {known} classes, {feature.int2str(labels[0])!r}; {advice}"
+            f"`dataset` of task {name!r}: the first {n} examples of the stream are all of {of}, "
+            f"{only!r}; {advice}"
         )
     if found < min(known, size) / 2:
         logger.warning(
             "the first %d examples of the stream of task %r hold %d of its %d classes, and so "
             "does the probe; %s",
-            first,
+            n,
             name,
             found,
             known,

@@ -151,7 +151,7 @@ class Task:
         given = None if templates is None else given_templates(name, templates)
         self._source = open_source(
             name, dataset, image_column, label_column,
-            size=probe_size or TASK_PROBE_SIZE, first=stream_size, seed=seed,
+            size=probe_size or TASK_PROBE_SIZE, first=stream_size, seed=seed, given=class_names,
         )  # fmt: skip
         if len(self._source) < 2:
             raise ValueError(
@@ -159,7 +159,11 @@ class Task:
                 "IIMM is a mean over pairs of images"
             )
         self._labels, names = read_labels(
-            name, self._source.labels(), class_names, self._source.class_names
+            name,
+            self._source.labels(),
+            class_names,
+            self._source.class_names,
+            self._source.strings,
         )
         self.is_captions = names is None
         self.class_names: tuple[str, ...] = names or ()

@@ -552,13 +552,63 @@ def test_never_more_than_twice_the_probe_is_in_memory():
 
 def test_captions_of_a_stream_count_once():
     features = Features({"image": Image(), "label": Value("string")})
-    source = Source(60, label=lambda i: f"caption {i % 10}")
+    source = Source(19, label=lambda i: f"caption {i % 10}")  # not twice each
     task = Task("t", source.stream(features), probe_size=8)
     assert task.is_captions
     assert (len(task), len(set(task.prompts(task.subset())))) == (8, 8)
     assert [int(task._source.image(i)["bytes"].split()[1]) for i in range(8)] == [
         int(task.prompts([i])[0].split()[1]) for i in range(8)
     ]
+
+
+STRINGS = Features({"image": Image(), "label": Value("string")})
+SIX = [f"class {c}" for c in range(6)]
+
+
+@pytest.mark.parametrize("names", [None, SIX, {name: name for name in SIX}])
+def test_a_stream_sorted_by_strings_has_their_classes(names):
+    source = Source(120, label=lambda i: SIX[i // 20])  # no second string among the first 12
+    task = Task("t", source.stream(STRINGS), probe_size=12, class_names=names)
+    assert task.class_names == tuple(SIX)
+    assert Counter(task.labels(range(len(task)))) == dict.fromkeys(range(6), 2)
+
+
+@pytest.mark.parametrize("given", [False, True])
+def test_a_stream_of_more_classes_than_the_probe_has_images_is_no_captions(given, caplog):
+    names = [f"class {c:03d}" for c in range(100)]
+    source = Source(400, label=lambda i: names[i * 7 % 100])
+    settings = {"class_names": names} if given else {}
+    task = Task("t", source.stream(STRINGS), probe_size=20, **settings)
+    assert task.class_names == tuple(names)
+    assert len(set(task.labels(range(20)))) == 20
+    assert given or "the 100 distinct strings of 400 labels are taken as classes" in caplog.text
+
+
+def test_strings_of_a_stream_are_told_apart_as_those_of_a_list():
+    source = Source(40, label=lambda i: f"caption {i if i < 30 else 0}")
+    task = Task("t", source.stream(STRINGS), probe_size=35)
+    assert task.is_captions
+    assert len(task) == 30
+
+
+@pytest.mark.parametrize(
+    ("label", "features", "settings", "says"),
+    [
+        (
+            7,
+            {"label": Value("int64")},
+            {"class_names": list("abcdefghij")},
+            "one of its 10 classes, 7",
+        ),
+        ("cat", {"label": Value("string")}, {}, "one class or caption, 'cat'"),
+        ("cat", {"label": Value("string")}, TWO, "one of its 2 classes, 'cat'"),
+    ],
+)
+def test_a_stream_of_one_class_is_refused_whatever_its_labels(label, features, settings, says):
+    source = Source(60, label=lambda i: label if i < 50 else "dog" if label == "cat" else 1)
+    stream = source.stream(Features({"image": Image()} | features))
+    with pytest.raises(ValueError, match=f"first 50 examples of the stream are all of {says}"):
+        Task("t", stream, stream_size=50, **settings)
 
 
 def test_images_at_an_address_are_fetched_only_if_drawn():
