@@ -1,18 +1,15 @@
-"""The labels and class names of a data set -> checked, or an error that says why."""
+"""The labels of a data set -> checked, or an error that says why."""
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..records.log import get_logger
+from .class_names import check_utf8, checked_class_names, some
 
 logger = get_logger(__name__)
-
-_WORDNET = re.compile(r"n\d{8}")
-_NUMBERED = re.compile(r"(\d{2,})[._ -]+(\D.*)")  # such as "001.Black_footed_Albatross"
 
 
 def read_labels(
@@ -68,7 +65,7 @@ def read_labels(
         own = found
         logger.warning(
             "Task %r: the %d distinct strings of %d labels are taken as classes: %s",
-            name, len(found), strings.total(), _some(found),
+            name, len(found), strings.total(), some(found),
         )  # fmt: skip
     names = checked_class_names(name, given, own)
     known = own if own is not None else names
@@ -77,7 +74,7 @@ def read_labels(
     if strange:
         raise ValueError(
             f"`dataset` of task {name!r}: labels must be among the {len(known)} class names "
-            f"({_some(known)}), got {_some(strange)}"
+            f"({some(known)}), got {some(strange)}"
         )
     return [places[label] for label in labels], names
 
@@ -94,182 +91,6 @@ def _several(name: str, position: int, captions: Any) -> tuple[str, ...]:
 def are_classes(strings: Counter[str]) -> bool:
     """Whether strings are names of classes, not captions: each is there twice on average."""
     return 1 < len(strings) <= strings.total() / 2
-
-
-def checked_class_names(name: str, given: Any, own: Sequence[str] | None) -> tuple[str, ...]:
-    """The names of a task's classes as its prompts have them, in the order of its labels.
-
-    Of the data set's own names ``_`` becomes a space, and numbering such as "001." goes.
-
-    Args:
-        name: Of the task, for errors.
-        given: By the user: a list, or a mapping from the data set's own names.
-        own: The data set's.
-
-    Raises:
-        TypeError: `given` is no list or mapping, or one of its names is no string.
-        ValueError: There are none, fewer than two, two alike, a blank one, one that UTF-8 cannot
-            hold, they are not those of the data set, or the order of the data set's is doubtful.
-    """
-    if given is None and own is None:
-        raise ValueError(
-            f"`class_names` of task {name!r} must be given: the data set has integer labels "
-            "without names"
-        )
-    if isinstance(given, Mapping):
-        given = _mapped(name, given, own)
-    elif given is not None and own is not None:
-        given = _given_names(name, given)
-        _check_order(name, given, [str(n) for n in own])
-    names = _words(name, own) if given is None else _given_names(name, given)  # type: ignore[arg-type]
-    for each in names:
-        check_utf8(f"`class_names` of task {name!r}", each)
-    if len(names) < 2:
-        raise ValueError(
-            f"`class_names` of task {name!r} must hold at least 2 classes, got {len(names)}: "
-            "IIMM compares images with the texts of wrong classes"
-        )
-    doubles = [each for each, n in Counter(names).items() for _ in range(n) if n > 1]
-    tell_doubles(f"`class_names` of task {name!r}", "more than once", doubles, len(names))
-    return names
-
-
-def tell_doubles(what: str, how: str, doubles: Sequence[str], n_classes: int) -> None:
-    """Refuse classes that have one text; warn where they are at most one in a hundred.
-
-    Official class lists have a few: of two such classes the second one is never found.
-
-    Args:
-        what: They are, for the message.
-        how: They are alike, for the message.
-        doubles: The classes that share a text.
-        n_classes: All classes.
-
-    Raises:
-        ValueError: They are more than one in a hundred.
-    """
-    if not doubles:
-        return
-    listed = sorted(set(doubles))
-    if 100 * len(doubles) > n_classes:
-        raise ValueError(
-            f"{what} must be unique, got {listed[:10]} {how}; two classes with one prompt cannot "
-            "be told apart"
-        )
-    logger.warning(
-        "%s: %s %s; of classes with one prompt only the first is ever found", what, listed, how
-    )
-
-
-def _mapped(name: str, given: Mapping[Any, Any], own: Sequence[str] | None) -> list[Any]:
-    if own is None:
-        raise TypeError(
-            f"`class_names` of task {name!r} must be a list of names in the order of the labels, "
-            f"got {given!r:.80} ({type(given).__name__}): the data set has no names to map from"
-        )
-    if set(given) != set(own):
-        missing, strange = sorted(set(own) - set(given)), sorted(set(given) - set(own), key=str)
-        raise ValueError(
-            f"`class_names` of task {name!r} must map all names of the data set and no other, got "
-            f"{_some(strange) or 'none'} too many and {_some(missing) or 'none'} missing"
-        )
-    return [given[each] for each in own]
-
-
-def _check_order(name: str, given: tuple[str, ...], own: Sequence[str]) -> None:
-    """Raise where given names do not go with the data set's, as far as that can be told."""
-    if len(given) != len(own):
-        raise ValueError(
-            f"`class_names` of task {name!r} must match the data set's {len(own)} classes "
-            f"({', '.join(map(str, own[:5]))}, ...), got {len(given)}; give one name per class, "
-            "in the order of the labels"
-        )
-    ours = [_spaced(n) for n in own]
-    theirs = [_spaced(n) for n in given]
-    if theirs != ours and sorted(theirs) == sorted(ours):
-        raise ValueError(
-            f"`class_names` of task {name!r} must be in the data set's own order {list(own)}, got "
-            f"{list(given)}: every label would name another class"
-        )
-    by_number = sorted(own, key=int) if all(n.isdecimal() for n in own) else list(own)
-    if by_number != list(own) and theirs != ours:
-        raise ValueError(
-            f"`class_names` of task {name!r} may be meant in two orders: the data set's names are "
-            f"numbers, {_some(own, 4)} by label and {_some(by_number, 4)} by number; pass a "
-            f"mapping, such as {{{by_number[0]!r}: 'its name', ...}}"
-        )
-
-
-def _words(name: str, own: Sequence[str]) -> tuple[str, ...]:
-    """The data set's names as a prompt should have them."""
-    names = [str(n) for n in own]
-    if all(_WORDNET.fullmatch(n) for n in names):
-        logger.warning(
-            "Task %r: its classes are WordNet ids (%s), which no model reads as names; pass "
-            "`class_names`",
-            name, _some(names, 2),
-        )  # fmt: skip
-    parts = [_NUMBERED.fullmatch(n) for n in names]
-    if all(parts) and len({len(p[1]) for p in parts if p}) == 1:
-        bare = [p[2] for p in parts if p]
-        if len(set(bare)) == len(bare):
-            logger.info("Task %r: the numbering of its classes is left out of prompts", name)
-            names = bare
-    for position, each in enumerate(names):
-        if not each.strip():
-            raise ValueError(
-                f"`class_names` of task {name!r} must be given: the data set's name of class "
-                f"{position} is blank, {each!r}"
-            )
-    return tuple(map(_spaced, names))
-
-
-def _spaced(class_name: str) -> str:
-    return class_name.replace("_", " ")
-
-
-def _some(names: Sequence[Any], n: int = 8) -> str:
-    return ", ".join(map(repr, names[:n])) + (", ..." if len(names) > n else "")
-
-
-def as_listed(what: str, expected: str, given: Any) -> tuple[Any, ...]:
-    """A user's list as a tuple; containers without an order are refused.
-
-    Args:
-        what: It is, for errors.
-        expected: What it must be, for errors.
-        given: A list, a tuple, an array, ...
-
-    Raises:
-        TypeError: It is none of these.
-    """
-    if not isinstance(given, str | bytes | Mapping | set | frozenset):
-        try:
-            entries = iter(given)
-        except TypeError:  # also that of an array without dimensions
-            pass
-        else:
-            return tuple(entries)
-    raise TypeError(f"{what} must be {expected}, got {given!r:.80} ({type(given).__name__})")
-
-
-def check_utf8(what: str, text: str) -> None:
-    """Raise unless UTF-8 can hold a text: tokenizers, logs and files take no other.
-
-    Args:
-        what: It is, for errors.
-        text: Of a user, or the name of a folder.
-
-    Raises:
-        ValueError: It holds half a pair of surrogates, or a byte of a file name that is no text.
-    """
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise ValueError(
-            f"{what} must be valid UTF-8, got {text!r:.80} with {text[error.start]!r} at "
-            f"{error.start}; rename it, or read it with the encoding that it was written in"
-        ) from None
 
 
 def check_captions(name: str, captions: Sequence[Any]) -> None:
@@ -336,20 +157,3 @@ def _advice(label: Any) -> str:
     if isinstance(label, bytes):
         return "; decode it"
     return ""
-
-
-def _given_names(name: str, given: Any) -> tuple[str, ...]:
-    what = f"`class_names` of task {name!r}"
-    names = as_listed(what, "a list of names in the order of the labels", given)
-    for position, each in enumerate(names):
-        if not isinstance(each, str):
-            raise TypeError(
-                f"{what} must be strings, got {each!r:.80} ({type(each).__name__}) for class "
-                f"{position}; write the name as it should read in a prompt"
-            )
-        if not each.strip():
-            raise ValueError(
-                f"{what} must not be blank, got {each!r:.80} for class {position}; give a name "
-                "that its prompt can hold"
-            )
-    return tuple(map(str, names))

@@ -13,8 +13,9 @@ import numpy as np
 from PIL import Image
 
 from . import hub
+from .class_names import check_utf8
 from .folders import ImageFolder
-from .labels import check_utf8, read_labels
+from .labels import read_labels
 from .metrics import as_metric
 from .randomness import random_streams_kept
 from .sources import kind, open_source, read_image

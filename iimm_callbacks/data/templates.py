@@ -16,7 +16,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from .labels import as_listed, check_utf8
+from .class_names import as_listed, check_utf8
 
 _PREFIX = "clip:"
 

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .embeddings import ArrayLike, as_labels, as_matrix, row_norms, unit_rows
+from .embeddings import ArrayLike, as_labels, as_matrix, autocast_off, row_norms, unit_rows
 
 NEAR_CEILING = 0.95  # above this zero-shot accuracy, gain over zero-shot error means nothing
 
@@ -51,6 +51,7 @@ def zero_shot_correct(
 
 
 @torch.no_grad()
+@autocast_off()
 def zero_shot_scores(image_embeds: ArrayLike, text_embeds: ArrayLike) -> Tensor:
     """How near each text is to each image: ``x_i·t_c / ‖t_c‖``.
 

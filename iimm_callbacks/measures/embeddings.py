@@ -3,12 +3,26 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 
 import numpy as np
 import torch
 from torch import Tensor
 
 ArrayLike = Tensor | np.ndarray
+
+
+_DEVICES = ("cpu", "cuda", "xpu", "mps")  # on which torch may autocast
+
+
+@contextmanager
+def autocast_off() -> Iterator[None]:
+    """Inside, no autocast of a caller rounds a product; otherwise classes would tie."""
+    with ExitStack() as stack:
+        for device in filter(torch.is_autocast_enabled, _DEVICES):
+            stack.enter_context(torch.autocast(device, enabled=False))
+        yield
 
 
 class NotFiniteError(ValueError):

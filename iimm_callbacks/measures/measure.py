@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .embeddings import ArrayLike, as_labels, as_matrix, row_norms, unit_rows
+from .embeddings import ArrayLike, as_labels, as_matrix, autocast_off, row_norms, unit_rows
 
 GROUPS = 32  # of the jackknife
 # Which jackknife group an image belongs to depends on its position alone, so that any chunking
@@ -136,6 +136,7 @@ class IIMMAccumulator:
     """
 
     @torch.no_grad()
+    @autocast_off()
     def __init__(
         self, text_embeds: ArrayLike, *, offset: int = 0, owners: Tensor | None = None
     ) -> None:
@@ -161,6 +162,7 @@ class IIMMAccumulator:
         return len(self._texts)
 
     @torch.no_grad()
+    @autocast_off()
     def update(self, image_embeds: ArrayLike, labels: ArrayLike | None = None) -> None:
         """Add a chunk of images.
 
@@ -254,6 +256,7 @@ class IIMMAccumulator:
 
 
 @torch.no_grad()
+@autocast_off()
 def drift_bound(
     image_embeds_before: ArrayLike,
     image_embeds_after: ArrayLike,

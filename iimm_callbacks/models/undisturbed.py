@@ -66,7 +66,7 @@ def _keep_device_streams() -> Callable[[], None]:
 def autocast(
     model: nn.Module, dtype: torch.dtype | None, cache_enabled: bool = True
 ) -> AbstractContextManager[Any]:
-    """`torch.autocast` on the model's device; with ``dtype=None`` nothing."""
+    """`torch.autocast` on the model's device; with ``dtype=None`` that of the caller, if any."""
     if dtype is None:
         return nullcontext()
     device = next(model.parameters()).device.type

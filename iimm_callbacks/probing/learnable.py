@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ..data.tasks import Task
 from ..data.training import NoTrainingSetError, training_task
-from ..measures.embeddings import unit_rows
+from ..measures.embeddings import autocast_off, unit_rows
 from ..measures.probe_accuracy import LinearProbe, linear_probe
 from ..models.encoders import Encoder, move
 from ..models.sharded import inside_forward, is_sharded
@@ -133,6 +133,7 @@ def learn(
     return Learnable(probe, note, n_train)
 
 
+@autocast_off()
 def _fit(
     images: Tensor,
     classes: Tensor,

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..data.tasks import OFF_TARGET_PROBE_SIZE, TASK_PROBE_SIZE, Task
 from ..data.training import SAMPLE_SIZE
-from ..measures.embeddings import NotFiniteError
+from ..measures.embeddings import NotFiniteError, autocast_off
 from ..models.encoders import EncodePair, find_encoder, move
 from ..models.frozen import FrozenPart
 from ..models.sharded import check_measurable, inside_forward, is_sharded
@@ -312,10 +312,10 @@ class Probe:
                 images = adapt(model, kept[:n_shown] if is_kept else kept)
             try:
                 check_rows(images, n_shown, "image")
-                # Not in autocast, which would round cosines until classes tie.
                 texts, shown = classes[batch.task], share.tasks[batch.task]
-                logits = None if batch.task else self._classify(model, images, len(texts))
-                sums.add(batch, images, texts, shown, logits)
+                with autocast_off():  # also that of a caller
+                    logits = None if batch.task else self._classify(model, images, len(texts))
+                    sums.add(batch, images, texts, shown, logits)
             except Exception as error:
                 failure = error
         return classes[0], failure

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..data.labels import tell_doubles
+from ..data.class_names import tell_doubles
 from ..data.tasks import Task
 
 
@@ -25,7 +25,7 @@ def tell_one_text(task: Task, prompts: list[str], tokenized: list[Any]) -> None:
         tokenized: The same, in batches of model inputs.
 
     Raises:
-        ValueError: As `labels.tell_doubles`.
+        ValueError: As `class_names.tell_doubles`.
     """
     if not all(isinstance(batch, Mapping) and "input_ids" in batch for batch in tokenized):
         return  # a user's `encode` reads strings

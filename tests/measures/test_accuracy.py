@@ -45,6 +45,17 @@ def test_accuracy_is_the_same_in_any_dtype_and_scale(dtype):
     assert zero_shot_accuracy(1e-3 * images.numpy(), texts.numpy(), labels.numpy()) == expected
 
 
+def test_a_callers_autocast_rounds_nothing():
+    # Cosines of 1 and 0.9995, which bfloat16 rounds to 1 both.
+    texts = torch.tensor([[1.0, 0.03125], [1.0, 0.0], [1.0, -0.03125]])
+    labels = torch.arange(300) % 3
+    with torch.autocast("cpu", torch.bfloat16):
+        scores = zero_shot_scores(texts[labels], texts)
+        assert zero_shot_accuracy(texts[labels], texts, labels) == 1
+    assert scores.dtype == torch.float32
+    assert torch.equal(scores, zero_shot_scores(texts[labels], texts))
+
+
 def test_gain_over_zero_shot_error_is_the_share_of_error_removed():
     assert gain_over_zero_shot_error(0.6, 0.9) == pytest.approx(0.75)  # 0.3 of 0.4
     assert gain_over_zero_shot_error(0.5, 0.25) == pytest.approx(-0.5)

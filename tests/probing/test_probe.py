@@ -279,6 +279,45 @@ def test_an_own_pair_of_functions_is_measured_like_the_models_own(tiny_clip, mak
 # Fingerprints
 
 
+class Pairs(torch.nn.Module):
+    """Embeddings by number, of a grey picture's level and of a text: no product of the model's."""
+
+    def __init__(self):
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        self.x = torch.nn.Parameter(torch.randn(200, 64, generator=generator) + 3)
+        self.t = torch.nn.Parameter(0.1 * torch.randn(50, 64, generator=generator) + 3)
+
+    def images(self, _, images):
+        return self.x[[image.getpixel((0, 0))[0] for image in images]] * 1
+
+    def texts(self, _, texts):
+        return self.t[[int(text) for text in texts]] * 1
+
+
+def test_an_autocast_around_a_look_rounds_no_cosine():
+    model = Pairs()
+    unit = torch.nn.functional.normalize
+    labels = (unit(model.x) @ unit(model.t).T).argmax(1).tolist()
+    pairs = [(Image.new("RGB", (8, 8), (i,) * 3), y) for i, y in enumerate(labels)]
+    task = Task("t", pairs, class_names=[str(c) for c in range(50)], templates="{}")
+    probe = Probe(task, encode=(model.images, model.texts), progress=False)
+    plain = probe.look(model, 0, linear_probe=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = probe.look(model, 0, linear_probe=True)
+    assert plain.accuracy("t") == inside.accuracy("t") == 1
+    assert inside.measurement == plain.measurement
+    assert inside.learnable == plain.learnable
+
+
+def test_an_autocast_around_a_look_is_that_of_the_model(tiny_clip, make_probe):
+    model, probe = tiny_clip(), make_probe()
+    given = probe.look(model, 0, torch.bfloat16)
+    with torch.autocast("cpu", torch.bfloat16):
+        around = probe.look(model, 0)
+    assert around.measurement == given.measurement != probe.look(model, 0).measurement
+
+
 def test_there_are_no_fingerprints_before_the_images_were_read(make_probe):
     assert make_probe().fingerprints == {}
 
