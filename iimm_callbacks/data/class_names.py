@@ -15,6 +15,47 @@ _WORDNET = re.compile(r"n\d{8}")
 _NUMBERED = re.compile(r"(\d{2,})[._ -]+(\D.*)")  # such as "001.Black_footed_Albatross"
 
 
+def own_names(name: str, classes: Any, given: Any = None) -> tuple[str, ...] | None:
+    """A data set's own names in label order; None where it has none.
+
+    Of a class with several names, as torchvision's ImageNet has them, it is the first.
+
+    Args:
+        name: Of the task, for errors.
+        classes: Of the data set: a list of names, or a mapping from names to labels.
+        given: Names by the user; a list replaces what cannot be read.
+
+    Raises:
+        TypeError: They are neither, or one of them is no name.
+        ValueError: The labels of a mapping are not 0, 1, 2, ...
+    """
+    if classes is None:
+        return None
+    what = f"`dataset.classes` of task {name!r}"
+    try:
+        if isinstance(classes, Mapping):
+            classes = _by_label(what, classes)
+        names = as_listed(what, "a list of names in the order of the labels", classes)
+        return tuple(_first_name(what, each, label) for label, each in enumerate(names))
+    except (TypeError, ValueError) as error:
+        if given is not None and not isinstance(given, Mapping):
+            return None
+        raise type(error)(f"{error}; pass `class_names`, one for each label") from None
+
+
+def _by_label(what: str, classes: Mapping[Any, Any]) -> list[Any]:
+    if sorted(classes.values(), key=str) != sorted(range(len(classes)), key=str):
+        raise ValueError(f"{what} must map names to labels 0, 1, 2, ..., got {classes!r:.80}")
+    return sorted(classes, key=lambda each: classes[each])
+
+
+def _first_name(what: str, names: Any, label: int) -> str:
+    first = names[0] if isinstance(names, list | tuple) and names else names
+    if isinstance(first, str):
+        return str(first)
+    raise TypeError(f"{what} must be strings, got {names!r:.80} for class {label}")
+
+
 def checked_class_names(name: str, given: Any, own: Sequence[str] | None) -> tuple[str, ...]:
     """The names of a task's classes as its prompts have them, in the order of its labels.
 
@@ -39,7 +80,7 @@ def checked_class_names(name: str, given: Any, own: Sequence[str] | None) -> tup
         given = _mapped(name, given, own)
     elif given is not None and own is not None:
         given = _given_names(name, given)
-        _check_order(name, given, [str(n) for n in own])
+        _check_order(name, given, own)
     names = _words(name, own) if given is None else _given_names(name, given)  # type: ignore[arg-type]
     for each in names:
         check_utf8(f"`class_names` of task {name!r}", each)
@@ -76,15 +117,13 @@ def _check_order(name: str, given: tuple[str, ...], own: Sequence[str]) -> None:
             f"({', '.join(map(str, own[:5]))}, ...), got {len(given)}; give one name per class, "
             "in the order of the labels"
         )
-    ours = [_spaced(n) for n in own]
-    theirs = [_spaced(n) for n in given]
-    if theirs != ours and sorted(theirs) == sorted(ours):
+    if any(_is_other_order(list(map(key, own)), list(map(key, given))) for key in _KEYS):
         raise ValueError(
             f"`class_names` of task {name!r} must be in the data set's own order {list(own)}, got "
             f"{list(given)}: every label would name another class"
         )
     by_number = sorted(own, key=int) if all(n.isdecimal() for n in own) else list(own)
-    if by_number != list(own) and theirs != ours:
+    if by_number != list(own) and list(map(_spaced, given)) != list(map(_spaced, own)):
         raise ValueError(
             f"`class_names` of task {name!r} may be meant in two orders: the data set's names are "
             f"numbers, {some(own, 4)} by label and {some(by_number, 4)} by number; pass a "
@@ -94,7 +133,7 @@ def _check_order(name: str, given: tuple[str, ...], own: Sequence[str]) -> None:
 
 def _words(name: str, own: Sequence[str]) -> tuple[str, ...]:
     """The data set's names as a prompt should have them."""
-    names = [str(n) for n in own]
+    names = list(own)
     if all(_WORDNET.fullmatch(n) for n in names):
         logger.warning(
             "Task %r: its classes are WordNet ids (%s), which no model reads as names; pass "
@@ -118,6 +157,22 @@ def _words(name: str, own: Sequence[str]) -> tuple[str, ...]:
 
 def _spaced(class_name: str) -> str:
     return class_name.replace("_", " ")
+
+
+def _letters(class_name: str) -> str:
+    return re.sub(r"[\W_]+", "", class_name).casefold()
+
+
+def _bare(class_name: str) -> str:
+    return _letters(re.sub(r"^\d+[\W_]+(?=[\W_]*[^\W_])", "", class_name))
+
+
+_KEYS = (_spaced, _letters, _bare)  # by which names are the same, ever looser
+
+
+def _is_other_order(ours: Sequence[str], theirs: Sequence[str]) -> bool:
+    """Whether they are the same keys, each there once, in another order."""
+    return ours != theirs and len(set(ours)) == len(ours) and sorted(ours) == sorted(theirs)
 
 
 def _given_names(name: str, given: Any) -> tuple[str, ...]:

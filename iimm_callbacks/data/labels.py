@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..records.log import get_logger
-from .class_names import check_utf8, checked_class_names, some
+from .class_names import check_utf8, checked_class_names, own_names, some
 
 logger = get_logger(__name__)
 
@@ -16,10 +16,12 @@ def read_labels(
     name: str,
     labels: Sequence[Any],
     given: Any,
-    own: Sequence[str] | None,
+    classes: Any,
     strings: Counter[str] | None = None,
-) -> tuple[list[Any], tuple[str, ...] | None]:
-    """A task's labels as class indices and names of classes; or tuples of captions and None.
+) -> tuple[list[Any], tuple[str, ...] | None, tuple[str, ...] | None]:
+    """A task's labels as class indices, names of classes, and the data set's own names of them.
+
+    Of captions it is tuples of them and twice None.
 
     Strings are names of classes where each is there twice or more on average, or where names
     are known; else they are captions.
@@ -29,7 +31,7 @@ def read_labels(
         labels: One for each image.
         given: Names of the classes by the user: in the order of the labels, or a mapping from the
             data set's names.
-        own: The data set's names.
+        classes: The data set's names, as `class_names.own_names` takes them.
         strings: How often each string is a label, where `labels` are a part of what was read.
 
     Raises:
@@ -45,15 +47,16 @@ def read_labels(
             )
         several = [_several(name, position, label) for position, label in enumerate(labels)]
         check_captions(name, [caption for captions in several for caption in captions])
-        return several, None
+        return several, None, None
+    own = own_names(name, classes, given)
     if not isinstance(labels[0], str):
         names = checked_class_names(name, given, own)
-        return integer_labels(name, labels, len(names)), names
+        return integer_labels(name, labels, len(names)), names, own
     if strings is None:
         strings = Counter(label for label in labels if isinstance(label, str))
     if given is None and own is None and not are_classes(strings):
         check_captions(name, labels)
-        return [(label,) for label in labels], None
+        return [(label,) for label in labels], None, None
     for position, label in enumerate(labels):
         if not isinstance(label, str):
             raise TypeError(
@@ -62,7 +65,7 @@ def read_labels(
             )
     found = sorted(strings)
     if own is None and (given is None or isinstance(given, Mapping)):
-        own = found
+        own = tuple(found)
         logger.warning(
             "Task %r: the %d distinct strings of %d labels are taken as classes: %s",
             name, len(found), strings.total(), some(found),
@@ -76,7 +79,7 @@ def read_labels(
             f"`dataset` of task {name!r}: labels must be among the {len(known)} class names "
             f"({some(known)}), got {some(strange)}"
         )
-    return [places[label] for label in labels], names
+    return [places[label] for label in labels], names, tuple(known)
 
 
 def _several(name: str, position: int, captions: Any) -> tuple[str, ...]:

@@ -103,6 +103,7 @@ class Task:
     Attributes:
         name: As given.
         class_names: Class names in label order; empty for captions.
+        own_names: What the data set calls these classes; ``None`` where it has no names.
         templates: Tuple of templates.
         is_captions: Whether images carry captions instead of labels.
         metric: A `metrics.RecallAt` or `metrics.Metric`; ``None``: zero-shot accuracy.
@@ -159,7 +160,7 @@ class Task:
                 f"`dataset` of task {name!r} must hold at least 2 images, got {len(self._source)}; "
                 "IIMM is a mean over pairs of images"
             )
-        self._labels, names = read_labels(
+        self._labels, names, self.own_names = read_labels(
             name,
             self._source.labels(),
             class_names,

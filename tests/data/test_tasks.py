@@ -126,6 +126,66 @@ def test_torchvision_data_sets_give_targets_and_classes_without_being_read(targe
     assert task.class_names == ("cat", "dog")
 
 
+@pytest.mark.parametrize(
+    ("classes", "names"),
+    [
+        ([("tench", "Tinca tinca"), ("goldfish", "Carassius auratus")], ("tench", "goldfish")),
+        ([["cat", "kitty"], "dog"], ("cat", "dog")),
+        ({"b": 1, "a": 0}, ("a", "b")),
+        (np.array(["x", "y"]), ("x", "y")),
+    ],
+)
+def test_the_names_of_a_data_set_are_read_in_the_order_of_its_labels(classes, names):
+    data = TorchvisionLike([0, 1] * 3)
+    data.classes = classes
+    task = Task("t", data)
+    assert task.class_names == names
+    assert task.prompts([])[0] == f"a photo of a {names[0]}."
+
+
+@pytest.mark.parametrize(
+    ("classes", "error", "says"),
+    [
+        (2, TypeError, "must be a list of names in the order of the labels, got 2 (int); pass"),
+        ([0, 1], TypeError, "must be strings, got 0 for class 0; pass `class_names`"),
+        ([(), "b"], TypeError, "must be strings, got () for class 0; pass"),
+        ({"b": 1, "a": 2}, ValueError, "must map names to labels 0, 1, 2, ..., got {'b': 1"),
+        ({0: "a", 1: "b"}, ValueError, "must map names to labels 0, 1, 2, ..., got {0: 'a'"),
+    ],
+)
+def test_names_of_a_data_set_that_are_none_are_refused_unless_some_are_given(classes, error, says):
+    data = TorchvisionLike([0, 1] * 3)
+    data.classes = classes
+    with pytest.raises(error, match=re.escape(f"`dataset.classes` of task 't' {says}")):
+        Task("t", data)
+    assert Task("t", data, **TWO).class_names == ("a", "b")
+
+
+@pytest.mark.parametrize(
+    ("own", "given"),
+    [
+        (["Cat", "Dog"], ["dog", "cat"]),
+        (["B", "C", "a"], ["a", "b", "c"]),
+        (["001.Zebra", "002.Ant"], ["Ant", "Zebra"]),
+        (["zebra-foal", "ant-hill"], ["ant hill", "zebra foal"]),
+        (["1_star", "2_stars"], ["2 stars", "1 star"]),
+        (["10 years", "20 years"], ["20 Years", "10 Years"]),
+        (["c", "C++"], ["C++", "c"]),
+    ],
+)
+def test_given_names_in_another_order_are_refused_however_they_are_written(own, given):
+    data = hub([0, 1], names=own)
+    with pytest.raises(ValueError, match="must be in the data set's own order"):
+        Task("t", data, class_names=given)
+    turned = given[::-1] if len(given) == 2 else [given[i] for i in (1, 2, 0)]
+    assert Task("t", data, class_names=turned).class_names == tuple(turned)
+
+
+def test_names_that_say_something_else_are_in_no_order():
+    data = hub([0, 1], names=["10 years", "20 years"])
+    assert Task("t", data, class_names=["old", "older"]).class_names == ("old", "older")
+
+
 def test_targets_of_another_length_are_not_taken_for_labels():
     assert Task("t", TorchvisionLike([1, 1], readable=6)).labels(range(6)) == [0, 1, 0, 1, 0, 1]
 
