@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import operator
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
+
+import numpy as np
 
 from ..records.log import get_logger
 from .class_names import check_utf8, checked_class_names, own_names, some
@@ -139,12 +142,12 @@ def integer_labels(name: str, labels: Sequence[Any], n_classes: int) -> list[int
     """
     integers = []
     for position, label in enumerate(labels):
-        if isinstance(label, bool) or not hasattr(label, "__index__"):
+        value = as_integer(label)
+        if value is None:
             raise TypeError(
                 f"`dataset` of task {name!r}: label {position} must be an integer, or all labels "
-                f"strings, got {label!r:.80} ({type(label).__name__}){_advice(label)}"
+                f"strings, got {label!r:.80} ({type(label).__name__}){advice(label)}"
             )
-        value = label.__index__()
         if not 0 <= value < n_classes:
             raise ValueError(
                 f"`dataset` of task {name!r}: label {position} must lie in [0, {n_classes}) for "
@@ -154,9 +157,24 @@ def integer_labels(name: str, labels: Sequence[Any], n_classes: int) -> list[int
     return integers
 
 
-def _advice(label: Any) -> str:
-    if label is None or label != label:
+def as_integer(label: Any) -> int | None:
+    """A label as an integer, of truth values 0 and 1; None where it is neither."""
+    if isinstance(label, np.bool_):
+        return int(label)
+    try:
+        return operator.index(label)
+    except (TypeError, ValueError, RuntimeError):  # also of arrays and tensors
+        return None
+
+
+def advice(label: Any) -> str:
+    """What to do about a label that is no integer, to end its error."""
+    if label is None or (isinstance(label, float) and label != label):
         return "; leave images without a label out"
     if isinstance(label, bytes):
         return "; decode it"
+    if getattr(label, "ndim", 0):
+        return "; of one-hot labels pass int(label.argmax())"
+    if hasattr(label, "item"):
+        return "; pass int(label)"
     return ""

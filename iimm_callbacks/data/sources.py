@@ -28,7 +28,8 @@ class _HubSource:
         self._dataset = dataset.with_format(None)
         self._image, self._label = pick_columns(name, dataset.features, image, label)
         self.class_names = getattr(dataset.features[self._label], "names", None)
-        self._encoded = _without_decoding(self._dataset, self._image)
+        self._images = self._dataset.select_columns([self._image])  # all of a row is decoded
+        self._encoded = _without_decoding(self._images, self._image)
 
     def __len__(self) -> int:
         return len(self._dataset)
@@ -39,9 +40,9 @@ class _HubSource:
     def image(self, position: int) -> Any:
         if self._encoded is not None:
             held = self._encoded[position][self._image]
-            if held["bytes"] is not None or os.path.isfile(held["path"]):
+            if held is None or held["bytes"] is not None or os.path.isfile(held["path"]):
                 return held
-        return self._dataset[position][self._image]
+        return self._images[position][self._image]
 
 
 def _without_decoding(dataset: Any, column: str) -> Any:
@@ -86,7 +87,7 @@ class _PairSource:
                 label = self._pairs[position][1]
             except Exception:  # the probe reports one that cannot be read
                 continue
-            if label != targets[position]:
+            if not np.array_equal(np.asarray(label), np.asarray(targets[position])):
                 raise ValueError(
                     f"`dataset` of task {self._name!r}: `.targets` says {targets[position]!r} for "
                     f"item {position}, and the item itself {label!r}; pass it without "
@@ -167,6 +168,12 @@ def open_source(
         raise TypeError(
             f"`dataset` of task {name!r} must be one split, got a dict of {list(dataset)}; "
             "pick one, e.g. dataset['test']"
+        )
+    if hasattr(dataset, "iloc"):
+        raise TypeError(
+            f"`dataset` of task {name!r} must hold (image, label) pairs, got a "
+            f"{type(dataset).__name__} of pandas; pass e.g. "
+            "list(zip(frame['image'], frame['label']))"
         )
     if hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__"):
         for argument, column in (("image_column", image), ("label_column", label)):

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from ..records.log import get_logger
-from .labels import are_classes
+from .labels import advice, are_classes, as_integer
 
 STREAM_SIZE = 4096  # examples read, eight for each of a default probe
 
@@ -74,6 +74,8 @@ def read_stream(
         )
     plain = stream.with_format(None)
     features = stream.features or {}
+    if features:
+        plain = plain.select_columns(list({image: None, label: None}))  # all of a row is decoded
     if type(features.get(image)).__name__ == "Image":
         plain = plain.cast_column(image, replace(features[image], decode=False))
     examples = (
@@ -185,12 +187,13 @@ def _label(name: str, label: Any, position: int) -> Label:
         return tuple(label)  # several captions of an image
     if isinstance(label, str):
         return label
-    if isinstance(label, bool) or not hasattr(label, "__index__"):
+    value = as_integer(label)
+    if value is None:
         raise TypeError(
             f"`dataset` of task {name!r}: label {position} of the stream must be an integer, or a "
-            f"caption, got {label!r} ({type(label).__name__})"
+            f"caption, got {label!r:.80} ({type(label).__name__}){advice(label)}"
         )
-    return int(label.__index__())
+    return value
 
 
 def _check_classes(
@@ -199,13 +202,13 @@ def _check_classes(
     """Raise where the draw from n examples is of one class; warn where most are missing."""
     found = len(set(labels))
     known = len(own or (given if isinstance(given, Sized) else ()))
-    advice = "shuffle it with a seed, stream.shuffle(seed=0), or read more by `stream_size`"
+    remedy = "shuffle it with a seed, stream.shuffle(seed=0), or read more by `stream_size`"
     if found == 1 < n and labels[0] != -1:  # which `integer_labels` explains
         of = f"one of its {known} classes" if known else "one class or caption"
         only = own[labels[0]] if own and isinstance(labels[0], int) else labels[0]
         raise ValueError(
             f"`dataset` of task {name!r}: the first {n} examples of the stream are all of {of}, "
-            f"{only!r}; {advice}"
+            f"{only!r}; {remedy}"
         )
     if found < min(known, size) / 2:
         logger.warning(
@@ -215,7 +218,7 @@ def _check_classes(
             name,
             found,
             known,
-            advice,
+            remedy,
         )
 
 

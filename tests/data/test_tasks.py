@@ -254,6 +254,64 @@ def test_the_columns_may_be_named():
     assert by_age.labels([0, 1]) == [1, 0]
 
 
+def test_a_well_known_name_goes_before_a_column_of_classes():
+    data = hub([0, 1, 0, 1], names=["train", "test"]).rename_column("label", "split")
+    texts = data.add_column("label", ["cat", "dog", "dog", "cat"])
+    assert Task("t", texts).labels(range(4)) == [0, 1, 1, 0]
+    captions = data.add_column("caption", [[f"a {i}", f"the {i}"] for i in range(4)])
+    assert Task("t", captions).is_captions
+    with pytest.raises(ValueError, match=r"got \['split', 'breed'\] among features"):
+        Task("t", data.add_column("breed", ["cat", "dog", "dog", "cat"]))
+
+
+def test_only_the_column_that_is_probed_is_decoded(tmp_path):
+    encoded = io.BytesIO()
+    RED.save(encoded, "png")
+    red = {"bytes": encoded.getvalue(), "path": None}
+    rows = {"image": [red] * 2, "mask": [{"bytes": b"rubbish", "path": None}] * 2, "label": [0, 1]}
+    kinds = {"image": Image(), "mask": Image(), "label": ClassLabel(names=["cat", "dog"])}
+    data = Dataset.from_dict(rows, features=Features(kinds))
+    converted = data.cast_column("image", Image(mode="RGB"))  # read by `datasets`
+    for each in (data, converted, data.to_iterable_dataset(), converted.to_iterable_dataset()):
+        assert Task("t", each).images([0])[0].getpixel((0, 0)) == (255, 0, 0)
+
+
+def test_truth_values_are_labels_0_and_1():
+    flags = [True, False, True, np.True_, torch.tensor(False)]
+    assert Task("t", pairs(flags), **TWO).labels(range(5)) == [1, 0, 1, 1, 0]
+    kinds = {"image": Image(), "label": Value("bool")}
+    rows = {"image": [{"bytes": b"", "path": None}] * 2, "label": [True, False]}
+    data = Dataset.from_dict(rows, features=Features(kinds))
+    for each in (data, data.to_iterable_dataset(), data.rename_column("label", "is_cat")):
+        assert Task("t", each, **TWO).labels([0, 1]) == [1, 0]
+    ids = data.rename_column("label", "is_cat").add_column("breed", [0, 1])
+    assert Task("t", ids, **TWO).labels([0, 1]) == [0, 1]
+
+
+def test_a_row_without_an_image_is_named():
+    kinds = {"image": Image(), "label": ClassLabel(names=["cat", "dog"])}
+    data = Dataset.from_dict({"image": [None, None], "label": [0, 1]}, features=Features(kinds))
+    with pytest.raises(ValueError, match=r"image 1 cannot be read \(TypeError: .* got NoneType"):
+        Task("t", data).images([1])
+
+
+class Frame:
+    """As a DataFrame of pandas."""
+
+    iloc = None
+
+    def __len__(self):
+        return 4
+
+    def __getitem__(self, key):
+        raise KeyError(key)
+
+
+class OneHot(TorchvisionLike):
+    def __getitem__(self, position):
+        return RED, self.targets[position]
+
+
 TWO = {"class_names": ["a", "b"]}
 UNLABELLED = hub([0, 1]).remove_columns("label")
 CHOICE = hub([0, 1], age=[1, 0], size=[2, 3]).remove_columns("label")
@@ -287,6 +345,11 @@ CHOICE = hub([0, 1], age=[1, 0], size=[2, 3]).remove_columns("label")
         (pairs([0, 2]), TWO, ValueError, "label 1 must lie in [0, 2) for 2 class names, got 2"),
         (hub([0, -1]), {}, ValueError, "label 1 must lie in [0, 3) for 3 class names, got -1; -1"),
         (pairs([0.5, 1]), TWO, TypeError, "label 0 must be an integer, or all labels str"),
+        (pairs(np.eye(2, dtype=int)), TWO, TypeError, "label 0 must be an integer, or all labels "
+         "strings, got array([1, 0]) (ndarray); of one-hot labels pass int(label.argmax())"),
+        (OneHot(np.eye(6, dtype=int)), {}, TypeError, "of one-hot labels pass int(label.argmax"),
+        (pairs(torch.tensor([0.0, 1.0])), TWO, TypeError, "got tensor(0.) (Tensor); pass int"),
+        (Frame(), TWO, TypeError, "(image, label) pairs, got a Frame of pandas; pass e.g. li"),
         (pairs([0, None]), TWO, TypeError, "got None (NoneType); leave images without a"),
         (pairs(["a", "z"]), TWO, ValueError, "among the 2 class names ('a', 'b'), got 'z'"),
         (pairs(["a cat", 1]), {}, TypeError, "caption 1 must be a string, got 1"),
