@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
+from copy import copy
 from typing import Any
 
+from .class_names import own_names
+from .columns import pick_columns
 from .streams import is_stream
 from .tasks import Task
 
@@ -37,28 +41,42 @@ def training_task(train: Any, task: Task, *, given: bool = True) -> Task:
     if task.is_captions:
         raise NoTrainingSetError("captions have no classes, so there is no linear probe")
     if isinstance(train, Task):
-        _check_classes(train, task)
-        return train
+        return _named_as(train, task)
     if is_stream(train):
         raise NoTrainingSetError("the training set is a stream, and a stream is read only once")
     if not given:
         _check_cheap(train)
-    train = _as_pairs(train, task)
-    names = None if _has_names(train, task) else task.class_names
-    image, label = task.columns if hasattr(train, "features") else (None, None)  # else pairs
-    read = Task(
-        task.name,
-        train,
-        templates=task.templates,
-        class_names=names,
-        image_column=image,
-        label_column=label,
-        seed=task.seed,
-    )
+    read = _read(_as_pairs(train, task), task)
     if read.is_captions:
         raise NoTrainingSetError("the training set has texts for labels, the task has classes")
-    _check_classes(read, task)
-    return read
+    return _named_as(read, task)
+
+
+def _read(train: Any, task: Task) -> Task:
+    """The training set, by the names of classes that its labels go by."""
+    image, label = task.columns if hasattr(train, "features") else (None, None)  # else pairs
+
+    def read(names: Any) -> Task:
+        return Task(
+            task.name,
+            train,
+            templates=task.templates,
+            class_names=names,
+            image_column=image,
+            label_column=label,
+            seed=task.seed,
+        )
+
+    own = _own_names(train, task)
+    if own is not None and own == task.own_names:
+        is_clear = len(set(own)) == len(own)
+        return read(dict(zip(own, task.class_names, strict=True)) if is_clear else task.class_names)
+    if own is not None:
+        return read(None)
+    if task.own_names is not None:
+        with suppress(ValueError):  # of labels that go by the names in prompts
+            return read(task.own_names)
+    return read(task.class_names)
 
 
 def _as_pairs(train: Any, task: Task) -> Any:
@@ -72,10 +90,15 @@ def _as_pairs(train: Any, task: Task) -> Any:
     return [(row[image], row[label]) for row in train]
 
 
-def _check_classes(train: Task, task: Task) -> None:
+def _named_as(train: Task, task: Task) -> Task:
+    """The training set by the task's names, where it has its classes in its order."""
     if train.class_names == task.class_names:
-        return
+        return train
     same = set(train.class_names) == set(task.class_names)
+    if not same and (train.own_names or train.class_names) == task.own_names:
+        named = copy(train)
+        named.class_names = task.class_names
+        return named
     what = "the classes of `task` in another order" if same else "other classes than `task`"
     raise NoTrainingSetError(
         f"`train` has {what}: {_short(train.class_names)} against {_short(task.class_names)}; give "
@@ -92,13 +115,12 @@ def _check_cheap(train: Any) -> None:
         )
 
 
-def _has_names(train: Any, task: Task) -> bool:
+def _own_names(train: Any, task: Task) -> tuple[str, ...] | None:
     features = getattr(train, "features", None)
     if features is None:
-        return getattr(train, "classes", None) is not None
-    label = task.columns[1]
-    found = features.values() if label is None else [features.get(label)]
-    return any(getattr(feature, "names", None) is not None for feature in found)
+        return own_names(task.name, getattr(train, "classes", None), task.class_names)
+    label = pick_columns(task.name, features, *task.columns)[1]
+    return own_names(task.name, getattr(features[label], "names", None))
 
 
 def _short(names: Sequence[str]) -> str:

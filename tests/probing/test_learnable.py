@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from datasets import Dataset
+from datasets import ClassLabel, Dataset, Features, Image, Value
 from torch import nn
 from transformers import TrainerCallback
 
@@ -178,6 +178,52 @@ def test_other_classes_or_another_order_are_an_error_that_shows_both(first_look,
     with pytest.raises(NoTrainingSetError, match="other classes than `task`"):
         first_look(task, fewer)
     assert first_look(task, turned).learnable.probe.held_out
+
+
+@pytest.mark.parametrize("given", [list, dict])
+@pytest.mark.parametrize("strings", [False, True])
+def test_a_training_set_of_the_same_own_names_takes_over_the_given_ones(halves, given, strings):
+    half, task = halves
+    raw = [f"n{i:08d}" for i in range(len(task.class_names))]
+    words = [f"the {name}" for name in task.class_names]
+    label = Value("string") if strings else ClassLabel(names=raw)
+
+    def data(of):
+        return [(row["image"], raw[row["label"]] if strings else row["label"]) for row in of]
+
+    def hub(of):
+        columns = {"image": of["image"], "label": [label for _, label in data(of)]}
+        return Dataset.from_dict(columns, features=Features({"image": Image(), "label": label}))
+
+    names = words if given is list else dict(zip(raw, words, strict=True))
+    if strings and given is list:
+        names = None
+    own = Task("colours", hub(task.dataset), class_names=names)
+    assert own.own_names == tuple(raw)
+    for train in (hub(half), Task("train", hub(half)), data(half)):
+        read = training_task(train, own, given=False)
+        assert read.class_names == own.class_names
+        assert read.labels(range(len(half))) == list(half["label"])
+
+
+def test_string_labels_of_a_training_set_may_have_underscores(halves):
+    half, task = halves
+    names = [f"a_{name}" for name in task.class_names]
+    own = Task("colours", [(row["image"], names[row["label"]]) for row in task.dataset])
+    read = training_task([(row["image"], names[row["label"]]) for row in half], own)
+    assert read.class_names == own.class_names == tuple(sorted(n.replace("_", " ") for n in names))
+    pretty = training_task(
+        [(row["image"], f"a {task.class_names[row['label']]}") for row in half], own
+    )
+    assert pretty.labels(range(len(half))) == read.labels(range(len(half)))
+
+
+def test_names_given_in_two_orders_are_refused_whatever_the_own_ones(halves):
+    half, task = halves
+    names = [f"the {name}" for name in task.class_names]
+    one, other = (Task("colours", half, class_names=given) for given in (names, names[::-1]))
+    with pytest.raises(NoTrainingSetError, match="in another order"):
+        training_task(one, other)
 
 
 def test_what_the_guard_found_itself_is_passed_over_where_it_does_not_suit(first_look, halves):
