@@ -57,6 +57,22 @@ def some_of(batch: Any, rows: slice | list[int]) -> Any:
     return batch[rows] if isinstance(rows, slice) else [batch[row] for row in rows]
 
 
+def read_image(task: Task, position: int, draws: bool) -> Any:
+    """An image of a task; the same every time, whatever is read before it.
+
+    Args:
+        task: The task.
+        position: Of the image in its data set.
+        draws: Whether reading draws random numbers.
+
+    Raises:
+        ValueError: It cannot be read.
+    """
+    if draws:
+        seed_all(position)
+    return task.images([position])[0]
+
+
 @dataclass
 class _Read:
     """What came of reading a batch.
@@ -75,8 +91,8 @@ class _Read:
 class Reader:
     """Reads batches by several threads, and keeps what fits into memory.
 
-    Where data set or processor draw random numbers, one thread reads, and the processor draws the
-    same for a batch every time.
+    Where data set or processor draw random numbers, one thread reads; the data set draws the same
+    for an image every time, and the processor for a batch.
 
     Attributes:
         draws: Whether they do.
@@ -132,7 +148,7 @@ class Reader:
         for row, position in enumerate(batch.positions):
             for last_try in (False, True):  # the second where a disk or a network hiccuped
                 try:
-                    images[row] = task.images([position])[0]
+                    images[row] = read_image(task, position, self.draws)
                     break
                 except Exception as error:
                     if last_try:

@@ -18,7 +18,7 @@ from ..records.log import get_logger
 from . import ranks
 from .ahead import ahead
 from .kept import Packed
-from .reading import FAILED, Batch, Reader, sha256_of, some_of
+from .reading import FAILED, Batch, Reader, read_image, sha256_of, some_of
 from .texts import captions_of, first_of_each, tell_one_text
 
 logger = get_logger(__name__)
@@ -104,7 +104,8 @@ class Share:
     def _inputs(self, batch: Batch, n: int) -> Any:
         if batch.inputs is not None:
             return some_of(batch.inputs, slice(n))
-        images = self.tasks[batch.task].task.images(batch.positions)
+        task = self.tasks[batch.task].task
+        images = [read_image(task, position, self.draws) for position in batch.positions]
         if self.draws:
             seed_all(0)
         return some_of(self.encoder.preprocess(images), slice(n))

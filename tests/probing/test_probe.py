@@ -219,6 +219,37 @@ def test_without_cache_images_are_read_at_every_look_and_with_it_once(
         assert len(reads) == expected + witness
 
 
+class Drawing:
+    """A random level for every picture, each time; the ninth cannot be read."""
+
+    classes = ("a", "b")
+    targets = (0, 1) * 16
+
+    def __len__(self):
+        return 32
+
+    def __getitem__(self, position):
+        levels = [random.randrange(256), np.random.randint(256), int(torch.randint(256, ()))]
+        if position == 9:
+            raise OSError("lost")
+        return Image.new("RGB", (8, 8), tuple(levels)), position % 2
+
+
+@pytest.mark.parametrize("cache_limit", [2**31, 0])
+def test_images_that_are_drawn_at_random_are_drawn_once(tiny_clip, make_probe, cache_limit):
+    model = tiny_clip()
+    probes = [
+        make_probe(Task("t", Drawing()), [], batch_size=size, cache_limit=limit)
+        for size, limit in ((8, 2**31), (8, cache_limit), (5, cache_limit))
+    ]
+    first = probes[0].look(model, 0)
+    for step, probe in enumerate(probes * 2):
+        torch.rand(3), np.random.rand(), random.random()
+        assert_same_look(probe.look(model, step), first, atol=1e-6)
+    assert len({probe.fingerprints["t"] for probe in probes}) == 1
+    assert probes[0]._share.draws
+
+
 def test_the_cache_takes_the_tasks_that_fit(tiny_clip, make_probe):
     task_only = 32 * 3 * 16 * 16 * 4  # float32 pixels of the task's 32 images
     probe = make_probe(cache_limit=task_only)
