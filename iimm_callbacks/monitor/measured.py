@@ -83,7 +83,6 @@ class Measured(Journaled):
         self._now = (0, 0)  # the latest step and the total that are known
         self._began = 0.0  # on the clock
         self._is_partial = False  # the latest look
-        self.is_later_phase = False  # of a training that an earlier run began
         self._warned: set[str] = set()
         self._rescue: Rescue | None = None
 
@@ -131,7 +130,8 @@ class Measured(Journaled):
         """Take the baseline of a run that failed and is tried again: call it before `begin`.
 
         What was trained in between does not become the baseline; images that were preprocessed are
-        used again. It is one run, saved once.
+        used again. It is one run, saved once. Steps that the first try did count for a phase of
+        their own, since the model keeps them.
 
         Args:
             first: The monitor of that run, which is given up.
@@ -143,6 +143,7 @@ class Measured(Journaled):
         first._ledger.drop()
         self.probe = first.probe
         self._journal = replace(journal, history=[], failures=0, dropped=0)
+        self.is_later_phase |= first._now[0] > 0
 
     def go_on_from(self, journal: Journal, model: nn.Module) -> bool:
         """Take the baseline of an earlier run that trained this model: call it before `begin`.
@@ -270,11 +271,11 @@ class Measured(Journaled):
         metrics = {task.name: task.metric.name for task in tasks if task.metric}
         if self.probe.encode is None and find_own_head(model) is not None:
             metrics.setdefault(self.probe.task.name, "accuracy of its own classifier")
-        recipe = {"trainable_share": trainable_share(model)}
+        fingerprint, recipe = model_fingerprint(before), {"trainable_share": trainable_share(model)}
         start = opening(
             look,
             model=model_name(before),
-            model_fingerprint=model_fingerprint(before),
+            model_fingerprint=fingerprint,
             method=self.method or detect(model),
             fingerprint=self.probe.fingerprints[self.probe.task.name],
             recipe=recipe | ({"metrics": metrics} if metrics else {}),
@@ -286,6 +287,8 @@ class Measured(Journaled):
             self.probe.fingerprints,
             n_outcomes=0,  # until `_learn` has counted them
             off_target_size=self.probe.off_target_size,
+            is_later_phase=untouched is not None
+            and (untouched is not before or fingerprint != model_fingerprint(model)),
         )
 
     def _size_probe(self, recipe: Mapping[str, Any], resumed: Journal | None) -> None:

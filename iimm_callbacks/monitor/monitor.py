@@ -19,12 +19,10 @@ from ..forecasting.runs import about
 from ..guard.judging import judge_first
 from ..guard.pace import Pace
 from ..guard.schedule import Every, next_share
-from ..measures.embeddings import NotFiniteError
 from ..models.encoders import EncodePair
 from ..probing import ranks
 from ..probing.learnable import TrainingSet
 from ..probing.probe import Probe
-from ..records.checks import anything, dict_of
 from ..records.former import check_former, pick
 from ..records.ledger import Ledger, Past
 from ..records.log import get_logger
@@ -32,8 +30,10 @@ from ..records.outcomes import Outcome
 from ..records.verdict import Limits, Verdict
 from ..reports.lines import look_line, preflight_lines, saved_lines
 from ..reports.terminal import preflight_table, summary_table
+from .ending import ended_as, has_moved
 from .forgiving import Forgiving
 from .measured import Measured, Verbose
+from .recipe import checked
 
 logger = get_logger(__name__)
 
@@ -157,7 +157,8 @@ class IIMMMonitor(Measured):
             model: The model before its first training step.
             recipe: ``learning_rate``, ``steps``, optimizer and so on: for forecast and record.
             untouched: Where `model` has been trained already: the model as it was before; or a
-                context inside which `model` is that, see `wrappers.zero_shot_twin`.
+                context inside which `model` is that, see `wrappers.zero_shot_twin`. If they
+                differ, the outcome is that of several trainings, and none to learn from.
 
         Returns:
             The verdict on the forecast.
@@ -172,12 +173,12 @@ class IIMMMonitor(Measured):
         began = time.perf_counter()
         resumed = self._journal
         is_new = resumed is None or not resumed.history
-        self._size_probe(recipe or {}, resumed)
+        settings = checked(recipe or {})
+        self._size_probe(settings, resumed)
         self.probe.prepare(model)
         if resumed:
             self.probe.check_fingerprints(resumed.fingerprints)
         past = ranks.together(lambda: self.past() if ranks.world()[0] == 0 else None)
-        settings = dict_of(anything)(dict(recipe or {}), "recipe")  # a file must be able to hold it
         journal = resumed or self._first_look(model, untouched)
         self._learn(past, journal, resumed=resumed is not None)
         seconds = time.perf_counter() - began
@@ -230,7 +231,8 @@ class IIMMMonitor(Measured):
         total = self._require_begun("step").start.recipe.get("steps")
         if not isinstance(total, int):
             raise RuntimeError(
-                "`step` needs the number of steps: call `begin(model, recipe={'steps': total})`"
+                "`step` needs the number of steps, a whole number: call "
+                f"`begin(model, recipe={{'steps': total}})`, got {total!r}"
             )
         if not self.is_due(step, total):
             return None
@@ -314,7 +316,7 @@ class IIMMMonitor(Measured):
     def end(
         self, model: nn.Module | None = None, step: int | None = None, *, ended: str = ""
     ) -> Outcome:
-        """Look at the model once more, if it has trained since the last look; record the run.
+        """Look at the model once more, if it may have trained since the last look; record the run.
 
         The outcome is added to the store. A store that cannot be written is warned of. A run that
         never gets here is added as interrupted when the monitor goes away, unless the process is
@@ -323,7 +325,7 @@ class IIMMMonitor(Measured):
         Args:
             model: The model after training; ``None``: the one that `begin` was given.
             step: Optimizer steps done; ``None``: the latest that `step`, `is_due` or `check` was
-                told.
+                told; where none was, all ``steps`` of the recipe, unless `ended` is given.
             ended: Why training ended before its last step; empty: it did not, or did so unguarded.
 
         Returns:
@@ -332,20 +334,18 @@ class IIMMMonitor(Measured):
         Raises:
             RuntimeError: `begin` was not called.
         """
-        self._require_begun("end")
+        journal = self._require_begun("end")
         now, total = self._now
-        now = now if step is None else step
-        if not self.has_seen(now):
+        told = step is not None or now > 0
+        now = step if step is not None else now if told or ended else total
+        if not (told and self.has_seen(now)):
             self.check(self._trained("end") if model is None else model, now, total)
-        # Numbers of an earlier step are no outcome, where the last look failed.
-        complete = self._failure is None and now >= total and not ended
-        if isinstance(self._failure, NotFiniteError):
-            ended = ended or "training diverged"
-        elif self._failure is not None:
-            ended = ended or "the last look failed"
-        self.ended = ended or ("finished" if complete else "stopped early")
-        if complete and self.is_later_phase:
-            complete, self.ended = False, "finished, as a later phase of its training"
+        # That all steps were done is believed without a word only where the model has moved.
+        silent = total > 0 and has_moved(journal.history) and not self.is_mixed
+        reached = now >= total if told else silent
+        self.ended, complete = ended_as(
+            self._failure, ended, told=told, reached=reached, later=self.is_later_phase
+        )
         outcome = self._keep(self.ended, complete)
         self._ledger.close()
         self._say(lambda: summary_table(self.record()))

@@ -15,6 +15,7 @@ from .checks import (
     dict_of,
     fields,
     finite,
+    flag,
     list_of,
     object_of,
     one_of,
@@ -41,6 +42,8 @@ class Journal:
         history: One row per look: the logged keys, with ``step``, ``share``, ``level``, ``reason``.
         failures: Looks that failed.
         dropped: Looks that were dropped to keep within the overhead allowed.
+        is_later_phase: Whether the model had been trained already when it began: its outcome is
+            then that of several trainings.
     """
 
     start: Outcome
@@ -51,6 +54,7 @@ class Journal:
     failures: int = 0
     dropped: int = 0
     off_target_size: int | None = None
+    is_later_phase: bool = False
 
     @property
     def verdict(self) -> Verdict:
@@ -104,6 +108,7 @@ class Journal:
             "failures": self.failures,
             "dropped": self.dropped,
             "off_target_size": self.off_target_size,
+            "is_later_phase": self.is_later_phase,
         }
 
     @classmethod
@@ -113,7 +118,7 @@ class Journal:
         Raises:
             ValueError: It is not that; the message names the field.
         """
-        journal = cls(**fields(data, "", _FIELDS, {"off_target_size": or_none(count)}))
+        journal = cls(**fields(data, "", _FIELDS, _OPTIONAL))
         off_target = list(journal.start.off_target_before)
         tasks = {journal.start.task, *off_target}
         if not journal.baseline.correct.keys() == journal.fingerprints.keys() == tasks:
@@ -151,6 +156,16 @@ class Journaled:
     def alarm(self) -> str:
         """The worst level of all verdicts so far."""
         return self._journal.alarm if self._journal else "continue"
+
+    @property
+    def is_later_phase(self) -> bool:
+        """Whether the model had been trained already when the run began."""
+        return self._journal is not None and self._journal.is_later_phase
+
+    @is_later_phase.setter
+    def is_later_phase(self, value: bool) -> None:
+        if self._journal is not None:
+            self._journal.is_later_phase = value
 
     def state_dict(self) -> dict[str, Any]:
         """The run so far as JSON-ready data, for a checkpoint; empty before `begin`."""
@@ -250,3 +265,5 @@ _FIELDS = {
     "failures": count,
     "dropped": count,
 }
+# Checkpoints of earlier releases lack them.
+_OPTIONAL = {"off_target_size": or_none(count), "is_later_phase": flag}

@@ -64,8 +64,9 @@ def earlier_journal(
 def _journal_of_checkpoint(model: nn.Module, key: str) -> Journal | None:
     """That of the checkpoint that the model was loaded from, by `from_pretrained`."""
     config = next((m.config for m in model.modules() if hasattr(m, "config")), None)
-    file = Path(str(getattr(config, "_name_or_path", ""))) / "trainer_state.json"
-    if not file.is_file():
+    folder = str(getattr(config, "_name_or_path", None) or "")
+    file = Path(folder) / "trainer_state.json"
+    if not folder or not file.is_file():  # no folder is not the working directory
         return None
     try:
         saved = TrainerState.load_from_json(file).stateful_callbacks.get(key)
@@ -80,10 +81,10 @@ AS_IT_IS = "Gain and forgetting count from the model as it is now."
 
 def counts_from(untouched: nn.Module | None, monitor: IIMMMonitor) -> str:
     """The baseline in words; `untouched` as `other_baseline` gave it."""
-    if monitor.is_later_phase:
-        return "Gain and forgetting count from the untouched model of the earlier run."
     if untouched is not None:
         return "Gain and forgetting count from `base_model`."
+    if monitor.is_later_phase:
+        return "Gain and forgetting count from the untouched model of the earlier run."
     return AS_IT_IS
 
 

@@ -294,6 +294,69 @@ def test_without_the_number_of_steps_a_loop_is_told_to_give_it(tiny_clip, make_m
         monitor.step(1)
 
 
+@pytest.mark.parametrize(("steps", "n"), [(8.0, 8), (8.5, None), ("8", None)])
+def test_the_number_of_steps_is_a_whole_number(tiny_clip, make_monitor, steps, n):
+    monitor, model = make_monitor(), tiny_clip()
+    monitor.begin(model, recipe={"steps": steps})
+    if n is None:
+        with pytest.raises(RuntimeError, match=re.escape(f"got {steps!r}")):
+            monitor.step(1)
+        return
+    assert monitor.step(8) is not None
+    assert monitor.end().recipe["steps"] == n
+    assert monitor.history[-1]["share"] == 1
+
+
+def trained(model):
+    with torch.no_grad():
+        for p in model.visual_projection.parameters():
+            p.add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(1)))
+    return model
+
+
+@pytest.mark.parametrize(
+    ("recipe", "given", "ended"),
+    [
+        ({}, "", "the steps done were never told"),
+        ({"steps": 6}, "", "finished"),
+        ({"steps": 6}, "out of time", "out of time"),
+    ],
+)
+def test_a_model_is_looked_at_in_the_end_where_no_step_was_told(
+    tiny_clip, make_monitor, own_store, recipe, given, ended
+):
+    model, monitor = tiny_clip(), make_monitor()
+    monitor.begin(model, recipe=recipe)
+    outcome = monitor.end(trained(model), ended=given)
+    alone = make_monitor(outcomes=None)
+    alone.begin(model)
+    assert outcome.final_accuracy == alone.history[0]["eval_iimm_accuracy"]
+    assert outcome.trajectory[-1]["iimm"] == alone.history[0]["eval_iimm"]
+    assert outcome.iimm != alone.history[0]["eval_iimm"]
+    assert outcome.ended == ended
+    assert outcome.complete == (ended == "finished")
+    assert [o.complete for o in read_outcomes(own_store)] == [outcome.complete]
+
+
+def test_a_model_that_never_moved_is_no_complete_run_by_silence(tiny_clip, make_monitor):
+    monitor, model = make_monitor(), tiny_clip()
+    monitor.begin(model, recipe={"steps": 6})
+    outcome = monitor.end()
+    assert not outcome.complete
+    assert outcome.ended == "the steps done were never told"
+
+
+@pytest.mark.parametrize("before", [True, False])
+def test_a_loop_that_goes_on_from_a_trained_model_is_none_to_learn_from(
+    tiny_clip, make_monitor, before
+):
+    monitor, model = make_monitor(), tiny_clip()
+    monitor.begin(trained(model) if before else model, untouched=tiny_clip(), recipe={"steps": 1})
+    monitor.step(1)
+    assert monitor.end().complete is not before
+    assert monitor.state_dict()["is_later_phase"] is before
+
+
 def test_a_terminal_that_is_gone_costs_a_warning(tiny_clip, make_monitor, monkeypatch, caplog):
     def gone(*_):
         raise BrokenPipeError("the reader is gone")

@@ -351,6 +351,34 @@ def test_each_call_of_train_is_a_run_and_all_count_from_the_untouched_model(
     assert second.ended == "finished, as a later phase of its training"
 
 
+def test_a_second_phase_that_is_resumed_is_still_none_to_learn_from(make_trainer, guard, tmp_path):
+    callback = guard()
+    trainer = make_trainer([callback], **SAVING)
+    trainer.train()
+    trainer.train()
+    again = guard()
+    resumed = make_trainer([again], max_steps=6, output_dir=str(tmp_path / "again"))
+    resumed.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-3"))
+    assert steps(again) == [0, 3, 6]
+    for outcome in (callback.outcome, again.outcome):
+        assert outcome.ended == "finished, as a later phase of its training"
+        assert not outcome.complete
+
+
+def test_a_checkpoint_in_the_working_directory_is_not_that_of_a_model_without_a_name(
+    make_trainer, guard, tiny_clip, tmp_path, monkeypatch
+):
+    first, second = guard(), guard()
+    make_trainer([first], **SAVING).train()
+    model = tiny_clip()
+    with torch.no_grad():
+        model.logit_scale.add_(1)
+    monkeypatch.chdir(tmp_path / "out" / "checkpoint-3")
+    make_trainer([second], model=model, max_steps=3, output_dir=str(tmp_path / "2")).train()
+    assert second.outcome.complete
+    assert second.outcome.model_fingerprint != first.outcome.model_fingerprint
+
+
 def test_weights_that_were_put_back_are_untouched_again(make_trainer, guard, tiny_clip):
     callback = guard()
     trainer = make_trainer([callback], max_steps=6)
@@ -393,7 +421,10 @@ def test_tried_again_after_an_exception_the_baseline_is_the_untouched_model(
     make_trainer([alone], max_steps=6).train()
     assert timeless(callback)[0] == timeless(alone)[0]
     assert steps(callback) == [0, 3, 6]
-    assert [o.complete for o in read_outcomes(own_store)] == [True, True]
+    # The first one's model had been trained for 5 steps before its recipe began.
+    first, second = read_outcomes(own_store)
+    assert (first.complete, second.complete) == (False, True)
+    assert first.ended == "finished, as a later phase of its training"
 
 
 @pytest.mark.parametrize("when", [0, 4])
@@ -418,7 +449,7 @@ def test_auto_find_batch_size_keeps_the_baseline_of_its_first_try(
     ours = [row["step"] for row in trainer.state.log_history if "eval_iimm" in row]
     assert ours == [0, 3, 6]
     (outcome,) = read_outcomes(own_store)
-    assert outcome.complete
+    assert outcome.complete == (when == 0)  # the Trainer keeps what the first try has trained
     assert outcome.recipe["batch_size"] == trainer._train_batch_size < 16
 
 
@@ -449,7 +480,7 @@ def test_tried_again_nothing_of_the_first_try_is_left(
     assert callback.record()["failures"] == 0
     assert (folders[1] / "iimm_colours.json").exists()
     assert (folders[1] / "iimm_colours_untouched.safetensors").exists()
-    assert [outcome.complete for outcome in read_outcomes(own_store)] == [True]
+    assert [outcome.complete for outcome in read_outcomes(own_store)] == [False]  # 5 + 6 steps
 
 
 def test_two_guarded_trainers_in_one_process_keep_apart(make_trainer, guard, tiny_clip, tmp_path):
