@@ -174,6 +174,8 @@ class IIMMCallback(GuardedRun, TrainerCallback):  # type: ignore[misc]  # transf
     ) -> None:
         """Measure the untouched model; a model that cannot be measured raises before training."""
         host.check_alone(self)
+        if state.is_world_process_zero:
+            host.warn_of_direction(args)
         model = kwargs["model"]
         known = self._model is not None and self._model() is model
         broken_off = known and self.outcome is None
@@ -237,6 +239,7 @@ class IIMMCallback(GuardedRun, TrainerCallback):  # type: ignore[misc]  # transf
         if metrics is None:
             return
         wanted = host.metric_for_best_model(args)
+        row: dict[str, float] = {}
         chooses = wanted.startswith(keys.PREFIX)
         if self.monitor is not None and self.monitor.history:
             step, trains = self._step(state), self.outcome is None and self._held is None
@@ -245,13 +248,14 @@ class IIMMCallback(GuardedRun, TrainerCallback):  # type: ignore[misc]  # transf
             elif trains and not self.monitor.has_seen(step):
                 self._look(state, control, kwargs["model"])
             if self.monitor.history[-1]["step"] == step and not self.monitor.is_mixed:
-                row = self.monitor.row()
-                if chooses and row:  # else the look failed
-                    row = pick(self.monitor.history[-1], wanted)
-                if chooses or host.searches_by_own_objective():
+                row = self.monitor.row()  # empty where the look failed
+                if chooses and row:
+                    metrics.update(pick(self.monitor.history[-1], wanted))
+                elif host.searches_by_own_objective():
                     metrics.update(row)
         in_run = self._model is not None and self.outcome is None  # whether the guard is on or off
-        if chooses and in_run and wanted not in metrics:
+        excused = not row or host.comes_and_goes(wanted)  # else no look will ever have it
+        if chooses and in_run and wanted not in metrics and excused:
             # The Trainer would end in a KeyError; NaN is never the best.
             metrics[wanted] = math.nan
         self._step_back()

@@ -13,6 +13,10 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from transformers.trainer_utils import default_compute_objective
 
 from ..probing.learnable import TrainingSet
+from ..records import keys
+from ..records.log import get_logger
+
+logger = get_logger(__name__)
 
 
 def find_trainer() -> Trainer | None:
@@ -46,6 +50,38 @@ def log(state: TrainerState, control: TrainerControl, row: dict[str, float]) -> 
 def metric_for_best_model(args: TrainingArguments) -> str:
     """The key of the metrics that the best model is chosen by; "eval_" where there is none."""
     return f"eval_{(args.metric_for_best_model or '').removeprefix('eval_')}"
+
+
+def warn_of_direction(args: TrainingArguments) -> None:
+    """Warn where the best model would be the one that forgot most.
+
+    transformers takes the larger number for the better one, unless its name ends with "loss".
+    """
+    key = metric_for_best_model(args)
+    if args.greater_is_better and key.startswith((f"{keys.PREFIX}_forgetting", keys.EXCEED)):
+        logger.warning(
+            "`metric_for_best_model=%r` picks the checkpoint where it is largest, the one that "
+            "forgot most: give `greater_is_better=False`, got True",
+            args.metric_for_best_model,
+        )
+
+
+def comes_and_goes(key: str) -> bool:
+    """Whether a number of ours is there at some looks only: a forecast and what rests on it."""
+    forecasts = [keys.forecast_key(name) for name in ("gain", "forgetting")]
+    ends = ("", "_low", "_high")
+    return key in {keys.EXCEED, keys.STANDARD_ERROR, *(f + end for f in forecasts for end in ends)}
+
+
+def ended_at_best(state: TrainerState, step: int) -> str:
+    """That the run ended with its best model, in words; empty where that is the last one.
+
+    Args:
+        state: With a best checkpoint, which was loaded.
+        step: Steps done.
+    """
+    best = Path(state.best_model_checkpoint or "").name.rpartition("-")[2]
+    return "" if best == str(step) else f"finished, with the best model loaded: that of step {best}"
 
 
 def searches_by_own_objective() -> bool:
@@ -152,13 +188,19 @@ def autocast_dtype(args: TrainingArguments) -> torch.dtype | None:
     return torch.float16 if args.fp16 else None
 
 
-def recipe(args: TrainingArguments, state: TrainerState) -> dict[str, Any]:
-    """The settings of a run to save, JSON-ready."""
+def recipe(args: TrainingArguments, state: TrainerState, optimizer: Any = None) -> dict[str, Any]:
+    """The settings of a run to save, JSON-ready.
+
+    Args:
+        args: The Trainer's.
+        state: The Trainer's.
+        optimizer: That steps; it may be the user's own, to which `args` do not apply.
+    """
     # `auto_find_batch_size` may have come to another one than was asked for.
     batch_size = getattr(state, "train_batch_size", None) or args.train_batch_size
     return {
-        "optimizer": _name(args.optim),
-        "learning_rate": float(args.learning_rate),
+        "optimizer": _optimizer_name(args, optimizer),
+        "learning_rate": _learning_rate(args, optimizer),
         "schedule": _name(args.lr_scheduler_type),
         "warmup_steps": args.get_warmup_steps(state.max_steps),
         "weight_decay": float(args.weight_decay),
@@ -166,6 +208,40 @@ def recipe(args: TrainingArguments, state: TrainerState) -> dict[str, Any]:
         "batch_size": batch_size * args.gradient_accumulation_steps * args.world_size,
         "seed": args.seed,
     }
+
+
+def _optimizer_name(args: TrainingArguments, optimizer: Any) -> str:
+    """As in `args`; of an optimizer that these do not make, its class."""
+    kind = type(getattr(optimizer, "optimizer", optimizer))  # accelerate wraps it
+    try:
+        asked = Trainer.get_optimizer_cls_and_kwargs(args)[0]
+    except Exception:  # it needs the model, or a library that is not there
+        asked = None
+    known = isinstance(asked, type) and issubclass(kind, torch.optim.Optimizer)
+    own = known and kind is not asked and not _steps_by_layer(args)
+    return kind.__name__ if own else _name(args.optim)
+
+
+def _learning_rate(args: TrainingArguments, optimizer: Any) -> float:
+    """The largest of the optimizer's, before any schedule; as in `args` where it has none."""
+    groups = [] if _steps_by_layer(args) else getattr(optimizer, "param_groups", [])
+    rates = [group.get("initial_lr", group.get("lr")) for group in groups]
+    known = [float(rate) for rate in rates if rate is not None]
+    return max(known, default=float(args.learning_rate))
+
+
+def _steps_by_layer(args: TrainingArguments) -> bool:
+    """Whether each layer has an optimizer of its own, and hooks are handed a dummy."""
+    return "layerwise" in _name(args.optim)
+
+
+def training_loss(state: TrainerState, step: int) -> float | None:
+    """The latest that was logged before this step; None where there is none.
+
+    This step's own is logged after the look, but is there already where a run is resumed.
+    """
+    losses = [r["loss"] for r in state.log_history if "loss" in r and r["step"] < step]
+    return losses[-1] if losses else None
 
 
 def training_set(loader: Any) -> TrainingSet | None:

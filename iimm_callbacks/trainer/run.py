@@ -83,7 +83,8 @@ class GuardedRun(Settings):
         untouched = None
         if first_try is None:
             untouched = baseline.other_baseline(model, self.base_model)
-        verdict = monitor.begin(model, recipe=host.recipe(args, state), untouched=untouched)
+        recipe = host.recipe(args, state, kwargs.get("optimizer"))
+        verdict = monitor.begin(model, recipe=recipe, untouched=untouched)
         self.monitor, self._rescuer = monitor, rescuer
         self._amend_card()
         counts_from = baseline.counts_from(untouched, monitor)
@@ -113,7 +114,9 @@ class GuardedRun(Settings):
         rescuer = self._rescuer
         if rescuer is not None and monitor.is_exceeded():
             rescue_at_end(lambda: monitor.rescue(model, rescuer), rescuer, strict=self.strict)
-        self.outcome = monitor.end(model, step, ended=self._stop_reason)
+        measured = swapped and monitor.row()  # else the look failed, which says more
+        best = host.ended_at_best(state, step) if measured else ""
+        self.outcome = monitor.end(model, step, ended=self._stop_reason or best)
         self._ended_as = model_fingerprint(model)
         self._card_of_checkpoints(state)
         record = monitor.record()
@@ -245,7 +248,9 @@ class GuardedRun(Settings):
             else:
                 with undisturbed(model):  # a user's function may draw, or fail on some ranks
                     untouched = ranks.together(lambda: find_untouched(model, self.base_model))
-            monitor.begin(model, recipe=host.recipe(args, state), untouched=untouched)
+            recipe = host.recipe(args, state, kwargs.get("optimizer"))
+            monitor.begin(model, recipe=recipe, untouched=untouched)
+            monitor.is_later_phase &= saved is not None  # its steps count from the base model
         except Exception as error:
             if self.strict:
                 raise
@@ -285,13 +290,10 @@ class GuardedRun(Settings):
     ) -> None:
         monitor = self.monitor
         assert monitor is not None
-        looks, alarm = len(monitor.history), monitor.alarm
+        last, alarm = monitor.history[-1], monitor.alarm
         step = self._step(state)
-        # This step's own is logged after the look, but is there already where a run is resumed.
-        losses = [r["loss"] for r in state.log_history if "loss" in r and r["step"] < step]
-        loss = losses[-1] if losses else None
-        verdict = monitor.check(model, step, state.max_steps, loss)
-        if len(monitor.history) > looks:
+        verdict = monitor.check(model, step, state.max_steps, host.training_loss(state, step))
+        if monitor.history[-1] is not last:
             self._emit(state, control, monitor.row())
             self._act(state, control, verdict, alarm, may_stop=may_stop)
         else:

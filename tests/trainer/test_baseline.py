@@ -15,7 +15,7 @@ from iimm_callbacks.models.tuning import prepare
 def guard(colour_task, shape_task):
     def build(**settings):
         settings = {"max_overhead": None, "verbose": False, "outcomes": None} | settings
-        return IIMMCallback(colour_task, [shape_task], **settings)
+        return IIMMCallback(colour_task, settings.pop("off_target", [shape_task]), **settings)
 
     return build
 
@@ -117,6 +117,89 @@ def test_a_second_phase_counts_from_the_base_model(
     last = second.monitor.history[-1]
     lost = one["eval_iimm_shapes_accuracy"] - last["eval_iimm_shapes_accuracy"]
     assert last["eval_iimm_forgetting_observed"] == pytest.approx(lost)
+    # Its gain is not that of its own steps, so nothing may be learnt from it.
+    assert not second.outcome.complete
+    assert second.outcome.ended == "finished, as a later phase of its training"
+
+
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_a_base_model_that_is_the_model_itself_makes_no_later_phase(
+    make_trainer, guard, tiny_clip, method
+):
+    callback = guard(base_model=tiny_clip)
+    make_trainer([callback], model=prepare(tiny_clip(), method), max_steps=2).train()
+    assert callback.outcome.complete
+
+
+def test_the_recipe_is_that_of_the_optimizer_that_steps(make_trainer, guard, tiny_clip):
+    """It may be the user's own; of the Trainer's the rate is the one before its schedule."""
+    callbacks = [guard(), guard()]
+    trainer = make_trainer([callbacks[0]], max_steps=2)
+    groups = [{"params": [p]} for p in trainer.model.parameters()]
+    groups[0]["lr"] = 0.02
+    trainer.optimizer = torch.optim.SGD(groups, lr=0.01)
+    trainer.train()
+    make_trainer([callbacks[1]], max_steps=2, warmup_steps=1, learning_rate=2e-3).train()
+    one, other = (callback.outcome.recipe for callback in callbacks)
+    assert (one["optimizer"], one["learning_rate"]) == ("SGD", 0.02)
+    assert other["optimizer"].startswith("adamw_torch")
+    assert other["learning_rate"] == pytest.approx(2e-3)
+
+
+BEST = EVALUATED | {"save_strategy": "steps", "save_steps": 2, "load_best_model_at_end": True}
+
+
+def test_a_misspelt_number_of_ours_is_the_trainers_own_error(make_trainer, guard):
+    trainer = make_trainer([guard()], **BEST, metric_for_best_model="iimm_forgetting")
+    with pytest.raises(KeyError, match="eval_iimm_forgetting"):
+        trainer.train()
+
+
+def test_a_forecast_that_is_not_there_yet_ends_no_run(make_trainer, guard):
+    callback = guard(off_target=[], outcomes=None)
+    trainer = make_trainer([callback], **BEST, metric_for_best_model="iimm_exceed_probability")
+    trainer.train()
+    assert trainer.state.global_step == 8
+
+
+@pytest.mark.parametrize(
+    ("key", "greater", "warns"),
+    [
+        ("iimm_forgetting_observed", None, True),
+        ("eval_iimm_exceed_probability", True, True),
+        ("iimm_forgetting_worst", False, False),
+        ("iimm_accuracy", None, False),
+    ],
+)
+def test_the_best_model_by_most_forgetting_is_warned_of(
+    make_trainer, guard, caplog, key, greater, warns
+):
+    arguments = BEST | {"max_steps": 2, "greater_is_better": greater}
+    make_trainer([guard()], **arguments, metric_for_best_model=key).train()
+    said = [r.message for r in caplog.records if "greater_is_better=False" in r.message]
+    assert len(said) == warns
+
+
+@pytest.mark.parametrize("early", [True, False])
+def test_the_end_of_a_run_is_not_learnt_from_an_early_checkpoint(
+    make_trainer, guard, monkeypatch, early
+):
+    callback = guard()
+    arguments = BEST | {"greater_is_better": False, "metric_for_best_model": "eval_loss"}
+    trainer = make_trainer([callback], **arguments)
+    evaluate = trainer.evaluate
+
+    def scripted(*args, **settings):
+        metrics = evaluate(*args, **settings)
+        metrics["eval_loss"] = float(abs(trainer.state.global_step - (4 if early else 8)))
+        return metrics
+
+    monkeypatch.setattr(trainer, "evaluate", scripted)
+    trainer.train()
+    outcome = callback.outcome
+    assert outcome.complete is not early
+    ended = "finished, with the best model loaded: that of step 4" if early else "finished"
+    assert outcome.ended == ended
 
 
 def test_what_the_run_counts_from_is_said(make_trainer, guard, tuned, tiny_clip, capsys):

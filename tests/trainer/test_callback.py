@@ -24,9 +24,12 @@ from iimm_callbacks import (
     sample,
 )
 from iimm_callbacks.forecasting.base_rates import load_base_rates
+from iimm_callbacks.guard.judging import judge_look
+from iimm_callbacks.guard.pace import Budget
 from iimm_callbacks.models.tuning import prepare
 from iimm_callbacks.models.wrappers import model_fingerprint
 from iimm_callbacks.probing.probe import Probe
+from iimm_callbacks.records.verdict import Verdict
 
 CHECKPOINTING = "activation_checkpointing"  # its name since transformers 5
 if CHECKPOINTING not in TrainingArguments.__dataclass_fields__:
@@ -183,6 +186,29 @@ def test_an_alarm_is_raised_on_all_images_only(make_trainer, guard, script_looks
     last = callback.monitor.history[-1]
     assert (last["level"], last["n_images"]) == ("stop", 32 + 24)
     assert len({row["step"] for row in callback.monitor.history}) == len(callback.monitor.history)
+
+
+def test_a_full_look_in_place_of_a_partial_one_is_logged_and_acted_on(
+    make_trainer, guard, monkeypatch
+):
+    def judged(look, *args, **settings):
+        found = judge_look(look, *args, **settings)
+        full = sum(map(len, look.correct.values())) == 32 + 24
+        verdict = Verdict("stop" if full else "continue", 0.5, "all images tell")
+        return replace(found, verdict=verdict, row=found.row | {"level": verdict.level})
+
+    monkeypatch.setattr("iimm_callbacks.monitor.measured.judge_look", judged)
+    monkeypatch.setattr(Budget, "part", lambda *_: 0.5)
+    callback = guard(action="stop", every=2, max_overhead=0.05)
+    trainer = make_trainer(
+        [callback], max_steps=6, eval_strategy="steps", eval_steps=2,
+        metric_for_best_model="iimm_accuracy",
+    )  # fmt: skip
+    trainer.train()
+    assert trainer.state.global_step == 2
+    assert callback.outcome.ended.startswith("stopped by the guard at step 2")
+    assert [row["step"] for row in rows(trainer)] == [0, 2, 2]
+    assert [row["n_images"] for row in callback.monitor.history] == [56, 56]
 
 
 def test_a_short_run_that_will_go_over_the_limit_is_stopped_at_its_first_looks(
