@@ -315,10 +315,10 @@ def _fit(table: Table, candidate: Candidate, method: str, scored: NDArray[np.boo
     size = float(np.mean(x[rows, 0] ** 2)) if p else 1.0
     ridge = np.diag([1e-9 * size] * (p - offsets) + [_POOLING * size] * offsets)
     whole = gram.sum(0) + ridge
-    if p and np.linalg.cond(whole) > _SINGULAR:
-        return None  # features that say the same: what lies between them would be made up
-    inverse = np.linalg.inv(whole)
-    without = np.linalg.inv(whole - gram)  # [T, p, p]
+    normal = np.concatenate([whole[None], whole - gram])  # of all tasks, then without each
+    if p and np.linalg.cond(normal).max() > _SINGULAR:
+        return None  # features that say the same, or vary in one task only: it would be made up
+    inverse, without = np.linalg.inv(whole), np.linalg.inv(normal[1:])  # [p, p], [T, p, p]
     betas = (without @ (moment.sum(0) - moment)[:, :, None])[:, :, 0]  # [T, p]
     left_out = offset + (x * betas[task]).sum(1)
     leverage = (x * (without[task] @ x[:, :, None])[:, :, 0]).sum(1)

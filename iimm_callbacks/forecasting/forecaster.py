@@ -154,7 +154,7 @@ class Forecaster:
             in_range = in_range and not any("range of the saved runs" in word for word in words)
             if found is not None:
                 evidence[quantity] = found
-        if ask.zero_shot_accuracy > NEAR_CEILING and runs.rows:
+        if runs.rows and _refused(runs, ask, "gain"):
             predictions["gain"] = None
             evidence.pop("gain", None)
             notes.append(
@@ -221,6 +221,8 @@ class Forecaster:
         evidence = dict(forecast.evidence)
         next_look = {}
         for name in seen:
+            if _refused(runs, ask, name):
+                continue
             prior = getattr(forecast, name)
             sight = Sight(name, share, 1.0, seen, prior)
             found, now = estimates.during(runs, ask, sight)
@@ -264,6 +266,13 @@ class Forecaster:
         estimates = self._teach(ask.model)[1]
         found = {q: estimates.before(runs, ask, q, next_share) for q in ("forgetting", "worst")}
         return {name: p for name, (p, _, _) in found.items() if p is not None}
+
+
+def _refused(runs: Runs, ask: Ask, quantity: str) -> bool:
+    """Whether a quantity has no forecast, before training as during it, whatever is seen."""
+    if quantity == "worst":
+        return runs.other_off_target
+    return quantity == "gain" and ask.zero_shot_accuracy > NEAR_CEILING
 
 
 def _by_task(

@@ -289,6 +289,20 @@ def test_a_feature_that_never_varied_is_left_out():
     assert list(blend(data, [MEAN, LINE, BOTH], "m", 0.9).weights) == [MEAN]
 
 
+@pytest.mark.parametrize("pooled", [False, True])
+def test_a_feature_that_varies_in_one_task_only_makes_no_interval_narrower(pooled):
+    """Without that task it is an intercept: its leverage has no bound."""
+    target, tasks = [1.0, 2, 1, 2, 1, 3, 1.5], [0, 1, 2, 3, 4, 5, 5]
+    methods = ["m", "m", "m", "m", "o", "m", "m"] if pooled else None
+    mean, line = replace(MEAN, pooled=pooled), replace(LINE, pooled=pooled)
+    data = table(tasks, target, methods, x=[0, 0, 0, 0, 0, 0, 1])
+    found = blend(data, [mean, line], "m", 0.9)
+    assert list(found.weights) == [mean]
+    alone = blend(data, [mean], "m", 0.9)
+    question = Question("m", "1", {"x": 0.0})
+    assert found.predict(question) == alone.predict(question)
+
+
 def test_a_feature_that_varies_in_one_task_only_leaves_finite_numbers():
     data = table(range(6), [1.0, 2, 1, 2, 1, 9], x=[0, 0, 0, 0, 0, 1])
     found = blend(data, [MEAN, LINE], "m", 0.9)

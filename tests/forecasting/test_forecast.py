@@ -423,6 +423,20 @@ def test_near_the_ceiling_no_gain_is_forecast_and_that_is_said(before, gain, bas
     assert ("zero-shot accuracy 0.96 is near 1" in " ".join(forecast.notes)) == (not gain)
 
 
+def test_what_is_refused_before_training_is_not_forecast_in_it():
+    rows = planted(curve=EARLY)
+    observed = seen(gain=0.01, forgetting=0.02, worst=0.03)
+    _, ceiling = update(rows, 0.2, observed, 0.3, before=0.96, off_target=["a", "b"])
+    assert ceiling.gain is None
+    assert None not in (ceiling.forgetting, ceiling.worst)
+    _, others = update(rows, 0.2, observed, 0.3, off_target=["c"])
+    assert others.worst is None
+    assert "worst" not in others.next_look
+    assert None not in (others.forgetting, others.gain)
+    _, ended = update(rows, 1.0, observed, before=0.96, off_target=["c"])
+    assert (ended.gain.point, ended.worst.point) == (0.01, 0.03)
+
+
 def test_a_gain_beyond_the_ceiling_is_not_forecast():
     rows = [run(i, 0.2 + 0.02 * i, gain=0.5 + 0.01 * i, before=0.3) for i in range(8)]
     assert predict(rows, before=0.9).gain.point <= 0.1
