@@ -4,12 +4,23 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass, replace
+from functools import cache
 from numbers import Real
 from typing import Any, Literal
 
+from .log import get_logger
+
+logger = get_logger(__name__)
+
 WATCH = "IIMM_CALLBACKS_WATCH"  # environment variable: no guard has a limit, whatever it is told
+_OFF = ("", "0", "false")  # values that are none
 LIMIT_ON = ("mean", "worst")
 LEVELS = ("continue", "warn", "stop")
+
+
+@cache  # once
+def _say_watching(value: str) -> None:
+    logger.warning("%s=%s: guards only watch, no limit applies; unset it to have one", WATCH, value)
 
 
 @dataclass(frozen=True)
@@ -58,7 +69,10 @@ class Limits:
 
     def unless_watching(self) -> Limits:
         """These limits; none where the environment says that guards only watch."""
-        return replace(self, max_forgetting=None) if os.environ.get(WATCH) else self
+        if self.max_forgetting is None or os.environ.get(WATCH, "").strip().lower() in _OFF:
+            return self
+        _say_watching(os.environ[WATCH])
+        return replace(self, max_forgetting=None)
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ import pytest
 from iimm_callbacks import Forecast, Limits, Verdict
 from iimm_callbacks.guard.judging import judge
 from iimm_callbacks.measures.accuracy import Drop, Forgetting
+from iimm_callbacks.records import verdict
 from iimm_callbacks.records.forecast import Prediction
 
 
@@ -122,6 +123,21 @@ def test_good_limits_are_kept_as_given():
     assert Limits() == Limits(max_forgetting=0.05, limit_on="mean", confidence=0.8)
     assert Limits(1).max_forgetting == 1
     assert Limits(None).max_forgetting is None
+
+
+@pytest.mark.parametrize(
+    ("value", "watching"),
+    [("1", True), ("yes", True), ("0", False), ("false", False), ("False", False), ("", False)],
+)
+def test_the_environment_takes_the_limit_away_and_says_so_once(
+    monkeypatch, caplog, value, watching
+):
+    verdict._say_watching.cache_clear()
+    monkeypatch.setenv(verdict.WATCH, value)
+    limits = [Limits(0.05).unless_watching() for _ in range(2)]
+    assert [limit.max_forgetting for limit in limits] == [None if watching else 0.05] * 2
+    assert [verdict.WATCH in record.message for record in caplog.records] == [True] * watching
+    assert Limits(None).unless_watching().max_forgetting is None
 
 
 def test_limits_are_plain_floats_whatever_they_were_given_as():
