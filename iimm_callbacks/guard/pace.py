@@ -141,7 +141,8 @@ class Pace:
         self.part = 1.0
         self._guarded = guarded
         self._is_paid = True  # whether the budget has room for the latest look that was due
-        self._first_step: int | None = None  # steps done when it began
+        self._first_step: int | None = None  # steps done when it began, as far as known
+        self._last_step: int | None = None  # the first one asked about that is no less than all
 
     def first_look(
         self, recipe: Mapping[str, Any], n_task: int, n_off_target: int
@@ -151,18 +152,31 @@ class Pace:
         images = math.prod(size if isinstance(size, int) else 0 for size in sizes)
         return first_look(self.budget.max_overhead, images, n_task, n_off_target)
 
+    def began(self, wall: float, look: float, *, resumed: bool) -> None:
+        """Note the look before training: `Budget.began`.
+
+        Args:
+            wall: As there.
+            look: As there.
+            resumed: Whether steps were done before: how many is told by the first question only.
+        """
+        self.budget.began(wall, look)
+        self._first_step = None if resumed else 0
+
     def is_scheduled(self, step: int, total_steps: int, event: str | None) -> bool:
         """Whether a look is due, whatever it costs.
 
         Args:
-            step: Optimizer steps done.
+            step: Optimizer steps done. The last one is due; steps beyond it go by `every`.
             total_steps: Of the whole training.
             event: One of `schedule.EVENTS`, or None.
         """
         if self._first_step is None:
             self._first_step = step - 1
+        if step >= total_steps and self._last_step is None:
+            self._last_step = step
         due = self.every == event if event else is_due(self.every, step, total_steps)
-        return due or step >= total_steps
+        return due or step == self._last_step
 
     def pays(
         self,
@@ -176,16 +190,17 @@ class Pace:
 
         Args:
             elapsed: Seconds since training began, looks included.
-            step: Optimizer steps done; those before `is_scheduled` was first asked do not count.
+            step: Optimizer steps done; of a resumed run those before `is_scheduled` was first asked
+                do not count.
             total_steps: Of the whole training.
             taken: Looks in training so far.
             agree: A number of this rank -> the least over all ranks: all look or none, and at the
                 same images.
         """
         self.part = 1.0
-        if step >= total_steps:
+        if step == self._last_step:
             return True
-        begun = self._first_step or 0
+        begun, total_steps = self._first_step or 0, max(step, total_steps)
         looks = looks_to_come(self.every, step, total_steps)
         part = agree(self.budget.part(elapsed, step - begun, total_steps, looks))
         self._is_paid = part > 0

@@ -17,8 +17,10 @@ from tqdm.auto import tqdm
 
 from ..data.tasks import OFF_TARGET_PROBE_SIZE
 from ..forecasting.forecaster import Forecaster
+from ..forecasting.runs import about
 from ..guard.judging import Judged, judge_look
 from ..guard.pace import Pace
+from ..guard.schedule import next_share
 from ..models.tuning import detect, trainable_share
 from ..models.wrappers import find_own_head, model_fingerprint, model_name
 from ..probing import ranks
@@ -36,6 +38,7 @@ from ..records.verdict import Limits
 from ..rescue.rescuer import Rescuer, is_exceeded
 from ..rescue.sweep import Rescue
 from .forgiving import Forgiving
+from .warned import Warned
 
 logger = get_logger(__name__)
 
@@ -83,7 +86,7 @@ class Measured(Journaled):
         self._now = (0, 0)  # the latest step and the total that are known
         self._began = 0.0  # on the clock
         self._is_partial = False  # the latest look
-        self._warned: set[str] = set()
+        self._warned = Warned()
         self._rescue: Rescue | None = None
 
     def has_seen(self, step: int) -> bool:
@@ -291,6 +294,14 @@ class Measured(Journaled):
             and (untouched is not before or fingerprint != model_fingerprint(model)),
         )
 
+    def _first_forecast(self, journal: Journal) -> Forecast:
+        total = journal.start.recipe.get("steps")
+        coming = next_share(self._pace.every, 0, total, 0) if isinstance(total, int) else None
+        prior = self._forecaster.predict(
+            journal.baseline.measurement, **about(journal.start), next_share=coming
+        )
+        return prior if self.probe.off_target else replace(prior, forgetting=None, worst=None)
+
     def _size_probe(self, recipe: Mapping[str, Any], resumed: Journal | None) -> None:
         """Let the first look show fewer images where the run is short."""
         if resumed:
@@ -311,19 +322,6 @@ class Measured(Journaled):
         if ranks.world()[0] == 0:
             self._ledger.draft(outcome, self.record())
         return outcome
-
-    def _warn(self, step: int, error: Exception) -> None:
-        kind = type(error).__name__
-        if kind in self._warned or ranks.world()[0] != 0:
-            return
-        self._warned.add(kind)
-        logger.warning(
-            "The IIMM guard could not measure the model at step %d (%s: %s). Training goes on, "
-            "without numbers for this step; further failures of this kind are only counted.",
-            step,
-            kind,
-            error,
-        )
 
     def _judge(
         self, journal: Journal, model: nn.Module, step: int, total_steps: int, part: float

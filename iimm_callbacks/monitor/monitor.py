@@ -15,10 +15,9 @@ import torch
 from torch import nn
 
 from ..data.tasks import Task, check_tasks
-from ..forecasting.runs import about
 from ..guard.judging import judge_first
 from ..guard.pace import Pace
-from ..guard.schedule import Every, next_share
+from ..guard.schedule import Every
 from ..models.encoders import EncodePair
 from ..probing import ranks
 from ..probing.learnable import TrainingSet
@@ -188,15 +187,7 @@ class IIMMMonitor(Measured):
             journal.plan(steps)
         start = journal.start
         total = start.recipe.get("steps")
-        prior = self._forecaster.predict(
-            journal.baseline.measurement,
-            **about(start),
-            next_share=next_share(self._pace.every, 0, total, 0)
-            if isinstance(total, int)
-            else None,
-        )
-        if not self.probe.off_target:
-            prior = replace(prior, forgetting=None, worst=None)
+        prior = self._first_forecast(journal)
         if not journal.history:
             self._note(journal, judge_first(journal.baseline, prior, self.limits))
         self._journal, self._prior, self.method = journal, prior, start.method
@@ -204,7 +195,8 @@ class IIMMMonitor(Measured):
         self.forecast = self.forecast or prior
         self.looked_at = self.history[-1]["step"]
         self._now = (self.looked_at, total if isinstance(total, int) else 0)
-        self._pace.budget.began(seconds, self.probe.seconds or journal.baseline.runtime)
+        look = self.probe.seconds or journal.baseline.runtime
+        self._pace.began(seconds, look, resumed=not is_new)
         self._began = time.perf_counter()
         self._keep("interrupted")
         self._model = weakref.ref(model)
@@ -242,7 +234,7 @@ class IIMMMonitor(Measured):
         """Whether to `check` now: by the schedule, and within `max_overhead`.
 
         Args:
-            step: Optimizer steps done. The last one is always due.
+            step: Optimizer steps done. The last one is always due; beyond it `every` holds.
             total_steps: Of the whole training.
             event: ``"epoch"`` or ``"evaluate"`` at one of these; else None.
 
@@ -251,6 +243,7 @@ class IIMMMonitor(Measured):
         """
         journal = self._require_begun("is_due")
         self._now = step, total_steps
+        self._warned.of_length(step, total_steps)
         scheduled = self._pace.is_scheduled(step, total_steps, event)
         if self.looked_at == step or not scheduled:
             return False
@@ -300,7 +293,7 @@ class IIMMMonitor(Measured):
             if self.strict:
                 raise
             self._failure = error
-            self._warn(step, error)
+            self._warned.of_failure(step, error)
         else:
             if self._is_partial and journal.history[-1]["step"] == step:
                 journal.history.pop()  # the same look at more images
@@ -340,6 +333,8 @@ class IIMMMonitor(Measured):
         now = step if step is not None else now if told or ended else total
         if not (told and self.has_seen(now)):
             self.check(self._trained("end") if model is None else model, now, total)
+        if now > total > 0:
+            journal.plan(now)  # it was longer than was said
         # That all steps were done is believed without a word only where the model has moved.
         silent = total > 0 and has_moved(journal.history) and not self.is_mixed
         reached = now >= total if told else silent

@@ -127,6 +127,40 @@ def test_the_plan_of_looks_in_words(every, max_overhead, size, said):
     assert ("short" in text) == (size < 256)
 
 
+@pytest.mark.parametrize("asked", [range(1, 101), [100]])
+def test_a_loop_that_asks_at_epochs_only_has_no_more_time_for_looks(asked):
+    pace = Pace("epoch", 0.05, guarded=False)
+    pace.began(1.0, 60.0, resumed=False)
+    due = [pace.is_scheduled(step, 1000, "epoch" if step == 100 else None) for step in asked]
+    assert due == [step == 100 for step in asked]
+    # 10 seconds for 100 of 1,000 steps: 100 in all, of which looks may have 5.3; an eighth of one
+    # takes 7.5.
+    assert not pace.pays(10.0, 100, 1000, 0, float)
+    assert pace.pays(20.0, 100, 1000, 0, float)
+    assert pace.part == 0.125
+
+
+def test_a_resumed_run_counts_the_steps_from_its_first_question():
+    pace = Pace(10, 0.05, guarded=False)
+    pace.began(0.0, 1.0, resumed=True)
+    assert not pace.is_scheduled(501, 1000, None)
+    assert pace.is_scheduled(510, 1000, None)
+    # 1 second for 10 steps: 100 in all, 5.3 for 49 looks, 0.11 each; an eighth takes 0.125.
+    assert not pace.pays(1.0, 510, 1000, 0, float)
+    assert pace.pays(2.0, 510, 1000, 0, float)
+    assert pace.part == 0.125
+
+
+@pytest.mark.parametrize(("every", "steps"), [(None, [9]), (4, [9, 12, 16]), (0.5, [9, 12, 16])])
+def test_beyond_the_last_step_the_schedule_holds(every, steps):
+    pace = Pace(every, 0.05, guarded=False)
+    pace.began(0.0, 60.0, resumed=False)
+    due = [step for step in range(9, 18) if pace.is_scheduled(step, 8, None)]
+    assert due == steps
+    assert pace.pays(1.0, 9, 8, 0, float)
+    assert not pace.pays(1.0, 12, 8, 0, float)
+
+
 def test_images_are_saved_before_looks():
     few, dropped, _ = simulate(Budget(0.05), cost=4.0, every=None)
     assert (len(few), dropped) == (6, 0)

@@ -357,6 +357,19 @@ def test_a_loop_that_goes_on_from_a_trained_model_is_none_to_learn_from(
     assert monitor.state_dict()["is_later_phase"] is before
 
 
+def test_a_run_longer_than_was_said_is_not_looked_at_every_step(tiny_clip, make_monitor, caplog):
+    monitor, model = make_monitor(max_overhead=None), tiny_clip()
+    monitor.begin(model, recipe={"steps": 4})
+    for step in range(1, 11):
+        monitor.step(step)
+    assert [row["step"] for row in monitor.history] == [0, 1, 2, 3, 4]
+    outcome = monitor.end()
+    assert outcome.recipe["steps"] == 10
+    assert [row["share"] for row in monitor.history] == [0, 0.1, 0.2, 0.3, 0.4, 1]
+    said = [r.message for r in caplog.records if "step 5, and 4 steps in all" in r.message]
+    assert len(said) == 1
+
+
 def test_a_terminal_that_is_gone_costs_a_warning(tiny_clip, make_monitor, monkeypatch, caplog):
     def gone(*_):
         raise BrokenPipeError("the reader is gone")
