@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from .embeddings import ArrayLike, as_labels, as_matrix, unit_rows
+from .embeddings import ArrayLike, as_labels, as_matrix, autocast_off, unit_rows
 
 PENALTIES = tuple(10.0**power for power in (-4, -3, -2, -1, 0, 1, 2, 3))
 STEPS = (0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 50.0, 100.0)
@@ -85,6 +85,7 @@ class LinearProbe:
         return slope, math.hypot(0.05, (max(pieces) - min(pieces)) / 2)
 
 
+@autocast_off()
 @torch.no_grad()
 def linear_probe(
     image_embeds: ArrayLike,

@@ -260,8 +260,8 @@ def test_a_well_known_name_goes_before_a_column_of_classes():
     assert Task("t", texts).labels(range(4)) == [0, 1, 1, 0]
     captions = data.add_column("caption", [[f"a {i}", f"the {i}"] for i in range(4)])
     assert Task("t", captions).is_captions
-    with pytest.raises(ValueError, match=r"got \['split', 'breed'\] among features"):
-        Task("t", data.add_column("breed", ["cat", "dog", "dog", "cat"]))
+    breeds = data.add_column("breed", ["cat", "dog", "dog", "cat"])
+    assert Task("t", breeds).class_names == ("cat", "dog")
 
 
 def test_only_the_column_that_is_probed_is_decoded(tmp_path):
@@ -422,3 +422,33 @@ def test_the_subset_is_that_of_classes_taking_turns_one_by_one(seed):
     turns = {i: queue.index(i) for queue in queues for i in queue}
     chosen = sorted(order, key=lambda i: turns[i])[:23]  # stable
     assert task.subset(23) == [int(i) for i in draw.permutation(chosen)]
+
+
+CLASSES, INTEGER, TEXT = ClassLabel(names=["a", "b"]), Value("int64"), Value("string")
+SPLITS = ClassLabel(names=["Train", "validation"])
+
+
+@pytest.mark.parametrize(
+    ("features", "picked"),
+    [
+        ({"breed": CLASSES, "id": INTEGER, "path": TEXT}, "breed"),  # the only names of classes
+        ({"label": TEXT, "kind": CLASSES}, "label"),
+        ({"breed": TEXT, "part": SPLITS}, "breed"),
+        ({"part": SPLITS}, None),
+        ({"label": INTEGER, "breed": CLASSES, "text": TEXT}, "label"),
+        ({"class": CLASSES, "coarse": CLASSES}, "class"),
+        ({"caption": TEXT, "id": INTEGER}, "caption"),
+        ({"caption": TEXT, "source": CLASSES}, None),
+        ({"fine": CLASSES, "coarse": CLASSES}, None),
+        ({"id": INTEGER, "size": INTEGER}, None),
+    ],
+)
+def test_the_column_of_labels_is_the_one_called_so_or_the_only_one_of_classes(features, picked):
+    from iimm_callbacks.data.columns import pick_columns
+
+    features = {"image": datasets.Image()} | features
+    if picked:
+        assert pick_columns("t", features, None, None) == ("image", picked)
+    else:
+        with pytest.raises(ValueError, match="name the column"):
+            pick_columns("t", features, None, None)
