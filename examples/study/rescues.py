@@ -1,6 +1,6 @@
 """What is a rescue worth, on the recorded runs that forgot more than 5 points?
 
-    OMP_NUM_THREADS=1 python examples/study/rescues.py    # 25 minutes on one core
+    OMP_NUM_THREADS=1 python examples/study/rescues.py    # 20 minutes on one core
 
 Fine-tunes the shipped model again as the recorded runs of 150 steps did (full and LoRA), where
 their mean forgetting was over the limit, and rescues each: `rescue.sweep.rescue` on the probe's
@@ -23,7 +23,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
-from transformers import HfArgumentParser, Trainer, TrainingArguments
+from transformers import HfArgumentParser, PrinterCallback, Trainer, TrainingArguments
 
 from iimm_callbacks import PromptClassifier, sample
 from iimm_callbacks.models.tuning import prepare
@@ -57,7 +57,7 @@ def fine_tuned(job, steps):
     task, processor = study.probe_task(job.task), sample.load_processor()
     model = prepare(sample.load_model(), job.method)
     with tempfile.TemporaryDirectory() as folder:
-        Trainer(
+        trainer = Trainer(
             model=PromptClassifier(model, task, processor),
             args=TrainingArguments(
                 output_dir=folder,
@@ -75,7 +75,9 @@ def fine_tuned(job, steps):
             ),
             train_dataset=study.training_rows(job.task, ""),
             processing_class=processor,
-        ).train()
+        )
+        trainer.remove_callback(PrinterCallback)
+        trainer.train()
     return model
 
 
