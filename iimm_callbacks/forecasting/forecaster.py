@@ -17,7 +17,7 @@ from ..measures.accuracy import NEAR_CEILING
 from ..measures.measure import Measurement
 from ..records.catalog import thin
 from ..records.forecast import QUANTITIES, Forecast, Prediction
-from ..records.outcomes import Outcome, one_of_each_run
+from ..records.outcomes import Outcome, at_the_last_step, one_of_each_run
 from .estimates import Estimates, Sight
 from .off_target import by_task
 from .runs import Ask, Run, Runs, choose, of_a_kind, saved_name
@@ -68,7 +68,8 @@ class Forecaster:
         Returns:
             Itself.
         """
-        self._record = [Run(o) for o in one_of_each_run(outcomes) if o.complete]
+        ended = map(at_the_last_step, one_of_each_run(outcomes))
+        self._record = [Run(o) for o in ended if o.complete]
         self._borrowed = _load_borrowed(self._record) if base_rates else []
         self._taught = {}
         return self

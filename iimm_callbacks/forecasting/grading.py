@@ -13,7 +13,7 @@ from ..guard.judging import judge
 from ..guard.schedule import DEFAULT_SHARES
 from ..measures.accuracy import Drop, Forgetting
 from ..records.forecast import QUANTITIES, Prediction
-from ..records.outcomes import Outcome, one_of_each_run
+from ..records.outcomes import Outcome, at_the_last_step, one_of_each_run
 from ..records.verdict import Limits
 from .replay import Replay, replay_all
 
@@ -139,7 +139,7 @@ def grade(
     Raises:
         ValueError: No run can be replayed.
     """
-    runs = one_of_each_run(outcomes)
+    runs = [at_the_last_step(outcome) for outcome in one_of_each_run(outcomes)]
     replays = replay_all(new, runs)
     if not replays:
         raise ValueError(

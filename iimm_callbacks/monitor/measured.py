@@ -26,14 +26,14 @@ from ..models.wrappers import find_own_head, model_fingerprint, model_name
 from ..probing import ranks
 from ..probing.probe import Probe
 from ..records import keys
-from ..records.catalog import Catalog, Listed
+from ..records.catalog import Catalog
 from ..records.forecast import Forecast
 from ..records.journal import Journal, Journaled, opening
 from ..records.ledger import Ledger
 from ..records.log import get_logger
 from ..records.objects import Address
 from ..records.outcomes import Outcome
-from ..records.store import as_outcomes, open_store
+from ..records.store import as_catalog
 from ..records.verdict import Limits
 from ..rescue.rescuer import Rescuer, is_exceeded
 from ..rescue.sweep import Rescue
@@ -179,6 +179,18 @@ class Measured(Journaled):
         self.is_later_phase = True
         return True
 
+    def loaded(self, best_step: int | None) -> None:
+        """Note that the model at the end is of an earlier step: call it before `end`.
+
+        The outcome is that model's. Forecasts learn from the look at the last step.
+
+        Args:
+            best_step: Steps it was trained for; None: unknown.
+        """
+        journal = self._require_begun("loaded")
+        recipe = journal.start.recipe | {"best_step": best_step}
+        journal.start = replace(journal.start, recipe=recipe)
+
     def row(self) -> dict[str, float]:
         """The latest look's logged keys, Python floats only; empty where it failed.
 
@@ -227,11 +239,7 @@ class Measured(Journaled):
 
     def past(self) -> Catalog:
         """The finished runs to learn from: those given, or those in the store."""
-        if self._outcomes is None:
-            return self._ledger.catalog()
-        if isinstance(self._outcomes, str | Path | Address):
-            return open_store(self._outcomes)
-        return Listed(as_outcomes(self._outcomes))
+        return self._ledger.catalog() if self._outcomes is None else as_catalog(self._outcomes)
 
     def _trained(self, call: str) -> nn.Module:
         """The model that `begin` was given."""

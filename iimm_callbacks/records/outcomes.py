@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields, replace
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -166,6 +166,28 @@ def one_of_each_run(outcomes: Iterable[Outcome]) -> list[Outcome]:
             found.pop(key, None)  # it counts where its latest record is
             found[key] = outcome
     return list(found.values())
+
+
+def at_the_last_step(outcome: Outcome) -> Outcome:
+    """The outcome after the last step of training, of which forecasts are.
+
+    Where the best model was loaded at the end, ``recipe["best_step"]``, that is what the first look
+    at the last step saw; incomplete where there was none.
+    """
+    if "best_step" not in outcome.recipe:
+        return outcome
+    last = [look for look in outcome.trajectory if look["share"] >= 1]
+    if len(last) < 2:  # the only one is of the model that was loaded
+        return replace(outcome, complete=False)
+    drops, before = last[0].get("drops", {}), outcome.off_target_before
+    if drops.keys() != before.keys():
+        return replace(outcome, complete=False)
+    return replace(
+        outcome,
+        final_accuracy=outcome.zero_shot_accuracy + last[0]["gain"],
+        off_target_after={name: before[name] - drops[name] for name in before},
+        trajectory=outcome.trajectory[: outcome.trajectory.index(last[0]) + 1],
+    )
 
 
 def library_versions() -> dict[str, str]:

@@ -224,6 +224,13 @@ def _open(path: str | Path | Address, again: Callable[[], Catalog]) -> Catalog:
     return _listed(path)
 
 
+def as_catalog(source: str | Path | Address | Dataset | Iterable[Outcome]) -> Catalog:
+    """The catalog of outcomes, in whatever form they are given; as `as_outcomes`."""
+    if isinstance(source, str | Path | Address):
+        return open_store(source)
+    return Listed(as_outcomes(source))
+
+
 def check_store(path: str | Path | Address) -> list[str]:
     """What `read_outcomes` would report and skip.
 

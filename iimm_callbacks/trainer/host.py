@@ -73,15 +73,10 @@ def comes_and_goes(key: str) -> bool:
     return key in {keys.EXCEED, keys.STANDARD_ERROR, *(f + end for f in forecasts for end in ends)}
 
 
-def ended_at_best(state: TrainerState, step: int) -> str:
-    """That the run ended with its best model, in words; empty where that is the last one.
-
-    Args:
-        state: With a best checkpoint, which was loaded.
-        step: Steps done.
-    """
+def best_step(state: TrainerState) -> int | None:
+    """The step of the best checkpoint; None where its name does not tell."""
     best = Path(state.best_model_checkpoint or "").name.rpartition("-")[2]
-    return "" if best == str(step) else f"finished, with the best model loaded: that of step {best}"
+    return int(best) if best.isdecimal() else None
 
 
 def searches_by_own_objective() -> bool:

@@ -94,7 +94,7 @@ class GuardedRun(Settings):
             self._show(state, lambda: page(self.task.pairing()))
         if state.is_world_process_zero and self.encode is None:
             baseline.warn_of_other_heads(model)
-        self._emit(state, control, monitor.row())
+        self._forgiving("a tracker", lambda: host.log(state, control, monitor.row()))
         self._act(state, control, verdict, "continue")
         self._hold_if_stopped(args, state, model)
 
@@ -114,9 +114,9 @@ class GuardedRun(Settings):
         rescuer = self._rescuer
         if rescuer is not None and monitor.is_exceeded():
             rescue_at_end(lambda: monitor.rescue(model, rescuer), rescuer, strict=self.strict)
-        measured = swapped and monitor.row()  # else the look failed, which says more
-        best = host.ended_at_best(state, step) if measured else ""
-        self.outcome = monitor.end(model, step, ended=self._stop_reason or best)
+        if swapped and (best := host.best_step(state)) != step:
+            monitor.loaded(best)
+        self.outcome = monitor.end(model, step, ended=self._stop_reason)
         self._ended_as = model_fingerprint(model)
         self._card_of_checkpoints(state)
         record = monitor.record()
@@ -294,7 +294,7 @@ class GuardedRun(Settings):
         step = self._step(state)
         verdict = monitor.check(model, step, state.max_steps, host.training_loss(state, step))
         if monitor.history[-1] is not last:
-            self._emit(state, control, monitor.row())
+            self._forgiving("a tracker", lambda: host.log(state, control, monitor.row()))
             self._act(state, control, verdict, alarm, may_stop=may_stop)
         else:
             self._remember(state)
@@ -343,9 +343,6 @@ class GuardedRun(Settings):
         trainer = host.find_trainer() if self.card and state.is_world_process_zero else None
         if trainer is not None and trainer.args.push_to_hub:
             self._update_card(Path(trainer.args.output_dir) / "README.md", self.monitor)
-
-    def _emit(self, state: TrainerState, control: TrainerControl, row: dict[str, float]) -> None:
-        self._forgiving("a tracker", lambda: host.log(state, control, row))
 
     def _show(self, state: TrainerState, text: Callable[[], str]) -> None:
         if self.verbose and state.is_world_process_zero:

@@ -1,5 +1,7 @@
 """What a run counts from, which numbers reach whom, and in which order."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -9,6 +11,8 @@ from transformers.trainer_utils import default_compute_objective
 
 from iimm_callbacks import IIMMCallback, PromptClassifier
 from iimm_callbacks.models.tuning import prepare
+from iimm_callbacks.records import keys
+from iimm_callbacks.records.outcomes import at_the_last_step
 
 
 @pytest.fixture
@@ -181,7 +185,7 @@ def test_the_best_model_by_most_forgetting_is_warned_of(
 
 
 @pytest.mark.parametrize("early", [True, False])
-def test_the_end_of_a_run_is_not_learnt_from_an_early_checkpoint(
+def test_the_end_of_a_run_is_learnt_from_its_last_step_and_not_from_an_early_checkpoint(
     make_trainer, guard, monkeypatch, early
 ):
     callback = guard()
@@ -196,10 +200,17 @@ def test_the_end_of_a_run_is_not_learnt_from_an_early_checkpoint(
 
     monkeypatch.setattr(trainer, "evaluate", scripted)
     trainer.train()
-    outcome = callback.outcome
-    assert outcome.complete is not early
-    ended = "finished, with the best model loaded: that of step 4" if early else "finished"
-    assert outcome.ended == ended
+    outcome, looks = callback.outcome, callback.monitor.history
+    assert (outcome.complete, outcome.ended) == (True, "finished")
+    assert outcome.recipe.get("best_step") == (4 if early else None)
+    learnt = at_the_last_step(outcome)
+    last = next(row for row in looks if row["step"] == trainer.state.max_steps)
+    assert learnt.gain == pytest.approx(last[keys.observed_key("gain")])
+    assert learnt.forgetting == pytest.approx(last[keys.observed_key("forgetting")])
+    assert len(learnt.trajectory) == len(outcome.trajectory) - early
+    assert outcome.gain == pytest.approx(looks[-1][keys.observed_key("gain")])
+    without = replace(outcome, trajectory=outcome.trajectory[:-1])
+    assert at_the_last_step(without).complete is not early
 
 
 def test_what_the_run_counts_from_is_said(make_trainer, guard, tuned, tiny_clip, capsys):
