@@ -119,7 +119,6 @@ def tabulate(settings):
 
 def main(arguments=None):
     (settings,) = HfArgumentParser(Settings).parse_args_into_dataclasses(arguments)
-    logging.disable(logging.WARNING)
     table, words = tabulate(settings)
     console = Console(width=140, color_system=None)
     console.print(table)
@@ -127,4 +126,5 @@ def main(arguments=None):
 
 
 if __name__ == "__main__":
+    logging.disable(logging.WARNING)
     main(sys.argv[1:])

@@ -199,7 +199,8 @@ class Forecaster:
             drops: Drop of each off-target task so far, fractions, if known.
 
         Returns:
-            A new `Forecast`. At the last step it equals what is observed.
+            A new `Forecast`. At the last step it equals what is observed. Where what is seen tells
+            less of the gain than was known before training, that stays.
 
         Raises:
             ValueError: `forecast` is not one that `predict` gave.
@@ -229,6 +230,8 @@ class Forecaster:
             found, now = estimates.during(runs, ask, sight)
             if found is None or now is None:
                 continue
+            if name == "gain" and prior is not None and prior.width < found.width:
+                continue  # the linear probe tells more than the first steps do
             updated[name] = found
             plain = forecast.evidence.get(name, now)
             evidence[name] = replace(

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-import torch
 from torch import Tensor, nn
 
 from .processors import Inputs, Read, read_images, read_lower_cased, read_prompts
@@ -234,7 +233,7 @@ def _model_type(module: nn.Module) -> Any:
 
 def _own(module: nn.Module, name: str) -> Any:
     # PEFT, `torch.compile` and FSDP 1 pass on what is asked of the model inside.
-    if isinstance(module, torch.jit.ScriptModule):  # passes on to its own code
+    if type(module).__module__.startswith("torch.jit"):  # a script passes on to its own code
         return getattr(module, name, None)
     for own in (module._modules, module.__dict__):
         if name in own:

@@ -41,6 +41,11 @@ class Prediction:
         """Upper end of the 90 % prediction interval."""
         return max(min(self.point + self._half_width, self.most), self.least)
 
+    @property
+    def width(self) -> float:
+        """Of that interval."""
+        return self.high - self.low
+
     def probability_above(self, limit: float) -> float:
         """Probability that the value ends above `limit`, in [0, 1]."""
         if not self.least <= limit < self.most:

@@ -9,6 +9,7 @@ import pytest
 
 from iimm_callbacks import Forecast, Forecaster, Measurement, Outcome, sample
 from iimm_callbacks.forecasting.base_rates import load_base_rates
+from iimm_callbacks.forecasting.runs import about, measured
 from iimm_callbacks.records.forecast import Prediction
 
 pytestmark = pytest.mark.once
@@ -807,3 +808,17 @@ def test_the_same_forecaster_answers_again_alike_and_forgets_what_it_was_fitted_
     assert forecaster.predict(m, **settings) == first
     again = forecaster.fit(planted(noise=0.05, seed=1), base_rates=False).predict(m, **settings)
     assert again.gain != first.gain
+
+
+def test_no_look_makes_the_forecast_of_the_gain_less_sure():
+    runs = sample.load_outcomes()
+    new = next(o for o in runs if o.task == "handwritten_digits" and o.method == "full")
+    known = Forecaster().fit([o for o in runs if o.task != new.task])
+    before = known.predict(measured(new), **about(new))
+    widths = []
+    for look in new.trajectory[1:-1]:
+        seen = {q: (look[q], look[f"{q}_se"]) for q in ("gain", "forgetting", "worst")}
+        widths.append(known.update(before, share=look["share"], seen=seen).gain.width)
+    assert max(widths) <= before.gain.width
+    assert widths[0] == before.gain.width  # the probe tells more than the first steps
+    assert widths[-1] < before.gain.width
