@@ -18,6 +18,8 @@ def load_pretrained(name: str | Path) -> tuple[Any, list[str]]:
     """
     import transformers
 
+    if isinstance(name, Path) and not name.exists():  # transformers takes it for a name of the Hub
+        raise FileNotFoundError(f"there is no folder {name}; name one with a model")
     kind: Any = transformers.AutoModel
     try:
         architectures = transformers.AutoConfig.from_pretrained(name).architectures
