@@ -23,9 +23,9 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
-from transformers import HfArgumentParser, PrinterCallback, Trainer, TrainingArguments
+from transformers import HfArgumentParser
 
-from iimm_callbacks import PromptClassifier, sample
+from iimm_callbacks import sample
 from iimm_callbacks.models.tuning import prepare
 from iimm_callbacks.records.verdict import Limits
 from iimm_callbacks.rescue.sweep import rescue
@@ -54,30 +54,10 @@ def over_the_limit(settings):
 def fine_tuned(job, steps):
     """The shipped model as this run leaves it."""
     torch.manual_seed(job.seed)
-    task, processor = study.probe_task(job.task), sample.load_processor()
+    processor, rows = sample.load_processor(), study.training_rows(job.task, "")
     model = prepare(sample.load_model(), job.method)
     with tempfile.TemporaryDirectory() as folder:
-        trainer = Trainer(
-            model=PromptClassifier(model, task, processor),
-            args=TrainingArguments(
-                output_dir=folder,
-                max_steps=steps,
-                per_device_train_batch_size=32,
-                learning_rate=job.learning_rate,
-                save_strategy="no",
-                logging_strategy="no",
-                report_to="none",
-                remove_unused_columns=False,
-                dataloader_pin_memory=False,
-                disable_tqdm=True,
-                use_cpu=True,
-                seed=job.seed,
-            ),
-            train_dataset=study.training_rows(job.task, ""),
-            processing_class=processor,
-        )
-        trainer.remove_callback(PrinterCallback)
-        trainer.train()
+        study.trainer_of(job, steps, model, processor, rows, folder).train()
     return model
 
 

@@ -117,6 +117,32 @@ def load_processor(folder):
     return AutoProcessor.from_pretrained(folder) if folder else sample.load_processor()
 
 
+def trainer_of(job, steps, model, processor, rows, folder, guards=()):
+    """The Trainer of a run, which prints nothing."""
+    trainer = Trainer(
+        model=PromptClassifier(model, probe_task(job.task), processor),
+        args=TrainingArguments(
+            output_dir=folder,
+            max_steps=steps,
+            per_device_train_batch_size=32,
+            learning_rate=job.learning_rate,
+            save_strategy="no",
+            report_to="none",
+            remove_unused_columns=False,
+            dataloader_pin_memory=False,
+            disable_tqdm=True,
+            use_cpu=True,
+            seed=job.seed,
+        ),
+        train_dataset=rows,
+        processing_class=processor,
+        callbacks=[*guards],
+    )
+    for printer in (PrinterCallback, ProgressCallback):
+        trainer.remove_callback(printer)
+    return trainer
+
+
 def run(job, settings):
     """One guarded run -> its outcome, which is then in the file."""
     torch.manual_seed(job.seed)
@@ -136,27 +162,8 @@ def run(job, settings):
         verbose=False,
     )
     with tempfile.TemporaryDirectory() as folder:
-        trainer = Trainer(
-            model=PromptClassifier(model, task, processor),
-            args=TrainingArguments(
-                output_dir=folder,
-                max_steps=job.steps,
-                per_device_train_batch_size=32,
-                learning_rate=job.learning_rate,
-                save_strategy="no",
-                report_to="none",
-                remove_unused_columns=False,
-                dataloader_pin_memory=False,
-                disable_tqdm=True,
-                use_cpu=True,
-                seed=job.seed,
-            ),
-            train_dataset=training_rows(job.task, settings.model),
-            processing_class=processor,
-            callbacks=[guard],
-        )
-        for printer in (PrinterCallback, ProgressCallback):
-            trainer.remove_callback(printer)
+        rows = training_rows(job.task, settings.model)
+        trainer = trainer_of(job, job.steps, model, processor, rows, folder, [guard])
         with Signals(model) as signals:
             trainer.train()
     append_outcome(settings.output, tidy(guard.outcome))

@@ -251,7 +251,7 @@ def _write_problems(path: Path | Address) -> list[str]:
 
 
 def _text(data: dict[str, Any]) -> str:
-    from ..reports.terminal import page
+    from ..reports.words import page
 
     table = Table(title=f"Python {data['python']}, {data['system']}", width=_WIDTH)
     for column in ("package", "version", "needed for", "state"):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -295,13 +294,18 @@ def _no_outcomes(path: Path | Address, argument: str, why: str) -> ValueError:
 
 def _append(new: Sequence[Outcome], store: str | None) -> Answer:
     """Add what is not there yet, whoever saved it; two equal runs of one source are two runs."""
+    from ..records.lines import to_line
     from ..records.store import append_outcome, read_outcomes
 
     path = store_to_write(store)
-    there = Counter(map(_what, read_outcomes(path) if path.exists() else []))
+
+    def content(outcome: Outcome) -> bytes:
+        return to_line(replace(outcome, provenance={}))
+
+    there = Counter(map(content, read_outcomes(path) if path.exists() else []))
     added = 0
     for outcome in new:
-        what = _what(outcome)
+        what = content(outcome)
         if there[what] > 0:
             there[what] -= 1
             continue
@@ -314,12 +318,13 @@ def _append(new: Sequence[Outcome], store: str | None) -> Answer:
 
 def _write(found: Sequence[Outcome], target: Path) -> None:
     from ..records.as_dataset import to_dataset
+    from ..records.lines import to_line
 
     if target.exists():
         raise ValueError(f"`TARGET` must not exist yet, got {target}; remove it or name another")
     if target.suffix == ".jsonl":
         try:
-            target.write_text("".join(f"{_line(o)}\n" for o in found), encoding="utf-8")
+            target.write_bytes(b"".join(map(to_line, found)))
         except OSError as error:
             raise ValueError(
                 f"`TARGET` must be a file that can be written, got {target} "
@@ -331,12 +336,3 @@ def _write(found: Sequence[Outcome], target: Path) -> None:
         )
     else:
         to_dataset(found).save_to_disk(target)
-
-
-def _what(outcome: Outcome) -> str:
-    """What makes two outcomes equal, as one that can be counted."""
-    return _line(replace(outcome, provenance={}))
-
-
-def _line(outcome: Outcome) -> str:
-    return json.dumps(asdict(outcome), allow_nan=False, sort_keys=True)

@@ -44,7 +44,8 @@ def report(
     found = of_model(known, record)
     from ..reports.page import PICTURES, write_report
     from ..reports.past import past_runs
-    from ..reports.terminal import page, summary_table
+    from ..reports.terminal import summary_table
+    from ..reports.words import page
 
     folder = run.with_name(f"{run.stem}_report") if to is None else to.expanduser()
     with folder_to_write(folder, "--to"):
@@ -85,7 +86,7 @@ def compare(
         raise ValueError(f"`RUN.json` must be two or more to compare, got {files[0]} alone")
     records = [read_run_file(path) for path in files]
     from ..reports.compare import check_format, compare_runs
-    from ..reports.terminal import page
+    from ..reports.words import page
 
     to = to.expanduser()
     check_format(to, "--to")
@@ -108,7 +109,7 @@ def _names(files: Sequence[Path]) -> list[str]:
 def _tables(data: dict[str, Any]) -> str:
     from ..reports.compare import spread
     from ..reports.facts import QUANTITIES
-    from ..reports.terminal import level_words, page, points
+    from ..reports.words import level_words, page, points
 
     tasks = list(dict.fromkeys(row["task"] for row in data["runs"]))
     several = len(tasks) > 1

@@ -178,7 +178,7 @@ def _options(function: Callable[..., Any]) -> tuple[dict[str, Any], list[inspect
 
 def _shown(text: str) -> str:
     """Text that is safe for a terminal: errors may quote anyone's data."""
-    from ..reports.terminal import page
+    from ..reports.words import page
 
     return page(*text.split("\n"))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import threading
+import warnings
 from collections import Counter
 from typing import Any
 
@@ -196,6 +197,33 @@ def open_source(
     )
 
 
+class _ReadLargeImages:
+    """Inside, what Pillow only warns of it reads, whatever the filters of warnings say.
+
+    Those are of the whole process: the first thread that comes sets them, the last restores them.
+    """
+
+    def __init__(self) -> None:
+        self._lock, self._inside = threading.Lock(), 0
+
+    def __enter__(self) -> None:
+        with self._lock:
+            self._inside += 1
+            if self._inside == 1:
+                self._filters = warnings.catch_warnings()
+                self._filters.__enter__()
+                warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+
+    def __exit__(self, *_: Any) -> None:
+        with self._lock:
+            self._inside -= 1
+            if self._inside == 0:
+                self._filters.__exit__(None, None, None)
+
+
+_LARGE_IMAGES = _ReadLargeImages()
+
+
 def read_image(source: Any, position: int) -> Any:
     """An image of a source, as `as_image`; threads may call it together.
 
@@ -205,11 +233,12 @@ def read_image(source: Any, position: int) -> Any:
     Raises:
         Exception: It cannot be read.
     """
-    with _READING:
-        item = source.image(position)
-        if not isinstance(item, bytes | str | os.PathLike) and not _is_undecoded(item):
-            return as_image(item)
-    return as_image(item)
+    with _LARGE_IMAGES:
+        with _READING:
+            item = source.image(position)
+            if not isinstance(item, bytes | str | os.PathLike) and not _is_undecoded(item):
+                return as_image(item)
+        return as_image(item)
 
 
 def _is_undecoded(item: Any) -> bool:

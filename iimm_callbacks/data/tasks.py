@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import threading
-import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from os import PathLike
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from . import hub
 from .class_names import check_utf8
@@ -24,33 +21,6 @@ from .templates import given_templates
 
 TASK_PROBE_SIZE = 512
 OFF_TARGET_PROBE_SIZE = 256
-
-
-class _ReadLargeImages:
-    """Inside, what Pillow only warns of it reads, whatever the filters of warnings say.
-
-    Those are of the whole process: the first thread that comes sets them, the last restores them.
-    """
-
-    def __init__(self) -> None:
-        self._lock, self._inside = threading.Lock(), 0
-
-    def __enter__(self) -> None:
-        with self._lock:
-            self._inside += 1
-            if self._inside == 1:
-                self._filters = warnings.catch_warnings()
-                self._filters.__enter__()
-                warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-
-    def __exit__(self, *_: Any) -> None:
-        with self._lock:
-            self._inside -= 1
-            if self._inside == 0:
-                self._filters.__exit__(None, None, None)
-
-
-_LARGE_IMAGES = _ReadLargeImages()
 
 
 class Task:
@@ -278,8 +248,7 @@ class Task:
         images = []
         for position in positions:
             try:
-                with _LARGE_IMAGES:
-                    images.append(read_image(self._source, position))
+                images.append(read_image(self._source, position))
             except Exception as error:
                 raise ValueError(
                     f"`dataset` of task {self.name!r}: image {position} cannot be read "

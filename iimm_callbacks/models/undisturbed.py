@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
@@ -71,10 +69,3 @@ def autocast(
         return nullcontext()
     device = next(model.parameters()).device.type
     return torch.autocast(device, dtype, cache_enabled=cache_enabled)
-
-
-def seed_all(seed: int) -> None:
-    """Seed every random stream; inside `undisturbed` they are restored."""
-    random.seed(seed)
-    np.random.seed(seed)
-    torch.manual_seed(seed)

@@ -23,6 +23,7 @@ from ..probing import ranks
 from ..probing.learnable import TrainingSet
 from ..probing.probe import Probe
 from ..records.former import check_former, pick
+from ..records.journal import checked_recipe
 from ..records.ledger import Ledger, Past
 from ..records.log import get_logger
 from ..records.outcomes import Outcome
@@ -32,7 +33,6 @@ from ..reports.terminal import preflight_table, summary_table
 from .ending import ended_as, has_moved
 from .forgiving import Forgiving
 from .measured import Measured, Verbose
-from .recipe import checked
 
 logger = get_logger(__name__)
 
@@ -172,7 +172,7 @@ class IIMMMonitor(Measured):
         began = time.perf_counter()
         resumed = self._journal
         is_new = resumed is None or not resumed.history
-        settings = checked(recipe or {})
+        settings = checked_recipe(recipe or {})
         self._size_probe(settings, resumed)
         self.probe.prepare(model)
         if resumed:

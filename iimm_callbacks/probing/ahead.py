@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 import os
-import random
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, TypeVar
-
-import numpy as np
-import torch
+from typing import TypeVar
 
 _T = TypeVar("_T")
 _R = TypeVar("_R")
@@ -53,14 +49,3 @@ def ahead(function: Callable[[_T], _R], items: Iterable[_T], threads: int) -> It
         finally:
             for future in waiting:
                 future.cancel()
-
-
-def streams() -> tuple[Any, ...]:
-    """The state of all random streams of the CPU, to be compared."""
-    own = np.random.get_state(legacy=False)
-    state = own["state"]
-    return (
-        random.getstate(),
-        (state["key"].tobytes(), state["pos"], own["has_gauss"], own["gauss"]),
-        torch.get_rng_state().numpy().tobytes(),
-    )

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from ..data.randomness import seed_all, streams
 from ..data.sources import content
 from ..data.tasks import Task
 from ..models.encoders import Encoder
-from ..models.undisturbed import seed_all
-from .ahead import ahead, n_threads, streams
+from .ahead import ahead, n_threads
 from .kept import Packed, find_levels
 
 FEWEST = 8  # images of a task that a look shows
@@ -57,7 +57,7 @@ def some_of(batch: Any, rows: slice | list[int]) -> Any:
     return batch[rows] if isinstance(rows, slice) else [batch[row] for row in rows]
 
 
-def read_image(task: Task, position: int, draws: bool) -> Any:
+def same_image(task: Task, position: int, draws: bool) -> Any:
     """An image of a task; the same every time, whatever is read before it.
 
     Args:
@@ -148,7 +148,7 @@ class Reader:
         for row, position in enumerate(batch.positions):
             for last_try in (False, True):  # the second where a disk or a network hiccuped
                 try:
-                    images[row] = read_image(task, position, self.draws)
+                    images[row] = same_image(task, position, self.draws)
                     break
                 except Exception as error:
                     if last_try:

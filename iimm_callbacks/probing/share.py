@@ -11,14 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..data.randomness import seed_all
 from ..data.tasks import Task
 from ..models.encoders import TEXT_BATCH, Encoder
-from ..models.undisturbed import seed_all
 from ..records.log import get_logger
 from . import ranks
 from .ahead import ahead
 from .kept import Packed
-from .reading import FAILED, Batch, Reader, read_image, sha256_of, some_of
+from .reading import FAILED, Batch, Reader, same_image, sha256_of, some_of
 from .texts import captions_of, first_of_each, tell_one_text
 
 logger = get_logger(__name__)
@@ -105,7 +105,7 @@ class Share:
         if batch.inputs is not None:
             return some_of(batch.inputs, slice(n))
         task = self.tasks[batch.task].task
-        images = [read_image(task, position, self.draws) for position in batch.positions]
+        images = [same_image(task, position, self.draws) for position in batch.positions]
         if self.draws:
             seed_all(0)
         return some_of(self.encoder.preprocess(images), slice(n))

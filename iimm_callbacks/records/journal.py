@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -11,6 +12,7 @@ from .checks import (
     DIFFERENCE,
     ERROR,
     FRACTION,
+    anything,
     count,
     dict_of,
     fields,
@@ -182,6 +184,19 @@ class Journaled:
         """
         self._journal = Journal.from_json(state)
         self.verdict = self._journal.verdict
+
+
+def checked_recipe(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """The recipe, with steps that a division made a float, such as 8.0, as a whole number.
+
+    Raises:
+        ValueError: A value that a JSON file could not hold; the message names it.
+    """
+    settings: dict[str, Any] = dict_of(anything)(dict(recipe), "recipe")
+    steps = settings.get("steps")
+    if isinstance(steps, float) and steps.is_integer():
+        settings["steps"] = int(steps)
+    return settings
 
 
 def opening(

@@ -6,8 +6,8 @@ from typing import Any
 
 from rich.table import Table
 
-from .tables import WORDS, named, new_table, or_nothing, size
-from .terminal import duration, interval, page, points
+from .tables import WORDS, named, new_table, or_nothing
+from .words import duration, interval, page, points, size
 
 
 def calibration(data: dict[str, Any]) -> str:

@@ -19,7 +19,7 @@ from ..records import keys
 from ..records.outcomes import Outcome
 from ..records.run_file import file_name
 from .tables import mixed
-from .terminal import interval, percent, points, printable, score_name, standard_error
+from .words import interval, percent, points, printable, score_name, standard_error
 
 HEADING = "Gain and forgetting (iimm_callbacks)"
 TASK_TYPE = "zero-shot-image-classification"

@@ -23,7 +23,7 @@ from .drawing import (
 )
 from .page import render, shown
 from .tables import mixed
-from .terminal import points, standard_error
+from .words import points, standard_error
 
 FORMATS = (".png", ".svg", ".pdf", ".html", ".htm")
 _PAGES = (".html", ".htm")

@@ -15,7 +15,7 @@ from xml.etree import ElementTree
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from .terminal import printable
+from .words import printable
 
 LIGHT = {
     "paper": "#ffffff", "panel": "#f3f5f8", "ink": "#1b1f24", "quiet": "#565d66",

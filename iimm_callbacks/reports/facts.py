@@ -9,7 +9,7 @@ from typing import Any
 from ..records import keys
 from .figures import total_steps
 from .tables import curve, explained, mixed
-from .terminal import forecast_in, interval, own_metric, percent, points, score_name, standard_error
+from .words import forecast_in, interval, own_metric, percent, points, score_name, standard_error
 
 QUANTITIES = {"gain": "gain", "forgetting": "forgetting, mean", "worst": "forgetting, worst task"}
 _LEAST_SHARE = 0.05  # of a predictor that is named

@@ -10,7 +10,7 @@ import numpy as np
 
 from ..records import keys
 from .drawing import LIGHT, Picture, in_points, label, legend_above, new_figure
-from .terminal import (
+from .words import (
     forecast_in,
     interval,
     own_metric,

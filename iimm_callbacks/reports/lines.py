@@ -8,17 +8,8 @@ from typing import Any
 from rich.table import Table
 
 from ..records import keys
-from .terminal import (
-    FEW,
-    WIDTH,
-    forecast_in,
-    interval,
-    level_words,
-    page,
-    percent,
-    points,
-    score_name,
-)
+from .terminal import FEW
+from .words import WIDTH, forecast_in, interval, level_words, page, percent, points, score_name
 
 
 def preflight_lines(record: dict[str, Any], plan: str) -> str:

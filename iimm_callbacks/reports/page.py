@@ -28,7 +28,7 @@ from .drawing import (
 from .figures import run_pictures
 from .past import ceiling_note, past_pictures, past_runs
 from .tables import mixed
-from .terminal import level_words, printable, score_name
+from .words import level_words, printable, score_name
 
 PAGE = "report.html"
 PICTURES = (

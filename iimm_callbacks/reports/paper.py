@@ -21,7 +21,7 @@ from .drawing import (
 from .page import render
 from .page import shown as as_shown
 from .tables import new_table, or_nothing
-from .terminal import page, percent
+from .words import page, percent
 
 _COLOURS = ("blue", "red", "green", "ink")
 _STATISTICS = {"r2": "R²", "slope": "slope", "tau": "Kendall's tau"}

@@ -16,7 +16,7 @@ from ..records import keys
 from ..records.forecast import COVERAGE
 from ..records.outcomes import Outcome, one_of_each_run
 from .drawing import LIGHT, Picture, in_points, legend_above, new_figure
-from .terminal import interval, percent, points, score_name
+from .words import interval, percent, points, score_name
 
 _WORDS = {"gain": "gain", "forgetting": "mean forgetting"}
 

@@ -7,7 +7,8 @@ from typing import Any
 
 from rich.table import Table
 
-from .terminal import WIDTH, forecast_lines, interval, level_words, page, percent, points
+from .terminal import forecast_lines
+from .words import WIDTH, interval, level_words, page, percent, points, size
 
 WORDS = {"gain": "gain", "forgetting": "mean forgetting", "worst": "worst forgetting"}
 _LEAST_SHARE = 0.1  # of a predictor that is named
@@ -206,11 +207,6 @@ def named(method: str, row: dict[str, Any]) -> str:
 def or_nothing(fraction: float | None) -> str:
     """Points with their sign."""
     return "" if fraction is None else points(fraction)
-
-
-def size(fraction: float | None) -> str:
-    """Points without a sign."""
-    return "" if fraction is None else points(fraction).removeprefix("+")
 
 
 def new_table(title: str, *columns: str, whole: str = "") -> Table:

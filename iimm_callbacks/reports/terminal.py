@@ -1,32 +1,28 @@
-"""A run's record -> table, line, plot. People get points, everything else fractions.
-
-Names and reasons may come from anyone's data: `page` is the one place that turns them into what a
-terminal is shown.
-"""
+"""A run's record -> table, line, plot for a terminal."""
 
 from __future__ import annotations
 
-import io
-import math
-import re
-from collections.abc import Mapping
 from pathlib import Path
 from textwrap import wrap
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
-from rich.text import Text
 
 from ..records import keys
-
-WIDTH = 96
-FEW = 4  # off-target tasks that are named
-_LEVELS = {"continue": "ok", "warn": "warn", "stop": "over the limit"}
-# What moves the cursor, ends a line, turns the writing direction or is half a character.
-_UNPRINTABLE = re.compile(
-    r"[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]"
+from .words import (
+    WIDTH,
+    interval,
+    level_words,
+    own_metric,
+    page,
+    percent,
+    points,
+    printable,
+    score_name,
+    size,
 )
+
+FEW = 4  # off-target tasks that are named
 
 
 def preflight_table(record: dict[str, Any]) -> str:
@@ -90,7 +86,7 @@ def forecast_lines(forecast: dict[str, Any]) -> list[str]:
         simpler = (("error_of_mean", "predicting the mean"),
                    ("error_of_zero_shot", "zero-shot error"))  # fmt: skip
         beside = [
-            f"{words}: {_size(found[key])}" for key, words in simpler if found[key] is not None
+            f"{words}: {size(found[key])}" for key, words in simpler if found[key] is not None
         ]
         also = f" ({', '.join(beside)})" if beside else ""
         unit = "model" if found.get("left_out") == "model" else "task"
@@ -98,7 +94,7 @@ def forecast_lines(forecast: dict[str, Any]) -> list[str]:
         seen = ", with other runs of that task known" if same else ""
         text = (
             f"{name}: from {', '.join(predictors) or 'many predictors'}; leave-one-{unit}-out "
-            f"error {_size(found['error'])} points over {found['n_tasks']} tasks{also}{seen}; "
+            f"error {size(found['error'])} points over {found['n_tasks']} tasks{also}{seen}; "
             f"90 % intervals covered {found['coverage']:.0%}"
         )
         lines += wrap(printable(text), WIDTH, initial_indent="  ", subsequent_indent="    ")
@@ -162,11 +158,6 @@ def most_forgotten(record: dict[str, Any]) -> tuple[list[str], int]:
     )
     worst = sorted(names, key=lambda name: last[name] - first[name])[:FEW]
     return worst, len(names) - FEW
-
-
-def level_words(level: str) -> str:
-    """A verdict's level in words: a run that only warns, or has finished, does not "stop"."""
-    return _LEVELS.get(level, level)
 
 
 def plot_run(record: dict[str, Any], path: str | Path) -> None:
@@ -234,86 +225,6 @@ def _plot_outcome(axis: Any, record: dict[str, Any], name: str) -> None:
     axis.set_ylabel(f"{name} (points)")
 
 
-def page(*parts: Table | str) -> str:
-    """Tables and lines as plain text of 96 columns, one below the other, without a control code.
-
-    Args:
-        parts: Whatever a part holds is shown as it is written, and a `str` stays one line.
-    """
-    console = _Console(
-        width=WIDTH, file=io.StringIO(), color_system=None, markup=False, emoji=False
-    )
-    shown = []
-    for part in parts:
-        if isinstance(part, str):
-            shown.append(printable(part))
-            continue
-        with console.capture() as capture:
-            console.print(part)
-        shown.append("\n".join(line.rstrip() for line in capture.get().splitlines()))
-    return "\n".join(shown)
-
-
-def printable(text: str) -> str:
-    r"""`text` with its control codes, line breaks and turns of direction written out.
-
-    Example:
-        >>> print(printable("digits\x1b[2J\n[red]größe"))
-        digits\x1b[2J\n[red]größe
-    """
-    return _UNPRINTABLE.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
-
-
-class _Console(Console):
-    def render_str(self, text: str, **settings: Any) -> Text:  # of each cell and title
-        return super().render_str(printable(text), **settings)
-
-
-def score_name(metrics: Mapping[str, str], *tasks: str) -> str:
-    """Name of the score of these tasks: "zero-shot accuracy", or their own metrics.
-
-    Args:
-        metrics: Task name -> what stands in for accuracy there, as a record's ``metrics``.
-        tasks: Their names.
-
-    Example:
-        >>> score_name({"captions": "recall@5"}, "digits", "captions")
-        'zero-shot accuracy or recall@5'
-    """
-    own = dict.fromkeys(metrics.get(task, "accuracy") for task in tasks)
-    return " or ".join("zero-shot accuracy" if m == "accuracy" else printable(m) for m in own)
-
-
-def own_metric(metrics: Mapping[str, str], task: str) -> str:
-    """Suffix of a task's name: its metric in brackets; empty for accuracy."""
-    metric = metrics.get(task, "accuracy")
-    return "" if metric == "accuracy" else f" ({printable(metric)})"
-
-
-def standard_error(row: dict[str, Any], name: str) -> float | None:
-    """Of what a look observed, a fraction; None where it is not saved."""
-    errors = row.get("standard_errors")
-    found = errors.get(name) if isinstance(errors, dict) else None
-    real = isinstance(found, int | float) and not isinstance(found, bool) and 0 <= found < math.inf
-    return float(found) if real else None  # type: ignore[arg-type]
-
-
-def forecast_in(row: dict[str, Any], name: str) -> dict[str, float] | None:
-    """The forecast of "gain" or "forgetting" at a look, as `interval` takes it; None without."""
-    key = keys.forecast_key(name)
-    if key not in row:
-        return None
-    return {"point": row[key], "low": row[f"{key}_low"], "high": row[f"{key}_high"]}
-
-
-def interval(prediction: dict[str, float] | None) -> str:
-    """A prediction of `Forecast.to_json` in points, with its 90 % interval."""
-    if prediction is None:
-        return "none"
-    point, low, high = (points(prediction[k]) for k in ("point", "low", "high"))
-    return f"{point} [{low}, {high}]"
-
-
 def _limit(record: dict[str, Any]) -> tuple[str, str]:
     limits = record["limits"]
     if limits["max_forgetting"] is None:
@@ -322,32 +233,3 @@ def _limit(record: dict[str, Any]) -> tuple[str, str]:
         points(limits["max_forgetting"]).removeprefix("+"),
         f"points of {limits['limit_on']} forgetting; stop from {limits['confidence']:.0%} sure",
     )
-
-
-def points(fraction: float) -> str:
-    """A fraction in points, with its sign."""
-    return f"{100 * fraction:+.1f}"
-
-
-def _size(fraction: float) -> str:
-    return points(fraction).removeprefix("+")
-
-
-def duration(seconds: float) -> str:
-    """A time for people.
-
-    Example:
-        >>> duration(42.2), duration(150), duration(5400)
-        ('42 s', '2 min 30 s', '1 h 30 min')
-    """
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60} s" if whole % 60 else f"{whole // 60} min"
-    return f"{whole // 3600} h {whole % 3600 // 60} min"
-
-
-def percent(fraction: float) -> str:
-    """A fraction in percent."""
-    return f"{100 * fraction:.1f} %"

@@ -10,7 +10,7 @@ from typing import Any
 from transformers.integrations import TrackioCallback, WandbCallback
 
 from ..records.verdict import Verdict
-from ..reports.terminal import level_words
+from ..reports.words import level_words
 from . import host
 
 _SEVERITY = {"continue": "INFO", "warn": "WARN", "stop": "ERROR"}

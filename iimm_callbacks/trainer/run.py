@@ -26,7 +26,7 @@ from ..records.run_file import file_name
 from ..records.verdict import LEVELS, Verdict
 from ..reports.card import update_card
 from ..reports.tables import rescue_table
-from ..reports.terminal import page
+from ..reports.words import page
 from ..rescue.rescuer import Rescuer, rescue_at_end
 from . import alerts, baseline, host
 from .amended import amend_cards

@@ -36,7 +36,7 @@ from iimm_callbacks.reports.drawing import (
 from iimm_callbacks.reports.figures import run_pictures
 from iimm_callbacks.reports.page import PICTURES, write_report
 from iimm_callbacks.reports.past import fit_line, past_runs
-from iimm_callbacks.reports.terminal import printable
+from iimm_callbacks.reports.words import printable
 
 PNG = b"\x89PNG\r\n\x1a\n"
 VOID = {"meta", "br", "path", "use", "rect"}

@@ -6,13 +6,8 @@ from pathlib import Path
 import pytest
 
 from iimm_callbacks.reports.lines import look_line, preflight_lines, saved_lines
-from iimm_callbacks.reports.terminal import (
-    page,
-    plot_run,
-    preflight_table,
-    printable,
-    summary_table,
-)
+from iimm_callbacks.reports.terminal import plot_run, preflight_table, summary_table
+from iimm_callbacks.reports.words import page, printable
 
 FIRST = {
     "eval_iimm": 0.4321,

@@ -7,7 +7,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from ...reports.terminal import duration
+from ...reports.words import duration
 
 # A run is not made shorter than this: forgetting would not have set in.
 _LEAST_STEPS, _LEAST_SHARE = 20, 0.2

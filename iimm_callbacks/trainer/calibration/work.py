@@ -17,7 +17,7 @@ from ...probing import ranks
 from ...records.outcomes import Outcome
 from ...records.run_file import file_name, read_run, save_run
 from ...records.verdict import WATCH
-from ...reports.terminal import duration
+from ...reports.words import duration
 from .budget import Cost, Job, fit
 from .lessons import Lesson, seconds_of_looks, write_folder
 from .recipes import Recipe
