@@ -246,6 +246,7 @@ def test_no_drawing_shares_its_caption(example):
     assert len(set(captions)) == 300
 
 
+@pytest.mark.whole
 @pytest.mark.once
 def test_contrastive_training_takes_a_model_and_a_data_set_of_ones_own(
     example, tmp_path, monkeypatch

@@ -358,6 +358,7 @@ def test_the_scores_see_the_images_of_the_recorded_measurement(study):
     assert iimm(embeds, np.eye(6, 128), labels).intra == pytest.approx(outcome.intra, abs=1e-4)
 
 
+@pytest.mark.whole
 def test_the_report_is_written_with_its_pictures(study, tmp_path, capsys):
     shipped = [o for o in sample.load_outcomes() if o.task in sample.task_names()[:3]]
     other = replace(shipped[0], model_fingerprint="another model", task="unknown")

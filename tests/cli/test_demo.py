@@ -12,6 +12,8 @@ from iimm_callbacks.records.run_file import read_run
 from iimm_callbacks.reports.lines import look_line
 from iimm_callbacks.reports.terminal import summary_table
 
+pytestmark = pytest.mark.whole
+
 
 @pytest.fixture(scope="module")
 def done(tmp_path_factory):

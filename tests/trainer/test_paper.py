@@ -279,6 +279,7 @@ def reproduce_on_rank(rank, folder, mirror):
     importlib.util.find_spec("torchvision") is not None,  # whose operators others do not declare
     reason="in the main environment",
 )
+@pytest.mark.whole
 def test_two_ranks_give_the_outcomes_of_one(mirror, tmp_path):
     program = tmp_path / "ranks.py"
     program.write_text(
