@@ -2,6 +2,7 @@
 
     python examples/benchmark.py               # about three minutes on two cores
     python examples/benchmark.py --size b32    # ViT-B/32 on JPEGs; six minutes on two cores
+    python examples/benchmark.py --store       # stores of 1,000, 10,000, 100,000 runs; five minutes
     python examples/benchmark.py --smoke       # seconds, numbers mean nothing
 
 Everything is a ratio of two things timed in turns in the same process, because machines are noisy;
@@ -9,14 +10,17 @@ the best of several rounds counts. Expected: see "Speed" in README.md.
 """
 
 import io
+import json
 import multiprocessing
 import os
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 import tracemalloc
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -46,6 +50,7 @@ from iimm_callbacks import (
 from iimm_callbacks.data.sources import as_image
 from iimm_callbacks.models.tuning import prepare
 from iimm_callbacks.probing.probe import Probe
+from iimm_callbacks.records.objects import name_of as object_name
 
 
 @dataclass
@@ -57,6 +62,7 @@ class Settings:
     n_classes: int = field(default=100, metadata={"help": "C"})
     steps: int = field(default=600, metadata={"help": "Of the training run"})
     rounds: int = field(default=5, metadata={"help": "Of each timing"})
+    store: bool = field(default=False, metadata={"help": "Stores of saved runs, and nothing else"})
     smoke: bool = field(default=False, metadata={"help": "Small and short"})
 
 
@@ -372,6 +378,73 @@ def guard_row(settings, model, processor, pairs, first, later):
     return "default looks, against 1,000 steps of 32 images", f"{share:.1%}", "1 % on a GPU"
 
 
+# What a new process does with a store: it prints seconds, and MB beyond torch and scipy.
+USE_STORE = """
+import resource, sys, time
+import scipy.stats, torch
+from iimm_callbacks import Forecaster, append_outcome
+from iimm_callbacks.forecasting.runs import about, measured
+from iimm_callbacks.records.store import open_store
+
+def memory():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+begun, before = time.perf_counter(), memory()
+found = open_store(sys.argv[1])
+found.n_outcomes
+opened = time.perf_counter()
+runs = found.relevant(f"{3:016x}")
+forecast = Forecaster().fit(runs).predict(measured(runs[0]), **about(runs[0]))
+done, most = time.perf_counter(), memory()
+append_outcome(sys.argv[1], runs[-1])
+print(opened - begun, done - opened, time.perf_counter() - done, most - before)
+"""
+
+
+def saved_runs(n):
+    """Lines of a store: the sample's runs, as of 40 models on 65 tasks."""
+    shipped = [asdict(outcome) for outcome in sample.load_outcomes()]
+    for i in range(n):
+        row = shipped[i % len(shipped)]
+        task = f"{row['task']} {i // len(shipped) % 5}"
+        names = {"model_fingerprint": f"{i % 40:016x}", "task": task, "run": f"{i:032x}"}
+        yield f"{json.dumps(row | names, sort_keys=True)}\n".encode()
+
+
+def write_store(folder, kind, n):
+    """A file of JSON lines, or a folder of objects."""
+    if kind == "file":
+        path = folder / f"{n}.jsonl"
+        with path.open("wb") as file:
+            file.writelines(saved_runs(n))
+        return str(path)
+    place = folder / str(n)
+    place.mkdir()
+    for line in saved_runs(n):
+        (place / object_name(line)).write_bytes(line)
+    return f"{place}/"
+
+
+def store_rows(settings):
+    for n in (20,) if settings.smoke else (1_000, 10_000, 100_000):
+        for kind in ("file", "folder"):
+            with tempfile.TemporaryDirectory() as folder:
+                place = write_store(Path(folder), kind, n)
+                env = os.environ | {"XDG_CACHE_HOME": f"{folder}/cache", "OMP_NUM_THREADS": "1"}
+                command = [sys.executable, "-c", USE_STORE, place]
+                starts = [
+                    subprocess.run(command, env=env, check=True, capture_output=True, text=True)
+                    for _ in range(2)
+                ]
+            first, later = (list(map(float, start.stdout.split())) for start in starts)
+            name = f"{n} runs in a {kind}"
+            yield f"{name}: first start", f"{first[0]:.2f} s", "10 s"
+            yield "  later start", f"{later[0]:.2f} s", "0.5 s"
+            yield "  reading what is relevant, and the forecast", f"{later[1]:.2f} s", "1 s"
+            yield "  appending", f"{1e3 * later[2]:.0f} ms", "20 ms"
+            yield "  memory beyond torch and scipy", f"{later[3]:.0f} MB", "300 MB"
+
+
 def import_rows(settings):
     """Fresh processes in turns: the package has no more to import than the Trainer has anyway."""
     commands = {
@@ -404,7 +477,9 @@ def main(argv=None):
     if settings.smoke:
         settings.n_images, settings.steps, settings.rounds = 2000, 4, 1
     sizes = f"N = {settings.n_images}, D = {settings.width}, C = {settings.n_classes}"
-    if settings.size == "b32":
+    if settings.store:
+        sizes = f"{len(os.sched_getaffinity(0))} cores"
+    elif settings.size == "b32":
         sizes = "ViT-B/32, random weights, JPEGs of 640×480"
     table = Table(title=f"{sizes}; {torch.get_num_threads()} threads; torch {torch.__version__}")
     for column in ("what", "measured", "aim"):
@@ -412,7 +487,8 @@ def main(argv=None):
     if settings.size not in ("sample", "b32"):
         raise ValueError(f"`--size` must be sample or b32, got {settings.size!r}")
     small = (measure_rows, probe_rows, run_row, import_rows)
-    for rows in (b32_rows,) if settings.size == "b32" else small:
+    chosen = (store_rows,) if settings.store else (b32_rows,) if settings.size == "b32" else small
+    for rows in chosen:
         for row in rows(settings):
             table.add_row(*row)
     Console(width=100).print(table)

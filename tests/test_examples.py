@@ -396,6 +396,16 @@ def test_the_benchmark_prints_every_figure(example, capsys):
         assert figure in printed
 
 
+@pytest.mark.whole
+@pytest.mark.once
+@bare_processes
+def test_the_benchmark_of_stores_prints_every_figure(example, capsys):
+    example("benchmark").main(["--store", "--smoke"])
+    printed = capsys.readouterr().out
+    for figure in ("20 runs in a file", "20 runs in a folder", "later start", "appending"):
+        assert figure in printed
+
+
 @no_pin_memory
 def test_the_readme_runs(monkeypatch, tmp_path, capsys):
     monkeypatch.chdir(tmp_path)

@@ -1,21 +1,20 @@
 """What a JSON value must be: the error names the field, what was expected and what came.
 
 A check takes a value and the name of its field, and returns the value or raises a `ValueError`.
+Checks of lists and objects make the names of what is inside only where there is an error to tell.
 """
 
 from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable, Mapping
-from functools import lru_cache
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 Check = Callable[[Any, str], Any]
 
 _DEEPEST = 16  # nesting of `anything`; what is deeper could be read but not copied or written again
 _LARGEST = sys.float_info.max
-_SHORT = 200  # letters of a name that is kept
 
 
 def refuse(name: str, expected: str, got: Any) -> ValueError:
@@ -76,7 +75,7 @@ def number(low: float, high: float, expected: str) -> Check:
     """Makes the check of a number in [low, high], which returns a float."""
 
     def check(value: Any, name: str) -> float:
-        real = isinstance(value, int | float) and not isinstance(value, bool)
+        real = isinstance(value, float) or (isinstance(value, int) and not isinstance(value, bool))
         if not real or not low <= value <= high:  # NaN is not
             raise refuse(name, expected, value)
         return float(value)
@@ -106,7 +105,12 @@ def list_of(check: Check) -> Check:
     def check_all(value: Any, name: str) -> list[Any]:
         if not isinstance(value, list):
             raise refuse(name, "a list", value)
-        return [check(v, f"{name}[{position}]") for position, v in enumerate(value)]
+        try:
+            return [check(v, name) for v in value]
+        except ValueError:
+            for position, v in enumerate(value):
+                check(v, f"{name}[{position}]")
+            raise
 
     return check_all
 
@@ -117,7 +121,13 @@ def dict_of(check: Check) -> Check:
     def check_all(value: Any, name: str) -> dict[str, Any]:
         if not isinstance(value, dict):
             raise refuse(name, "an object", value)
-        return {_key(k, name): check(v, within(name, k)) for k, v in value.items()}
+        _check_keys(value, name)
+        try:
+            return {k: check(v, name) for k, v in value.items()}
+        except ValueError:
+            for k, v in value.items():
+                check(v, within(name, k))
+            raise
 
     return check_all
 
@@ -127,8 +137,36 @@ def object_of(
     optional: Mapping[str, Check] | None = None,
     rest: Check | None = None,
 ) -> Check:
-    """Makes the check of an object with these fields; the arguments are those of `fields`."""
-    return lambda value, name: fields(value, name, needed, optional, rest)
+    """Makes the check of an object with these fields.
+
+    Args:
+        needed: Fields that must be there.
+        optional: Fields that may be there.
+        rest: Of all other fields; ``None``: they are left out.
+    """
+    checks = {**(optional or {}), **needed}
+
+    def check_all(value: Any, name: str) -> dict[str, Any]:
+        if not isinstance(value, dict):
+            raise refuse(name or "all of it", "an object", value)
+        for key in needed:
+            if key not in value:
+                raise ValueError(f"`{name}` lacks `{key}`" if name else f"`{key}` is missing")
+        if rest is not None:
+            _check_keys(value, name or "all of it")
+        try:
+            return {
+                key: check(inner, name)
+                for key, inner in value.items()
+                if (check := checks.get(key, rest)) is not None
+            }
+        except ValueError:
+            for key, inner in value.items():
+                if (check := checks.get(key, rest)) is not None:
+                    check(inner, within(name, key))
+            raise
+
+    return check_all
 
 
 def fields(
@@ -138,52 +176,40 @@ def fields(
     optional: Mapping[str, Check] | None = None,
     rest: Check | None = None,
 ) -> dict[str, Any]:
-    """The fields of an object, checked.
+    """The fields of an object, checked as by `object_of`.
 
     Args:
         value: What should be an object.
         name: Of its field; empty for the outermost.
-        needed: Fields that must be there.
-        optional: Fields that may be there.
-        rest: Of all other fields; ``None``: they are left out.
+        needed: As `object_of`.
+        optional: Likewise.
+        rest: Likewise.
 
     Raises:
         ValueError: As every check.
     """
-    if not isinstance(value, dict):
-        raise refuse(name or "all of it", "an object", value)
-    for key in needed:
-        if key not in value:
-            raise ValueError(f"`{name}` lacks `{key}`" if name else f"`{key}` is missing")
-    checks = {**(optional or {}), **needed}
-    found = {}
-    for key, inner in value.items():
-        check = checks.get(key, rest)
-        if check is not None:
-            found[_key(key, name or "all of it")] = check(inner, within(name, key))
+    found: dict[str, Any] = object_of(needed, optional, rest)(value, name)
     return found
 
 
-def _key(key: Any, name: str) -> str:
-    """A key of an object; most are of letters that need no look."""
-    if isinstance(key, str) and key.isascii():
-        return key
-    return text(key, f"{name}, a key")
+def _check_keys(keys: Iterable[Any], name: str) -> None:
+    try:
+        is_plain = "".join(keys).isascii()  # as nearly all are
+    except TypeError:
+        is_plain = False
+    if not is_plain:
+        for key in keys:
+            text(key, f"{name}, a key")
 
 
 def within(name: str, key: str) -> str:
     """Name of the field `key` inside the field `name`, for errors."""
-    return _named(name, key) if len(name) + len(key) <= _SHORT else _named.__wrapped__(name, key)
-
-
-@lru_cache(4096)  # names of a record's fields are those of the next
-def _named(name: str, key: str) -> str:
     if name:
         return f"{name}[{short(key)}]"
     return f"{key:.40}" if key.isidentifier() else short(key)
 
 
-FRACTION = number(0, 1, "a fraction in [0, 1]")
-DIFFERENCE = number(-1, 1, "a number in [-1, 1]")
-ERROR = number(0, _LARGEST, "a finite number from 0")
+FRACTION = number(0.0, 1.0, "a fraction in [0, 1]")
+DIFFERENCE = number(-1.0, 1.0, "a number in [-1, 1]")
+ERROR = number(0.0, _LARGEST, "a finite number from 0")
 finite = number(-_LARGEST, _LARGEST, "a finite number")

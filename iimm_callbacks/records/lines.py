@@ -38,7 +38,7 @@ def parse_line(line: bytes | ValueError) -> Outcome | Retired | ValueError:
     return found
 
 
-def decode_line(data: str | bytes | ValueError) -> Any:
+def decode_line(data: bytes | ValueError) -> Any:
     """What its JSON holds, with or without a mark of UTF-8 before it.
 
     Raises:
@@ -46,8 +46,7 @@ def decode_line(data: str | bytes | ValueError) -> Any:
     """
     if isinstance(data, ValueError):
         raise data
-    text = data.decode(errors="surrogateescape") if isinstance(data, bytes) else data
-    return json.loads(text.removeprefix("\ufeff"))
+    return json.loads(data.decode(errors="surrogateescape").removeprefix("\ufeff"))
 
 
 def parse_each(rows: Iterable[tuple[str, _T]], decode: Callable[[_T], Any]) -> Iterator[Found]:

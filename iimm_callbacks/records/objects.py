@@ -230,9 +230,9 @@ def _fetch(address: Address, names: list[str]) -> dict[str, bytes]:
 
 
 def _read(path: Path) -> bytes:
-    with suppress(FileNotFoundError):  # it went since it was listed
-        return path.read_bytes()
-    return b""
+    with suppress(FileNotFoundError), path.open("rb", buffering=0) as file:
+        return file.readall()
+    return b""  # it went since it was listed
 
 
 def _tried(act: Callable[[], _T], what: str) -> _T:

@@ -216,13 +216,7 @@ def parse_outcome(row: Any) -> Outcome:
     if not isinstance(row, dict):
         raise ValueError(f"expected a JSON object, got {type(row).__name__}")
     _check_schema(row)
-    values = {}
-    for f in fields(Outcome):
-        if f.name in row:
-            values[f.name] = _CHECKS[f.name](row[f.name], f.name)
-        elif f.default is MISSING and f.default_factory is MISSING:
-            raise ValueError(f"`{f.name}` is missing")
-    outcome = Outcome(**values)
+    outcome = Outcome(**_FIELDS(row, ""))
     if outcome.off_target_before.keys() != outcome.off_target_after.keys():
         raise ValueError("`off_target_before` and `off_target_after` hold different tasks")
     return outcome
@@ -263,3 +257,5 @@ _CHECKS: dict[str, Check] = (
     | {"trajectory": list_of(object_of({"share": FRACTION, "gain": DIFFERENCE}, _LOOK, finite))}
     | {"recipe": dict_of(anything), "versions": dict_of(text), "schema_version": count}
 )
+_NEEDED = {f.name for f in fields(Outcome) if f.default is MISSING and f.default_factory is MISSING}
+_FIELDS = object_of({name: _CHECKS[name] for name in _CHECKS if name in _NEEDED}, _CHECKS)

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 from zlib import crc32
 
 import numpy as np
@@ -26,6 +26,7 @@ from pyarrow import parquet
 
 from . import objects
 from .catalog import LEARNT_FROM, Catalog, Listed, matcher, thin_cells
+from .facts import DAMAGED, OUTCOME, RETIRED, SCHEMA, read_facts
 from .lines import Found, name_of, parse_line, report
 from .log import get_logger
 from .objects import Address
@@ -34,14 +35,7 @@ from .run_file import write_whole
 
 logger = get_logger(__name__)
 
-DAMAGED, OUTCOME, RETIRED = range(3)  # what the column `kind` says
-_FACTS = ("model", "model_fingerprint", "method", "task")
-_SCHEMA = pa.schema(
-    [(word, pa.string()) for word in (*_FACTS, "name", "object")]
-    + [(name, pa.int64()) for name in ("start", "size", "check")]
-    + [("complete", pa.bool_()), ("has_run", pa.bool_()), ("kind", pa.int8())]
-)
-_VERSION = b"2"  # of this layout
+_VERSION = b"3"  # of this layout
 _LOCK_SECONDS = 30.0
 _Positions = NDArray[np.int64]
 _SAMPLE = 4096  # bytes that tell whether a store still begins with what its table is of
@@ -192,10 +186,7 @@ def of_file(path: Path) -> pa.Table:
     """The table of a JSON-lines file, in its order.
 
     Returns:
-        Columns: `Outcome`'s ``model``, ``model_fingerprint``, ``method``, ``task``; ``name`` as
-        `lines.name_of`, or of the run that is retired; ``object`` as `objects.name_of`; ``start``
-        and ``size`` in bytes, ``check`` the line's CRC-32; ``complete``; ``has_run``, whether its
-        `Outcome.run` is known; ``kind``.
+        Columns as `facts.read_facts`.
 
     Raises:
         OSError: The file cannot be read.
@@ -210,7 +201,8 @@ def of_file(path: Path) -> pa.Table:
     with path.open("rb") as file:
         if state.st_size <= end or told.get(b"sample") != _sample(file, end):
             end = 0
-        new, whole = _read_facts(file, end)
+        new = read_facts(path, end, state.st_size)
+        whole = _whole(file, new) or end
         sample = _sample(file, whole)
     saved = saved.filter(pc.less(saved["start"], end))
     table = pa.concat_tables([saved.replace_schema_metadata(None), new]).combine_chunks()
@@ -244,7 +236,7 @@ def of_address(address: Address, listing: dict[str, float]) -> tuple[pa.Table, l
     lines.parent.mkdir(parents=True, exist_ok=True)
     others: list[Found] = []
     with FileLock(f"{lines}.lock", timeout=_LOCK_SECONDS):
-        table = of_file(lines) if lines.exists() else _SCHEMA.empty_table()
+        table = of_file(lines) if lines.exists() else SCHEMA.empty_table()
         known = set(table["object"].to_pylist())
         lacking = [name for name in listing if name not in known]
         with lines.open("ab") as file:
@@ -275,41 +267,22 @@ def forget(store: Path | Address) -> None:
             path.unlink()
 
 
-def _read_facts(file: Any, start: int) -> tuple[pa.Table, int]:
-    """The table of the lines from here on, and where the last whole one ends."""
-    columns: dict[str, list[Any]] = {name: [] for name in _SCHEMA.names}
-    file.seek(start)
-    whole = start
-    for line in file:
-        if line.strip():
-            row = _facts(line) | {"start": start, "size": len(line), "check": crc32(line)}
-            for name, values in columns.items():
-                values.append(row.get(name))
-        start += len(line)
-        whole = start if line.endswith(b"\n") else whole
-    return pa.table(columns, schema=_SCHEMA), whole
-
-
-def _facts(line: bytes) -> dict[str, Any]:
-    """What the table says of a line."""
-    record = parse_line(line)
-    facts: dict[str, Any] = {"complete": False, "has_run": False, "kind": DAMAGED}
-    if isinstance(record, Retired):
-        facts |= {"name": record.retired, "kind": RETIRED}
-    elif isinstance(record, Outcome):
-        facts = {word: getattr(record, word) for word in _FACTS}
-        facts |= {"name": name_of(record), "has_run": bool(record.run)}
-        facts |= {"complete": record.complete, "kind": OUTCOME}
-    return facts | {"object": objects.name_of(line)}
+def _whole(file: BinaryIO, lines: pa.Table) -> int:
+    """Where the last line that has an end ends."""
+    if not len(lines):
+        return 0
+    start, size = int(lines["start"][-1].as_py()), int(lines["size"][-1].as_py())
+    file.seek(start + size - 1)
+    return start + size if file.read(1) == b"\n" else start
 
 
 def _load(path: Path) -> pa.Table:
     """The saved table; an empty one where there is none."""
     with suppress(OSError, pa.ArrowException):
         found = parquet.read_table(path, use_threads=False)
-        if found.schema.equals(_SCHEMA) and (found.schema.metadata or {}).get(b"v") == _VERSION:
+        if found.schema.equals(SCHEMA) and (found.schema.metadata or {}).get(b"v") == _VERSION:
             return found
-    return _SCHEMA.empty_table()
+    return SCHEMA.empty_table()
 
 
 def _sample(file: Any, end: int) -> bytes:

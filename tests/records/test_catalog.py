@@ -14,10 +14,17 @@ from test_outcomes import RUN
 from iimm_callbacks.forecasting.forecaster import Forecaster
 from iimm_callbacks.forecasting.runs import about, measured
 from iimm_callbacks.records import catalog as catalogs
-from iimm_callbacks.records import objects, store, table
+from iimm_callbacks.records import facts, objects, store, table
 from iimm_callbacks.records.catalog import LEARNT_FROM, Listed, thin
 from iimm_callbacks.records.lines import name_of, to_line
-from iimm_callbacks.records.store import append_outcome, open_store, read_outcomes, retire, sync
+from iimm_callbacks.records.store import (
+    append_outcome,
+    check_store,
+    open_store,
+    read_outcomes,
+    retire,
+    sync,
+)
 from iimm_callbacks.sample import load_outcomes
 
 
@@ -321,3 +328,30 @@ def test_a_forecast_from_a_store_is_that_from_its_runs(tmp_path, monkeypatch):
     assert from_store.gain == from_list.gain
     assert from_store.forgetting == from_list.forgetting
     assert from_store.basis.startswith("60 complete runs of this model")
+
+
+def test_several_processes_read_what_one_does(tmp_path, monkeypatch, caplog):
+    path = tmp_path / "o.jsonl"
+    lines = [*map(to_line, many(60)), b"{\n", b"\n", to_line(replace(RUN, task="ü\r"))]
+    path.write_bytes(b"".join(lines) + b'{"torn')
+    size = path.stat().st_size
+    whole = facts.read_facts(path, 0, size)
+    assert whole["kind"].to_pylist() == [facts.OUTCOME] * 60 + [
+        facts.DAMAGED, facts.OUTCOME, facts.DAMAGED,
+    ]  # fmt: skip
+    monkeypatch.setattr(facts, "_n_cores", lambda: 3)
+    monkeypatch.setattr(facts, "_PIECE", size // 4)
+    with caplog.at_level("DEBUG", "iimm_callbacks"):
+        assert facts.read_facts(path, 0, size).equals(whole)
+    assert "could not read" not in caplog.text
+    monkeypatch.setattr(facts.sys, "executable", "/nowhere")  # as where Python is embedded
+    with caplog.at_level("DEBUG", "iimm_callbacks"):
+        assert facts.read_facts(path, len(lines[0]), size).equals(whole.slice(1))
+    assert caplog.text.count("could not read") == 2
+
+
+def test_only_a_line_feed_ends_a_line(tmp_path, monkeypatch):
+    path, lines = tmp_path / "o.jsonl", list(map(to_line, many(6)))
+    path.write_bytes(lines[0][:-1] + b"\r\n" + lines[1][:-1] + b"\r" + b"".join(lines[2:]))
+    assert check(path).n_outcomes == 4
+    assert [problem.partition(":")[0] for problem in check_store(path)] == ["line 2"]
