@@ -242,16 +242,42 @@ def loss_of(model, inputs, labels):
     return torch.nn.functional.cross_entropy(model(**inputs).logits_per_image, labels)
 
 
-def sharded_run(kind):
-    """A guarded run of a SigLIP: same batches on all ranks, so that all kinds train alike."""
+def breaks_on_rank_1(module, breaks):
+    """Its forward pass raises there at the call that is told, counted from 0; None: never."""
+    forward, calls = module.forward, [0]
+
+    def run(*args, **kwargs):
+        calls[0] += 1
+        if calls[0] - 1 == breaks[0] and ranks.world()[0] == 1:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+        return forward(*args, **kwargs)
+
+    module.forward = run
+    return calls
+
+
+def sharded_run(kind, tower=None):
+    """A guarded run of a SigLIP: same batches on all ranks, so that all kinds train alike.
+
+    `tower`: whose first layer is out of memory on rank 1 amid the look at step 2.
+    """
     torch.manual_seed(0)
     bare, processor = FAMILIES["SigLIP"]()
     fingerprint = model_fingerprint(bare)
-    model = shard(copy.deepcopy(bare), kind)
+    model = copy.deepcopy(bare)
+    breaks = [None]
+    layer = getattr(model, tower or "vision_model").encoder.layers[0]
+    calls = breaks_on_rank_1(layer.mlp, breaks)
+    model = shard(model, kind)
     task = colour_task()
     monitor = IIMMMonitor(
         task, [shape_task()], processor=processor, outcomes=None, verbose=False,
         batch_size=5, every=2, max_overhead=None,
+    )  # fmt: skip
+    failures = []
+    of_failure = monitor._warned.of_failure
+    monitor._warned.of_failure = lambda step, error: (
+        failures.append(error), of_failure(step, error)
     )  # fmt: skip
     model.train()
     monitor.begin(model, recipe={"steps": 4})
@@ -267,7 +293,10 @@ def sharded_run(kind):
         optimizer.zero_grad()
         losses.append(loss.item())
         if monitor.is_due(step, 4):
+            if tower and step == 2:
+                calls[0], breaks[0] = 0, 2  # the first is that of the single item
             monitor.check(model, step, 4)
+            breaks[0] = None
     outcome = monitor.end(model)
     timeless = [
         {k: v for k, v in row.items() if k not in ("time", "eval_iimm_runtime")}
@@ -280,6 +309,7 @@ def sharded_run(kind):
         "method": outcome.method,
         "share": outcome.recipe["trainable_share"],
         "failures": monitor.failures,
+        "failure": str(failures[0]) if failures else "",
         "run": outcome.run,
         "training": model.training,
         "model": outcome.model,
@@ -344,6 +374,11 @@ TWO = {
     f"{kind}_{name}": (lambda f=function, k=kind: f(k))
     for kind in ("plain", "fsdp1", "fsdp2")
     for name, function in (("run", sharded_run), ("bad_image", sharded_bad_image))
+}
+TWO |= {
+    f"{kind}_{tower}_breaks": partial(sharded_run, kind, tower)
+    for kind in ("fsdp1", "fsdp2")
+    for tower in ("vision_model", "text_model")
 }
 SCENARIOS = {1: ANY, 2: ANY | SEVERAL | TWO, 3: ANY | SEVERAL, 7: ANY}
 

@@ -3,13 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
 _T = TypeVar("_T")
 _FSDP1, _FSDP2 = "FullyShardedDataParallel", "FSDPModule"
+_APART = (
+    "a forward pass failed in the middle of FSDP's own collectives ({}), so this rank is no longer "
+    "in step with the others and would train on wrong weights; end all ranks, and go on from the "
+    "last checkpoint with a smaller `batch_size` of the guard"
+)
+
+
+class OutOfStepError(BaseException):
+    """A rank has missed a collective of FSDP's; what it would train from here on is wrong.
+
+    No `Exception`: what forgives a failed look must not forgive this.
+    """
 
 
 def is_sharded(model: nn.Module) -> bool:
@@ -58,6 +70,96 @@ def inside_forward(model: nn.Module, core: nn.Module, function: Callable[[], _T]
     for unit in reversed(units):  # the innermost first
         run = _within(unit, run)
     return run()  # type: ignore[no-any-return]
+
+
+class InStep:
+    """Forward passes of a sharded model that fail on one rank and harm no other.
+
+    Each FSDP unit puts its weights together in a collective when it is entered. A rank whose pass
+    fails computes no further, but still enters every unit that the others enter. So its failure is
+    its own, until it says so. A model that is not sharded is left alone.
+
+    Args:
+        model: The model as it trains.
+        core: As `inside_forward`; units around it have been entered already.
+    """
+
+    def __init__(self, model: nn.Module, core: nn.Module) -> None:
+        units = [m for m in model.modules() if _kind(m)]
+        self._units = [u for u in units if not any(core is part for part in u.modules())]
+        self._entered: list[nn.Module] = []
+        self._failure: Exception | None = None
+
+    @contextmanager
+    def kept(self) -> Iterator[InStep]:
+        """Inside, passes can be run."""
+        with ExitStack() as stack:
+            for unit in self._units:
+                inner: Any = unit.module if is_fsdp1(unit) else unit
+                stack.enter_context(_as_forward(inner, self._harmless(unit, inner.forward)))
+            yield self
+
+    def learn(self, embed: Callable[[], _T]) -> tuple[list[nn.Module], _T]:
+        """The units that a pass enters, in order; and what a small one, `embed()`, returns.
+
+        Raises:
+            OutOfStepError: It failed.
+        """
+        self._entered, self._failure = [], None
+        try:
+            made = embed()
+            if self._failure is not None:
+                raise self._failure
+        except Exception as error:
+            raise OutOfStepError(_APART.format(error)) from error
+        return self._entered, made
+
+    def run(self, order: list[nn.Module], embed: Callable[[], _T]) -> _T:
+        """`embed()`, a pass that enters the units of `order`.
+
+        Raises:
+            Exception: What it raises, after the units have been entered that it left out.
+            OutOfStepError: They could not be.
+        """
+        self._entered, self._failure = [], None
+        try:
+            made = embed()
+        except Exception as error:
+            self._failure = self._failure or error
+        if self._failure is None:
+            return made
+        failure = self._failure.with_traceback(None)  # it holds on to tensors
+        self.skip(order, len(self._entered))
+        raise failure
+
+    def skip(self, order: list[nn.Module], done: int = 0) -> None:
+        """Only enter the units of a pass, but for those of the latest pass that are `done`.
+
+        Raises:
+            OutOfStepError: They could not be.
+        """
+        self._failure = failure = self._failure or RuntimeError("left out")
+        try:
+            if self._entered[:done] != order[:done]:
+                raise RuntimeError("its passes enter FSDP's units in another order every time")
+            for unit in order[done:]:
+                unit()
+        except Exception as error:
+            raise OutOfStepError(_APART.format(failure)) from error
+        finally:
+            self._failure = None
+
+    def _harmless(self, unit: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*args: Any, **kwargs: Any) -> Any:
+            self._entered.append(unit)
+            if self._failure is None:
+                try:
+                    return forward(*args, **kwargs)
+                except Exception as error:
+                    self._failure = error
+            return None
+
+        return run
 
 
 def full_parameters(

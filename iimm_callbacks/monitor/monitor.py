@@ -8,6 +8,7 @@ import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -248,7 +249,8 @@ class IIMMMonitor(Measured):
         if self.looked_at == step or not scheduled:
             return False
         elapsed, taken = time.perf_counter() - self._began, journal.looks_taken
-        due = self._pace.pays(elapsed, step, total_steps, taken, ranks.least)
+        agree = partial(ranks.least, what=f"whether to look at step {step}")
+        due = self._pace.pays(elapsed, step, total_steps, taken, agree)
         journal.dropped += not due
         return due
 

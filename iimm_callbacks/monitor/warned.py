@@ -1,4 +1,4 @@
-"""What a run warns of: each kind once, and on the first rank only."""
+"""What a run warns of: each kind once, on the first rank; on all where the ranks were apart."""
 
 from __future__ import annotations
 
@@ -37,6 +37,7 @@ class Warned:
             )
 
     def _once(self, kind: str, text: str, *facts: object) -> None:
-        if kind not in self._kinds and ranks.world()[0] == 0:
+        speaks = ranks.world()[0] == 0 or kind == ranks.RanksApartError.__name__
+        if kind not in self._kinds and speaks:
             logger.warning(text, *facts)
         self._kinds.add(kind)

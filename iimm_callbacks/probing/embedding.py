@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -10,10 +11,14 @@ import torch
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from torch import Tensor, nn
 
+from ..data.tasks import Task
 from ..models.encoders import Encoder, class_embeddings, move
+from ..models.sharded import InStep, is_sharded
+from ..models.undisturbed import autocast
+from ..models.wrappers import find_head, find_own_head
 from ..records.log import get_logger
 from .reading import some_of
-from .share import ProbeTask
+from .share import ProbeTask, Share
 
 logger = get_logger(__name__)
 
@@ -25,10 +30,12 @@ class Halving:
 
     Attributes:
         parts: Into how many parts a batch is cut by now.
+        failure: None; it raises.
     """
 
     def __init__(self) -> None:
         self.parts = 1
+        self.failure: Exception | None = None
 
     def __call__(self, embed: Callable[[Any], Tensor], batch: Any) -> Tensor:
         """`embed(batch)`, where needed put together from parts.
@@ -59,6 +66,9 @@ class Halving:
             )
         return embeds
 
+    def skip(self) -> None:
+        """Nothing: the others need not this rank for their batches."""
+
 
 def _split(batch: Any, parts: int) -> Iterator[Any]:
     if parts == 1:
@@ -76,9 +86,6 @@ def _size(batch: Any) -> int:
     return len(batch)
 
 
-Run = Callable[[Callable[[Any], Tensor], Any], Tensor]
-
-
 def check_rows(embeds: Tensor, n: int, kind: str) -> None:
     """Raise unless there is one row per item.
 
@@ -92,9 +99,67 @@ def check_rows(embeds: Tensor, n: int, kind: str) -> None:
         )
 
 
-def at_once(embed: Callable[[Any], Tensor], inputs: Any) -> Tensor:
-    """`embed(inputs)`, in one piece."""
-    return embed(inputs)
+class Kept:
+    """Runs batches of a sharded model in one piece; a failure is kept, as all ranks must go on.
+
+    Args:
+        steps: Of the model.
+        embed: One batch.
+        item: Model inputs of a single item, the same on all ranks.
+
+    Attributes:
+        failure: The first one.
+
+    Raises:
+        OutOfStepError: As `InStep`, here and when called.
+    """
+
+    def __init__(self, steps: InStep, embed: Callable[[Any], Tensor], item: Any) -> None:
+        self.failure: Exception | None = None
+        self._steps = steps
+        self._order, self._like = steps.learn(partial(embed, item))
+
+    def __call__(self, embed: Callable[[Any], Tensor], batch: Any) -> Tensor:
+        """`embed(batch)`; rows of no meaning from the first failure on."""
+        if self.failure is not None:
+            self.skip()
+        else:
+            try:
+                return self._steps.run(self._order, partial(embed, batch))
+            except Exception as error:
+                self.failure = error
+        return self._like[:1].expand(_size(batch), -1)
+
+    def skip(self) -> None:
+        """Take part in a batch of the others."""
+        self._steps.skip(self._order)
+
+
+Run = Halving | Kept
+
+
+@contextmanager
+def runs(
+    model: nn.Module, core: nn.Module, share: Share, halving: Halving, dtype: torch.dtype | None
+) -> Iterator[tuple[Run, Run]]:
+    """How batches of prompts and of images are embedded inside.
+
+    Args:
+        model: As it trains.
+        core: The dual encoder in it.
+        share: Has one of each.
+        halving: Runs them where the model is not sharded; halves would fall out of step.
+        dtype: Of autocast.
+    """
+    if not is_sharded(model):
+        yield halving, halving
+        return
+    encoder = share.encoder
+    with InStep(model, core).kept() as steps:
+        with autocast(model, dtype):
+            texts = Kept(steps, partial(encoder.embed_texts, model), move(share.prompt, model))
+            images = Kept(steps, partial(encoder.embed_backbone, model), move(share.image, model))
+        yield texts, images
 
 
 def embed_images(model: nn.Module, encoder: Encoder, inputs: Any, run: Run) -> Tensor:
@@ -108,3 +173,28 @@ def embed_classes(model: nn.Module, encoder: Encoder, shown: ProbeTask, run: Run
     prompts = torch.cat([run(embed, move(p, model)) for p in shown.prompts])
     check_rows(prompts, shown.n_prompts, "prompt")
     return class_embeddings(prompts, len(shown.task.templates))
+
+
+def own_logits(
+    model: nn.Module, images: Tensor, task: Task, n_classes: int, searches: bool
+) -> Tensor | None:
+    """Logits of the model's own classifier [n, C]; None where it has none.
+
+    Args:
+        model: As it trains.
+        images: [n, D] embeddings.
+        task: The one being learnt.
+        n_classes: C.
+        searches: Whether a head that is not ours counts as well.
+
+    Raises:
+        ValueError: It has other classes than the task.
+    """
+    head = find_head(model) or (find_own_head(model) if searches else None)
+    logits = None if head is None else head.classify(images)
+    if logits is not None and logits.shape[1] != n_classes:
+        raise ValueError(
+            f"`task` {task.name!r} must have the {logits.shape[1]} classes of the model's own "
+            f"classifier, got {n_classes}"
+        )
+    return logits

@@ -20,14 +20,14 @@ from ..data.tasks import Task
 from ..data.training import NoTrainingSetError, training_task
 from ..measures.embeddings import autocast_off, unit_rows
 from ..measures.probe_accuracy import LinearProbe, linear_probe
-from ..models.encoders import Encoder, move
-from ..models.sharded import inside_forward, is_sharded
+from ..models.encoders import Encoder
+from ..models.sharded import inside_forward
 from ..models.undisturbed import autocast, undisturbed
 from ..models.wrappers import adapt
 from ..records.log import get_logger
 from ..records.look import Learnable
 from . import ranks
-from .embedding import Run, at_once, embed_images
+from .embedding import Halving, embed_images, runs
 from .share import ProbeTask, Share, read_share
 
 logger = get_logger(__name__)
@@ -167,23 +167,25 @@ def _among(digests: Tensor, others: Tensor) -> Tensor:
 
 
 def _show(
-    model: nn.Module, share: Share, dtype: torch.dtype | None, embeds: Tensor, run: Run
+    model: nn.Module,
+    core: nn.Module,
+    share: Share,
+    dtype: torch.dtype | None,
+    embeds: Tensor,
+    halving: Halving,
 ) -> Exception | None:
     """Fill this rank's rows of `embeds`; the first failure is returned, as in `Probe._show`."""
-    encoder, in_step, failure = share.encoder, is_sharded(model), None
-    for batch, _, inputs, error in share.shown(1.0, model):
-        failure = failure or error
-        if failure:
-            inputs = None
-        if inputs is None:
-            if in_step:
-                encoder.embed_backbone(model, move(share.image, model))
-            continue
-        with autocast(model, dtype):
-            found = embed_images(model, encoder, inputs, at_once if in_step else run)
-            found = adapt(model, found)
-        embeds[batch.first : batch.first + len(found)] = found.detach().cpu().double()
-    return failure
+    failure = None
+    with runs(model, core, share, halving, dtype) as (_, run):
+        for batch, _, inputs, error in share.shown(1.0, model):
+            failure = failure or error or run.failure
+            if failure or inputs is None:
+                run.skip()
+                continue
+            with autocast(model, dtype):
+                found = adapt(model, embed_images(model, share.encoder, inputs, run))
+            embeds[batch.first : batch.first + len(found)] = found.detach().cpu().double()
+    return failure or run.failure
 
 
 def embed_sample(
@@ -198,7 +200,7 @@ def embed_sample(
     cache_limit: int,
     progress: bool,
     autocast_dtype: torch.dtype | None,
-    run: Run,
+    halving: Halving,
 ) -> tuple[ProbeTask, Tensor]:
     """Embed the sample; each rank a share of it, and all of them must call this together.
 
@@ -213,7 +215,7 @@ def embed_sample(
         cache_limit: As `Probe`; freed when this returns.
         progress: As `Probe`.
         autocast_dtype: As `Probe.look`.
-        run: How a batch is embedded where the model is not sharded.
+        halving: How a batch is embedded where the model is not sharded.
 
     Returns:
         The sample as it is probed, and its embeddings [M, D] float32.
@@ -235,7 +237,7 @@ def embed_sample(
     try:
         with undisturbed(model):
             failure = inside_forward(
-                model, core, lambda: _show(model, share, autocast_dtype, embeds, run)
+                model, core, lambda: _show(model, core, share, autocast_dtype, embeds, halving)
             )
     except Exception as error:
         failure = error

@@ -16,13 +16,13 @@ from ..data.training import SAMPLE_SIZE
 from ..measures.embeddings import NotFiniteError, autocast_off
 from ..models.encoders import EncodePair, find_encoder, move
 from ..models.frozen import FrozenPart
-from ..models.sharded import check_measurable, inside_forward, is_sharded
+from ..models.sharded import check_measurable, inside_forward
 from ..models.undisturbed import autocast, undisturbed
-from ..models.wrappers import adapt, find_dual_encoder, find_head, find_own_head
+from ..models.wrappers import adapt, find_dual_encoder
 from ..records.log import get_logger
 from ..records.look import Learnable, Look
 from . import ranks
-from .embedding import Halving, at_once, check_rows, embed_classes, embed_images
+from .embedding import Halving, check_rows, embed_classes, embed_images, own_logits, runs
 from .learnable import TrainingSet, embed_sample, learn, read_sample, why_none
 from .reading import Batch
 from .scoring import Sums, accumulate, fingerprint, score, warn_of_mixed_units
@@ -184,9 +184,21 @@ class Probe:
             ValueError: An image cannot be read any more, an embedding is zero, or a metric failed
                 or left [0, 1].
             NotFiniteError: An embedding is not finite.
-            RuntimeError: Another rank failed.
+            RuntimeError: Another rank failed, or did not come: `ranks.RanksApartError`.
+            OutOfStepError: Where FSDP shards the model: training cannot go on.
         """
-        self.prepare(model)
+        with ranks.during(f"the look at step {step}" if step else "the look before training"):
+            self.prepare(model)
+            return self._look(model, step, autocast_dtype, linear_probe, part)
+
+    def _look(
+        self,
+        model: nn.Module,
+        step: int,
+        autocast_dtype: torch.dtype | None,
+        linear_probe: bool,
+        part: float,
+    ) -> Look:
         start = time.perf_counter()
         share = self._share
         assert share is not None
@@ -255,7 +267,7 @@ class Probe:
                 cache_limit=self.cache_limit,
                 progress=self.progress,
                 autocast_dtype=autocast_dtype,
-                run=self._halving,
+                halving=self._halving,
             )
         return learn(
             share.tasks[0],
@@ -281,43 +293,47 @@ class Probe:
             The class embeddings of the task, [C, D]; and the first failure. It is not raised here:
             where the model is sharded this rank's forward passes must go on beside the others'.
         """
-        encoder = share.encoder
-        in_step = is_sharded(model)
-        run = at_once if in_step else self._halving  # halves would fall out of step
-        with autocast(model, autocast_dtype):
-            if not in_step:
-                self._find_frozen(model, share, autocast_dtype)
-            classes = [
-                self._frozen_texts.get(t.task.name, partial(embed_classes, model, encoder, t, run))
-                for t in share.tasks
-            ]
-        failure = None
-        held = self._frozen_images.holds
+        encoder, core, held = share.encoder, self._core(model), self._frozen_images.holds
 
         def is_needed(batch: Batch) -> bool:
             return not held((batch.task, batch.first))
 
-        for batch, n_shown, inputs, error in share.shown(part, model, is_needed):
-            key = (batch.task, batch.first)
-            is_whole = n_shown == len(batch.positions)
-            is_kept = held(key)
-            failure = failure or error
-            if failure or not n_shown:
-                if in_step:
-                    encoder.embed_backbone(model, move(share.image, model))
-                continue
+        with runs(model, core, share, self._halving, autocast_dtype) as (run_texts, run):
             with autocast(model, autocast_dtype):
-                embed = partial(embed_images, model, encoder, inputs, run)
-                kept = self._frozen_images.get(key, embed, keep=is_whole)
-                images = adapt(model, kept[:n_shown] if is_kept else kept)
-            try:
-                check_rows(images, n_shown, "image")
-                texts, shown = classes[batch.task], share.tasks[batch.task]
-                with autocast_off():  # also that of a caller
-                    logits = None if batch.task else self._classify(model, images, len(texts))
-                    sums.add(batch, images, texts, shown, logits)
-            except Exception as error:
-                failure = error
+                if run is self._halving:
+                    self._find_frozen(model, share, autocast_dtype)
+                classes = [
+                    self._frozen_texts.get(
+                        t.task.name, partial(embed_classes, model, encoder, t, run_texts)
+                    )
+                    for t in share.tasks
+                ]
+            failure = run_texts.failure
+            for batch, n_shown, inputs, error in share.shown(part, model, is_needed):
+                key = (batch.task, batch.first)
+                is_whole = n_shown == len(batch.positions)
+                is_kept = held(key)
+                failure = failure or error
+                if failure or not n_shown:
+                    run.skip()
+                    continue
+                try:
+                    with autocast(model, autocast_dtype):
+                        embed = partial(embed_images, model, encoder, inputs, run)
+                        kept = self._frozen_images.get(key, embed, keep=is_whole)
+                        images = adapt(model, kept[:n_shown] if is_kept else kept)
+                    if run.failure is not None:
+                        raise run.failure
+                    check_rows(images, n_shown, "image")
+                    texts, shown = classes[batch.task], share.tasks[batch.task]
+                    with autocast_off():  # also that of a caller
+                        logits = None
+                        if batch.task == 0:
+                            named = self.encode is None
+                            logits = own_logits(model, images, shown.task, len(texts), named)
+                        sums.add(batch, images, texts, shown, logits)
+                except Exception as error:
+                    failure = error
         return classes[0], failure
 
     def _find_frozen(
@@ -330,16 +346,3 @@ class Probe:
         with autocast(model, autocast_dtype, cache_enabled=False):
             self._frozen_images.update(model, lambda: encoder.embed_backbone(model, image))
             self._frozen_texts.update(model, lambda: encoder.embed_texts(model, prompt))
-
-    def _classify(self, model: nn.Module, images: Tensor, n_classes: int) -> Tensor | None:
-        """Logits of the model's own classifier [n, C]; None where it has none."""
-        head = find_head(model) or (find_own_head(model) if self.encode is None else None)
-        logits = None if head is None else head.classify(images)
-        if logits is None:
-            return None
-        if logits.shape[1] != n_classes:
-            raise ValueError(
-                f"`task` {self.task.name!r} must have the {logits.shape[1]} classes of the model's "
-                f"own classifier, got {n_classes}"
-            )
-        return logits

@@ -1,19 +1,69 @@
 """Several processes train one run: what they add up, and what they agree on.
 
-All of it is for every rank at the same time: a rank that stays away lets the others wait.
+All of it is for every rank at the same time. Before each exchange the ranks report in the process
+group's store, without any collective. If one does not come within the time limit, all get one and
+the same error, the late one included, and the process group stays as it was.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, distributed
 
 from ..measures.embeddings import NotFiniteError
+from ..records.log import get_logger
 
 _T = TypeVar("_T")
+logger = get_logger(__name__)
+
+TIMEOUT = "IIMM_CALLBACKS_TIMEOUT"  # environment variable: seconds
+_DEFAULT_TIMEOUT = 300.0
+
+
+class RanksApartError(RuntimeError):
+    """A rank did not come to an exchange in time; raised on all ranks, with the same words."""
+
+
+@dataclass
+class _Scope:
+    """Something that all ranks do together.
+
+    Attributes:
+        name: In words, for the error.
+        number: How many of that name there have been.
+        exchanges: In it so far.
+    """
+
+    name: str
+    number: int = 0
+    exchanges: int = 0
+
+
+_scopes = [_Scope("the guard's start or end")]
+_entered: Counter[str] = Counter()
+
+
+@contextmanager
+def during(what: str) -> Iterator[None]:
+    """Name what the exchanges inside are for. Ranks that were apart are together again in the next.
+
+    Args:
+        what: Such as "the look at step 40".
+    """
+    _entered[what] += 1
+    _scopes.append(_Scope(what, _entered[what]))
+    try:
+        yield
+    finally:
+        _scopes.pop()
 
 
 def world() -> tuple[int, int]:
@@ -21,6 +71,19 @@ def world() -> tuple[int, int]:
     if not (distributed.is_available() and distributed.is_initialized()):
         return 0, 1
     return distributed.get_rank(), distributed.get_world_size()
+
+
+def time_limit() -> float:
+    """Seconds that a rank waits for another: ``$IIMM_CALLBACKS_TIMEOUT``, else 300.
+
+    Raises:
+        ValueError: The variable is not a positive number.
+    """
+    said = os.environ.get(TIMEOUT, "")
+    with suppress(ValueError):
+        if not said or float(said) > 0:
+            return float(said or _DEFAULT_TIMEOUT)
+    raise ValueError(f"`{TIMEOUT}` must be seconds, a positive number, got {said!r}")
 
 
 def add_up(values: Tensor, failure: Exception | None = None) -> Tensor:
@@ -37,22 +100,21 @@ def add_up(values: Tensor, failure: Exception | None = None) -> Tensor:
         Exception: `failure`, where it happened.
         RuntimeError: On the other ranks; names the first rank that failed, and why. It is a
             `NotFiniteError` where that is why.
+        RanksApartError: A rank did not come.
     """
-    rank, n_ranks = world()
-    if n_ranks == 1:
+    if world()[1] == 1:
         if failure is not None:
             raise failure
         return values.cpu()
-    failed = torch.zeros(n_ranks, dtype=torch.float64)
-    failed[rank] = (failure is not None) + isinstance(failure, NotFiniteError)
-    sums = torch.cat([values.cpu(), failed]).to(_device())
-    distributed.all_reduce(sums)
-    sums, failed = torch.split(sums.cpu(), [len(values), n_ranks])
-    if failed.any():
-        why = first_said(None if failure is None else f"{type(failure).__name__}: {failure}")
-        kind = NotFiniteError if failed.max() == 2 else RuntimeError
-        raise failure or kind(f"rank {int(failed.nonzero()[0])} failed ({why})")
-    return sums
+    diverged = isinstance(failure, NotFiniteError)
+    failed = torch.tensor([failure is not None, diverged], dtype=torch.float64)
+    sums = _reduce(torch.cat([values.cpu(), failed]))
+    if sums[-2] > 0:
+        said = None if failure is None else f"{type(failure).__name__}: {failure}"
+        rank, why = next((r, w) for r, w in enumerate(_all_said(said)) if w is not None)
+        kind = NotFiniteError if sums[-1] > 0 else RuntimeError
+        raise failure or kind(f"rank {rank} failed ({why})")
+    return sums[:-2]
 
 
 def together(make: Callable[[], _T]) -> _T:
@@ -60,7 +122,7 @@ def together(make: Callable[[], _T]) -> _T:
 
     Raises:
         Exception: What `make` raised here.
-        RuntimeError: It failed on another rank.
+        RuntimeError: It failed on another rank, or as `add_up`.
     """
     failure: Exception | None = None
     try:
@@ -71,17 +133,36 @@ def together(make: Callable[[], _T]) -> _T:
     return made
 
 
-def any_rank(flag: bool) -> bool:
-    """Whether any rank says so."""
-    return bool(add_up(torch.tensor([float(flag)], dtype=torch.float64)).item())
+def any_rank(flag: bool, what: str) -> bool:
+    """Whether any rank says so; no, on all, where a rank does not come.
+
+    Args:
+        flag: Of this rank.
+        what: As `during`.
+    """
+    return _agree(float(flag), "MAX", what) > 0
 
 
-def least(number: float) -> float:
-    """The smallest number of any rank; ``number`` is not negative."""
-    rank, n_ranks = world()
-    said = torch.zeros(n_ranks, dtype=torch.float64)
-    said[rank] = number
-    return float(add_up(said).min())
+def least(number: float, what: str) -> float:
+    """The smallest number of any rank; 0, on all, where a rank does not come.
+
+    Args:
+        number: Of this rank.
+        what: As `during`.
+    """
+    return _agree(number, "MIN", what)
+
+
+def _agree(number: float, op: str, what: str) -> float:
+    mine = torch.tensor([number], dtype=torch.float64)
+    if world()[1] == 1:
+        return number
+    try:
+        with during(what):
+            return float(_reduce(mine, getattr(distributed.ReduceOp, op)))
+    except RanksApartError as error:
+        logger.warning("The IIMM guard: %s. Training goes on.", error)
+        return 0.0
 
 
 def from_first(make: Callable[[], _T]) -> _T:
@@ -89,6 +170,7 @@ def from_first(make: Callable[[], _T]) -> _T:
 
     Raises:
         Exception: What `make` raises, on all ranks.
+        RanksApartError: As `add_up`; the time that `make` takes counts.
     """
     rank, n_ranks = world()
     if n_ranks == 1:
@@ -99,6 +181,7 @@ def from_first(make: Callable[[], _T]) -> _T:
             made[0] = make()
         except Exception as error:
             made[1] = _sendable(error)
+    _report()
     distributed.broadcast_object_list(made, device=_device())
     if made[1] is not None:
         raise made[1]
@@ -115,11 +198,84 @@ def _sendable(error: Exception) -> Exception:
 
 def first_said(word: str | None) -> str | None:
     """The value of the first rank that has one; None if none has."""
-    words: list[str | None] = [word]
-    if world()[1] > 1:
-        words *= world()[1]
+    return next((word for word in _all_said(word) if word is not None), None)
+
+
+def _all_said(word: str | None) -> list[str | None]:
+    words: list[str | None] = [word] * world()[1]
+    if len(words) > 1:
+        _report()
         distributed.all_gather_object(words, word)
-    return next((word for word in words if word is not None), None)
+    return words
+
+
+def _reduce(values: Tensor, op: Any = None) -> Tensor:
+    _report()
+    values = values.to(_device())
+    work = distributed.all_reduce(values, op or distributed.ReduceOp.SUM, async_op=True)
+    if values.device.type == "cpu":
+        work.wait(timedelta(seconds=time_limit()))  # should a rank die right now
+    else:
+        work.wait()
+    return values.cpu()
+
+
+def _report() -> None:
+    """Wait until all ranks are here; the first to decide decides for all, in the store.
+
+    Raises:
+        RanksApartError: They are not, within the time limit.
+    """
+    store = _store()
+    if store is None:
+        return
+    rank, n_ranks = world()
+    scope, limit = _scopes[-1], time_limit()
+    here = f"{scope.name} ({scope.number}.{scope.exchanges})"
+    scope.exchanges += 1
+    verdict = f"iimm/{here}/verdict"
+    try:
+        store.set(f"iimm/at/{rank}", here)
+        if store.add(f"iimm/{here}/n", 1) == n_ranks:
+            said = store.compare_set(verdict, "", "go")
+        else:
+            with suppress(RuntimeError):  # it tells no timeout from a lost store
+                store.wait([verdict], timedelta(seconds=limit))
+            if not store.check([verdict]):
+                missing = _missing(store, here, scope.name, limit)
+                store.compare_set(verdict, "", missing)
+            said = store.get(verdict)
+    except RuntimeError as error:
+        raise RanksApartError(
+            f"the ranks can no longer reach each other at {scope.name} ({error}); the first rank, "
+            "or the launcher, has probably ended: see its output"
+        ) from error
+    if said != b"go":
+        raise RanksApartError(said.decode())
+
+
+def _missing(store: Any, here: str, name: str, limit: float) -> str:
+    """Which ranks are not here, and where they were last, in words."""
+    late = []
+    for rank in range(world()[1]):
+        key = f"iimm/at/{rank}"
+        at = store.get(key).decode() if store.check([key]) else ""
+        if at != here:
+            at = at.rpartition(" (")[0]
+            late.append(f"{rank} (last at {at})" if at and at != name else f"{rank}")
+    few = ", ".join(late[:8]) + (f" and {len(late) - 8} more" if len(late) > 8 else "")
+    return (
+        f"of {world()[1]} ranks, {few or 'one'} did not come to {name} within {limit:g} s: it has "
+        f"failed, has died or is slow, see its output; `{TIMEOUT}` sets the seconds"
+    )
+
+
+def _store() -> Any:
+    """The store of the process group; None where it has none, such as under MPI."""
+    try:
+        return distributed.distributed_c10d._get_default_store()
+    except (AttributeError, ValueError):
+        return None
 
 
 def _device() -> torch.device:

@@ -321,7 +321,8 @@ class GuardedRun(Settings):
             before = [row["level"] for row in self.monitor.history[-2:-1]] or ["continue"]
             for tracker, alert in alerts.due(self.task.name, verdict, before[0]):
                 self._forgiving(f"an alert to {tracker}", alert)
-        if ranks.any_rank(stop) and may_stop and step < state.max_steps:
+        stop = ranks.any_rank(stop, what=f"the verdict at step {step}")
+        if stop and may_stop and step < state.max_steps:
             self._stop_reason = f"stopped by the guard at step {step}: {verdict.reason}"
             control.should_training_stop = True
             self._show(state, lambda: self._stop_reason)

@@ -162,6 +162,19 @@ def test_a_run_sharded_by_fsdp_measures_as_one_that_is_not(results, kind):
             assert ours["eval_iimm"] == pytest.approx(theirs["eval_iimm"], abs=1e-4)
 
 
+@pytest.mark.parametrize("tower", ["vision_model", "text_model"])
+@pytest.mark.parametrize("kind", ["fsdp1", "fsdp2"])
+def test_one_rank_out_of_memory_amid_a_sharded_pass_costs_a_look_and_no_more(results, kind, tower):
+    whole, *_ = results(f"{kind}_run", 2)
+    said = "CUDA out of memory. Tried to allocate 2 GiB"
+    expected = [f"rank 1 failed (OutOfMemoryError: {said})", said]
+    for rank, error in zip(results(f"{kind}_{tower}_breaks", 2), expected, strict=True):
+        assert (rank["failures"], rank["failure"]) == (1, error)
+        assert rank["losses"] == whole["losses"]  # bit for bit: training never noticed
+        assert rank["history"] == [row for row in whole["history"] if row["step"] != 2]
+        assert rank["training"]
+
+
 @pytest.mark.parametrize("kind", ["plain", "fsdp1", "fsdp2"])
 def test_all_ranks_of_a_run_have_one_name_for_it(results, kind):
     first, second = results(f"{kind}_run", 2)

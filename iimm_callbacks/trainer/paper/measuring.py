@@ -78,7 +78,7 @@ def _embed(
         cache_limit=0,  # each image is needed once
         progress=True,
         autocast_dtype=None,
-        run=run,
+        halving=run,
     )
     with undisturbed(model), torch.no_grad():
         classes = embed_classes(model, encoder, shown, run).float().cpu()
