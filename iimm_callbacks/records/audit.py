@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
@@ -11,7 +12,7 @@ import numpy as np
 
 from .outcomes import Outcome
 
-_APART = 0.02  # zero-shot accuracies of one model on the same images
+_APART = 0.02  # zero-shot accuracies, or IIMM, of one model on the same images
 _LEAST_IMAGES = 50
 _FEWEST = 8  # runs that tell what is usual
 _FAR, _LEAST_FAR = 6.0, 0.2  # median absolute deviations, and a fraction
@@ -21,7 +22,8 @@ def doubts(outcomes: Iterable[Outcome]) -> list[str]:
     """What seems wrong with saved runs, in words; a reason to look, not a proof.
 
     - a run that is there twice, or twice with other results;
-    - one model with two zero-shot accuracies on the same images, prompts and preprocessing;
+    - one model with two zero-shot accuracies on the same images, prompts and preprocessing, or two
+      values of IIMM: see `contradicted`;
     - an accuracy of less than half of chance, on 50 images or more;
     - forgetting more than six median absolute deviations, and 20 points, from the median of eight
       or more complete runs of the model by the method; gain likewise, of those on the same task,
@@ -61,12 +63,47 @@ def _content(o: Outcome) -> dict[str, Any]:
     return asdict(o) | {"provenance": None, "versions": None}
 
 
-def _contradictions(runs: Sequence[Outcome]) -> list[str]:
-    found: dict[tuple[str, str], list[Outcome]] = defaultdict(list)
-    for o in runs:
+def contradicted(runs: Sequence[Outcome]) -> dict[int, str]:
+    """Runs whose start is not that of most other runs of the model on the same images.
+
+    Zero-shot accuracy and IIMM of an untouched model are the same in each of its runs on a task, so
+    one that differs from most by more than 0.02 is of something else: another model, other images,
+    or a slip of the pen. How a run *ended* contradicts nothing: one that forgets far more than all
+    others is what a forecast has to learn from.
+
+    Args:
+        runs: Saved runs.
+
+    Returns:
+        Position in `runs` -> what contradicts, in words.
+    """
+    found: dict[tuple[str, str], list[int]] = defaultdict(list)
+    for i, o in enumerate(runs):
         if o.model_fingerprint and o.task_fingerprint:
+            found[o.model_fingerprint, o.task_fingerprint].append(i)
+    told: dict[int, str] = {}
+    for same in found.values():
+        for word, field in (("zero-shot accuracy", "zero_shot_accuracy"), ("IIMM", "iimm")):
+            known = {i: v for i in same if (v := getattr(runs[i], field)) is not None}
+            usual = statistics.median(known.values()) if known else 0.0
+            apart = [i for i, value in known.items() if abs(value - usual) > _APART]
+            if apart and 2 * len(apart) < len(known):
+                n = len(known) - len(apart)
+                told |= {
+                    i: f"{word} {known[i]:.3f}, where {n} other runs of the model on the same "
+                    f"images have {usual:.3f}"
+                    for i in apart
+                }
+    return told
+
+
+def _contradictions(runs: Sequence[Outcome]) -> list[str]:
+    left_out = contradicted(runs)
+    told = [f"{_name(runs[i])}: {why}; forecasts leave it out" for i, why in left_out.items()]
+    found: dict[tuple[str, str], list[Outcome]] = defaultdict(list)
+    for i, o in enumerate(runs):
+        if o.model_fingerprint and o.task_fingerprint and i not in left_out:
             found[o.model_fingerprint, o.task_fingerprint].append(o)
-    told = []
     for same in found.values():
         low, high = (pick(same, key=lambda o: o.zero_shot_accuracy) for pick in (min, max))
         if high.zero_shot_accuracy - low.zero_shot_accuracy > _APART:

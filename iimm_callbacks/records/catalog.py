@@ -8,11 +8,14 @@ from fnmatch import translate
 from glob import escape
 from typing import TYPE_CHECKING, Any, Protocol
 
+from .log import get_logger
 from .outcomes import Outcome, one_of_each_run
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
+
+logger = get_logger(__name__)
 
 LEARNT_FROM = 400  # runs; a forecast from as many takes half a second
 _OWN = 0.75  # at most, of the model that is asked about, where there are others
@@ -75,6 +78,8 @@ class Catalog(Protocol):
     def relevant(self, model: str, first: int | None = None) -> list[Outcome]:
         """The complete runs that a forecast for a model is learnt from: see `thin`.
 
+        Those that `audit.contradicted` names are left out, with a warning.
+
         Args:
             model: `model_fingerprint`.
             first: Only of so many that were saved first; ``None``: of all.
@@ -110,8 +115,18 @@ class Listed:
 
     def relevant(self, model: str, first: int | None = None) -> list[Outcome]:
         """As `Catalog`."""
+        from .audit import contradicted
+
         complete = [o for o in one_of_each_run(self._outcomes[:first]) if o.complete]
-        return [complete[i] for i in thin(complete, model)]
+        chosen = [complete[i] for i in thin(complete, model)]
+        left_out = contradicted(chosen)
+        if left_out:
+            logger.warning(
+                "%d of %d saved runs are left out of forecasts: they contradict most runs of their "
+                "model on the same images; `iimm outcomes check` names them",
+                len(left_out), len(chosen),
+            )  # fmt: skip
+        return [o for i, o in enumerate(chosen) if i not in left_out]
 
     def select(self, model: str = "*", method: str = "*", task: str = "*") -> list[int]:
         """As `Catalog`."""

@@ -5,6 +5,7 @@ import sys
 from dataclasses import replace
 from datetime import datetime, timedelta, timezone
 
+import numpy as np
 import pytest
 from test_cli import ask, run
 from test_outcomes import RUN
@@ -12,7 +13,8 @@ from test_outcomes import RUN
 from iimm_callbacks import IIMMCallback, append_outcome, read_outcomes, sample
 from iimm_callbacks.records import provenance as module
 from iimm_callbacks.records.as_dataset import from_dataset, to_dataset
-from iimm_callbacks.records.audit import doubts
+from iimm_callbacks.records.audit import contradicted, doubts
+from iimm_callbacks.records.catalog import Listed
 from iimm_callbacks.records.outcomes import parse_outcome
 from iimm_callbacks.records.provenance import provenance
 
@@ -132,6 +134,41 @@ def test_one_model_has_one_zero_shot_accuracy_on_the_same_images():
     assert "zero-shot accuracies of 0.300 and 0.400" in told
     assert doubts([a, replace(other, model_fingerprint="2e")]) == []
     assert doubts([a, replace(other, zero_shot_accuracy=0.31)]) == []
+
+
+def test_a_start_that_most_runs_contradict_is_left_out_of_forecasts(caplog):
+    start = replace(RUN, task_fingerprint="f")
+    same = [replace(start, run=f"{i}", method=f"m{i}", final_accuracy=0.5) for i in range(5)]
+    wrong = [replace(start, run="w", zero_shot_accuracy=0.9), replace(start, run="v", iimm=-0.2)]
+    runs = [*same[:2], wrong[0], *same[2:], wrong[1]]
+    assert contradicted(runs) == {
+        2: "zero-shot accuracy 0.900, where 6 other runs of the model on the same images have "
+        "0.300",
+        6: "IIMM -0.200, where 6 other runs of the model on the same images have 0.400",
+    }
+    assert [line for line in doubts(runs) if "forecasts leave it out" in line] == doubts(runs)
+    assert Listed(runs).relevant(RUN.model_fingerprint) == same
+    assert "2 of 7 saved runs are left out of forecasts" in caplog.text
+    one_each = [same[0], wrong[0]]  # which of them is right?
+    assert contradicted(one_each) == contradicted([*one_each, same[1], wrong[0]]) == {}
+    assert contradicted([replace(o, task_fingerprint="") for o in runs]) == {}
+    assert contradicted([*same, replace(start, iimm=None)]) == {}
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_random_records_on_known_images_change_no_forecast(seed):
+    """5 % of them; how the good runs ended is no reason to leave one out."""
+    good, rng = sample.load_outcomes(), np.random.default_rng(seed)
+    wrong = [
+        replace(
+            good[i], run=f"wrong{i}", zero_shot_accuracy=rng.random(), final_accuracy=rng.random(),
+            iimm=rng.uniform(-1, 1), linear_probe_accuracy=rng.random(), trajectory=[],
+            off_target_after={name: rng.random() for name in good[i].off_target_after},
+        )
+        for i in rng.choice(len(good), round(0.05 * len(good)), replace=False)
+    ]  # fmt: skip
+    model = good[0].model_fingerprint
+    assert Listed([*wrong, *good]).relevant(model) == Listed(good).relevant(model)
 
 
 def test_an_accuracy_far_below_chance_is_told():
