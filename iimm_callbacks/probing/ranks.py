@@ -117,6 +117,22 @@ def add_up(values: Tensor, failure: Exception | None = None) -> Tensor:
     return sums[:-2]
 
 
+def packed(values: Tensor, bits: int) -> Tensor:
+    """Whole numbers [n] in [0, 2**bits), several in one float64 of 52 bits, for `add_up`.
+
+    Where one rank has a number and the others 0, packed numbers add up as they would.
+    """
+    each = 52 // bits
+    rows = torch.nn.functional.pad(values.long(), (0, -len(values) % each)).reshape(-1, each)
+    return (rows << bits * torch.arange(each)).sum(1).double()
+
+
+def unpacked(sums: Tensor, bits: int, n: int) -> Tensor:
+    """The n numbers that `packed` was given, as float64."""
+    rows = sums.long()[:, None] >> bits * torch.arange(52 // bits)
+    return (rows & 2**bits - 1).flatten()[:n].double()
+
+
 def together(make: Callable[[], _T]) -> _T:
     """What each rank makes for itself, if it succeeds on all of them.
 

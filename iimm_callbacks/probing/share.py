@@ -143,7 +143,9 @@ def read_share(
     digests = [torch.zeros(len(subset), 32, dtype=torch.float64) for subset in subsets]
 
     ranks.together(lambda: reader.read_all(batches, digests))
-    sums = ranks.add_up(torch.cat(digests).flatten()).reshape(-1, 32)
+    own = torch.cat(digests).flatten()
+    added = ranks.add_up(ranks.packed(own, 8))
+    sums = ranks.unpacked(added, 8, len(own)).reshape(-1, 32)
     digests = list(torch.split(sums, [len(subset) for subset in subsets]))
     kept = [digest.any(1) for digest in digests]
     _check_readable(tasks, kept, reader.problems)
