@@ -180,7 +180,8 @@ def _with_adapter(model: nn.Module, folder: Path) -> Any:
 
 def _fill(model: nn.Module, path: Path, tuned: str) -> None:
     """Load a file of weights into the model; weights that it lacks were not tuned."""
-    from ..rescue.counterparts import Kept, core_of, counterparts, state_of
+    from ..models.wrappers import core_of
+    from ..rescue.counterparts import Kept, counterparts, state_of
 
     core = core_of(model)
     model.requires_grad_(False)

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..data.sources import kind
-from .families import Family, family_of
+from .families import Family, encoder_inside, exponential_scale, family_of, is_registered
 from .processors import describe, find_processor, is_complete, keeps_case, read_images, read_prompts
 from .wrappers import adapt, breadth_first, find_dual_encoder
 
@@ -92,11 +92,10 @@ def find_encoder(
     if own is not None and not is_complete(processor):
         return own
     core = find_dual_encoder(model)
-    family = family_of(core)
-    assert family is not None
+    family, inner = _reading(core)
     own_way = family.preprocess is not read_images and family.tokenize is not read_prompts
     if not own_way:
-        processor = find_processor(core, processor, takes_pair=family.name == "open_clip")
+        processor = find_processor(inner, processor, takes_pair=family.name == "open_clip")
     read = family.preprocess(processor)
 
     def preprocess(images: list[Any]) -> Any:
@@ -109,12 +108,36 @@ def find_encoder(
 
     return Encoder(
         preprocess,
-        family.tokenize(core, processor),
+        family.tokenize(inner, processor),
         lambda m, inputs: _vectors(m, family, "embed_images", inputs),
         lambda m, inputs: _vectors(m, family, "embed_texts", inputs),
         lambda m: family.logit_scale(find_dual_encoder(m)),
         family.name if own_way else describe(processor) + _of_prompts(family, processor),
     )
+
+
+def _reading(module: nn.Module) -> tuple[Family, nn.Module]:
+    """How a dual encoder is read, and the module that its tokens and processor go by: itself.
+
+    A user's module that passes on to a dual encoder inside is read by its own functions, and by the
+    tokens, the processor and, unless it has one, the scale of the one inside.
+    """
+    family, inner = family_of(module), encoder_inside(module)
+    assert family is not None
+    if inner is None or is_registered(family):
+        return family, module
+    theirs, innermost = _reading(inner)
+
+    def scale(model: Any) -> tuple[Any, Any]:
+        inner, own = encoder_inside(model), getattr(model, "logit_scale", None)
+        if own is None or own is getattr(inner, "logit_scale", None):
+            return theirs.logit_scale(inner)
+        return exponential_scale(model)
+
+    functions = family.embed_images, family.embed_texts
+    return replace(
+        theirs, embed_images=functions[0], embed_texts=functions[1], logit_scale=scale
+    ), innermost
 
 
 def move(inputs: Any, model: nn.Module) -> Any:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -90,8 +90,27 @@ def family_of(module: nn.Module) -> Family | None:
     return next((family for matches, family in table if matches(module)), None)
 
 
+def is_registered(family: Family) -> bool:
+    """Whether it is the user's own."""
+    return any(family is own for _, own in _REGISTERED)
+
+
+def encoder_inside(module: nn.Module) -> nn.Module | None:
+    """The dual encoder inside one whose functions pass on to it; None in all others."""
+    inner = (m for m in module.modules() if m is not module)
+    return next((m for m in inner if family_of(m) is not None), None)
+
+
 def why_not(module: nn.Module) -> str | None:
     """Why a module is no dual encoder; None if nothing is known of it."""
+    for name, value in vars(module).items():
+        held = next(filter(_is_encoder, _held(value)), None) if name != "_modules" else None
+        if held is not None:
+            return (
+                f"its `{name}` hides a {type(held).__name__} from torch, so that no optimizer "
+                "trains it and no checkpoint has it; set it as an attribute, or in an "
+                "`nn.ModuleList`"
+            )
     kind = _model_type(module)
     if kind in _NO_JOINT_SPACE:
         return _NO_JOINT_SPACE[kind]
@@ -104,6 +123,16 @@ def why_not(module: nn.Module) -> str | None:
     if inputs == "input_ids" and kind is not None:
         return "it embeds texts only and has no image tower"
     return None
+
+
+def _is_encoder(value: Any) -> bool:
+    return isinstance(value, nn.Module) and family_of(value) is not None
+
+
+def _held(value: Any) -> Iterable[Any]:
+    if isinstance(value, Mapping):
+        return value.values()
+    return value if isinstance(value, list | tuple) else (value,)
 
 
 def _vector(output: Any) -> Any:

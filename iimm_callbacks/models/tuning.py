@@ -13,11 +13,11 @@ from ..data.tasks import Task
 from ..records.log import get_logger
 from .blocks import block_names, in_attention, inside, is_bias, is_input_projection, towers
 from .encoders import TEXT_BATCH, Encoder, class_embeddings, find_encoder, move
-from .families import family_of
+from .families import encoder_inside
 from .heads import ClipAdapter, LinearProbe
 from .sharded import full_parameters
 from .undisturbed import undisturbed
-from .wrappers import adapter_ids, find_dual_encoder, find_head, freeze
+from .wrappers import adapter_ids, core_of, find_dual_encoder, find_head, freeze
 
 logger = get_logger(__name__)
 
@@ -67,12 +67,11 @@ def prepare(model: nn.Module, method: str, **options: Any) -> nn.Module:
         known = ", ".join(map(repr, _METHODS))
         raise ValueError(f"`method` must be one of {known}, got {method!r}")
     core = find_dual_encoder(model)
-    # A user's module may have the functions of the model inside.
-    inside = [m for m in core.modules() if m is not core and family_of(m) is not None]
-    if core is not model or inside:
+    inner = encoder_inside(core)
+    if core is not model or inner is not None:
         raise ValueError(
             f"`model` must be the dual encoder itself, got {type(model).__name__} around "
-            f"{type((inside or [core])[-1]).__name__}; prepare that one first, then wrap it"
+            f"{type(inner or core).__name__}; prepare that one first, then wrap it"
         )
     prepared = _METHODS[method](model, **options)
     n_total = sum(p.numel() for p in prepared.parameters())
@@ -100,7 +99,8 @@ def detect(model: nn.Module) -> str:
         only), ``"frozen"`` (nothing) or ``"partial"``. Whether the logit scale trains changes none
         of this. A head or an adapter on an encoder that trains too is ``"partial"``, but for the
         biases that the adapter's config asks for. An adapter that does not train is part of the
-        model, and what trains beside it counts.
+        model, and what trains beside it counts. What is frozen around the encoder, such as a
+        teacher, does not count.
     """
     trains = _what_trains(model)
     tuned = [name for name, is_trained in trains.items() if is_trained]
@@ -123,7 +123,12 @@ def detect(model: nn.Module) -> str:
 
 
 def _what_trains(model: nn.Module) -> dict[str, bool]:
-    return {n: p.requires_grad for n, p in model.named_parameters() if not _SCALES.search(n)}
+    inside = {id(p) for p in core_of(model).parameters()}
+    return {
+        name: p.requires_grad
+        for name, p in model.named_parameters()
+        if (p.requires_grad or id(p) in inside) and not _SCALES.search(name)
+    }
 
 
 def _active_config(module: nn.Module) -> Any:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import re
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,18 +17,17 @@ from .heads import Head
 from .pretrained import check_complete, load_pretrained
 from .sharded import full_parameters
 
-_WRAPPERS = (
-    "module",
-    "_orig_mod",
-    "_fsdp_wrapped_module",
-    "base_model.model",
-    "base_layer",
-    "original_module",
+# One of them may be around another one of its kind.
+_WRAPPERS = re.compile(
+    r"(?<![^.])(module|_orig_mod|_fsdp_wrapped_module|base_model\.model|base_layer|original_module"
+    r"|token_adapter)\."
 )
 
 
 def find_dual_encoder(model: nn.Module) -> Any:
     """The outermost module, in `model` or inside it, that is a dual encoder of a known family.
+
+    Beside others, such as a frozen teacher, it is the only one that trains.
 
     Args:
         model: Any module; DDP, `torch.compile` and a user's wrappers are looked through.
@@ -36,11 +36,20 @@ def find_dual_encoder(model: nn.Module) -> Any:
         The module.
 
     Raises:
-        ValueError: There is none; says why, where the model is of a kind that cannot be one.
+        ValueError: There is none; says why, where the model is of a kind that cannot be one. Or
+            there are several, of which none or more than one trains.
     """
-    for module in breadth_first(model):
-        if family_of(module) is not None:
-            return module
+    found = _outermost(model, lambda module: family_of(module) is not None)
+    training = [m for m in found if len(found) == 1 or any(p.requires_grad for p in m.parameters())]
+    if len(training) == 1:
+        return training[0]
+    if found:
+        names = {id(module): name for name, module in model.named_modules()}
+        raise ValueError(
+            f"`model` {type(model).__name__} must have one dual encoder that trains, got "
+            f"{len(training)} of {[names[id(m)] for m in found]}; freeze the others, pass the one "
+            "to be measured, or `encode=(encode_images, encode_texts)`"
+        )
     reasons = ((module, why_not(module)) for module in breadth_first(model))
     module, reason = next((found for found in reasons if found[1]), (model, None))
     raise ValueError(
@@ -87,22 +96,20 @@ def zero_shot_twin(model: nn.Module) -> AbstractContextManager[None] | None:
         whose statistics move (those that `freeze` stopped do not). Weights that trained and were
         frozen again are not noticed.
     """
-    for module in breadth_first(model):
-        configs = getattr(module, "peft_config", None)
-        if not isinstance(configs, dict) or not configs:
-            continue
-        adapters = adapter_ids(module)
-        exact = (
-            all(getattr(c, "bias", "none") == "none" for c in configs.values())
-            and all(
-                isinstance(getattr(c, "init_lora_weights", True), bool) for c in configs.values()
-            )
-            and not any(getattr(m, "merged", False) for m in module.modules())
-            and all(map(_is_still, module.modules()))
-            and all(id(p) in adapters for p in module.parameters() if p.requires_grad)
-        )
-        return _without_adapters(module) if exact else None
-    return None
+    adapted = _outermost(model, _has_adapters)
+    if not adapted:
+        return None
+    configs = [config for part in adapted for config in part.peft_config.values()]
+    parts = nn.ModuleList([core_of(model), *adapted])  # a tower may have adapters, and another not
+    adapters = adapter_ids(parts)
+    exact = (
+        all(getattr(c, "bias", "none") == "none" for c in configs)
+        and all(isinstance(getattr(c, "init_lora_weights", True), bool) for c in configs)
+        and not any(getattr(m, "merged", False) for m in parts.modules())
+        and all(map(_is_still, parts.modules()))
+        and all(id(p) in adapters for p in parts.parameters() if p.requires_grad)
+    )
+    return _without_adapters(adapted) if exact else None
 
 
 def find_own_head(model: nn.Module) -> Any:
@@ -208,10 +215,7 @@ def model_fingerprint(model: nn.Module) -> str:
     Returns:
         16 hexadecimal digits.
     """
-    try:
-        core = find_dual_encoder(model)
-    except ValueError:
-        core = model  # it has functions of its own: all its parameters count
+    core = core_of(model)
     adapters = adapter_ids(core)
     values = {}
     for name, parameter, whole in full_parameters(model, core):
@@ -251,22 +255,44 @@ def _is_still(module: nn.Module) -> bool:
     return not moves or _stay_in_eval_mode in module._forward_pre_hooks.values()
 
 
+def _has_adapters(module: nn.Module) -> bool:
+    configs = getattr(module, "peft_config", None)
+    return isinstance(configs, dict) and bool(configs)
+
+
 @contextmanager
-def _without_adapters(module: Any) -> Iterator[None]:
-    trains = [(p, p.requires_grad) for p in module.parameters()]
+def _without_adapters(modules: Sequence[Any]) -> Iterator[None]:
+    trains = [(p, p.requires_grad) for module in modules for p in module.parameters()]
     try:
-        if hasattr(module, "disable_adapter"):  # a PeftModel
-            with module.disable_adapter():
-                yield
-        else:  # a transformers model after `add_adapter`
-            module.disable_adapters()
-            try:
-                yield
-            finally:
-                module.enable_adapters()
+        with ExitStack() as stack:
+            for module in modules:
+                if hasattr(module, "disable_adapter"):  # a PeftModel
+                    stack.enter_context(module.disable_adapter())
+                else:  # a transformers model after `add_adapter`
+                    module.disable_adapters()
+                    stack.callback(module.enable_adapters)
+            yield
     finally:
         for parameter, flag in trains:  # peft wakes all adapters, frozen ones too
             parameter.requires_grad_(flag)
+
+
+def _outermost(model: nn.Module, wanted: Callable[[nn.Module], bool]) -> list[Any]:
+    """The modules that are wanted and lie inside of none that is; the outermost first."""
+    found: dict[int, nn.Module] = {}
+    queue = [model]
+    while queue:
+        found |= {id(module): module for module in queue if wanted(module)}
+        queue = [child for m in queue if id(m) not in found for child in m.children()]
+    return list(found.values())
+
+
+def core_of(model: nn.Module) -> nn.Module:
+    """The dual encoder in a model; all of the model if no encoder is known."""
+    try:
+        return find_dual_encoder(model)  # type: ignore[no-any-return]
+    except ValueError:
+        return model
 
 
 def breadth_first(model: nn.Module) -> Iterator[nn.Module]:
@@ -284,9 +310,7 @@ def bare_name(name: str) -> str:
         >>> bare_name("base_model.model.text_model.q_proj.base_layer.weight")
         'text_model.q_proj.weight'
     """
-    for wrapper in _WRAPPERS:
-        name = f".{name}".replace(f".{wrapper}.", ".")[1:]
-    return name
+    return _WRAPPERS.sub("", name)
 
 
 def adapter_ids(model: nn.Module) -> set[int]:
@@ -297,7 +321,8 @@ def adapter_ids(model: nn.Module) -> set[int]:
     return {
         id(tensor)
         for module in model.modules()
-        for layer in getattr(module, "adapter_layer_names", ())  # of every PEFT layer
+        for names in ("adapter_layer_names", "other_param_names")  # of every PEFT layer
+        for layer in getattr(module, names, ())
         if isinstance(getattr(module, layer, None), nn.Module)
         for tensor in (*getattr(module, layer).parameters(), *getattr(module, layer).buffers())
     }

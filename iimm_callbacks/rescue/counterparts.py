@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from ..models.wrappers import adapter_ids, bare_name, find_dual_encoder
+from ..models.wrappers import adapter_ids, bare_name, core_of
 
 
 @dataclass(frozen=True)
@@ -85,14 +85,6 @@ _ADAPTERS = {
     "ia3_l",
     "modules_to_save",
 }
-
-
-def core_of(model: nn.Module) -> nn.Module:
-    """The dual encoder in a model; all of the model if no encoder is known."""
-    try:
-        return find_dual_encoder(model)  # type: ignore[no-any-return]
-    except ValueError:
-        return model
 
 
 def weights_of(core: nn.Module) -> list[Weight]:

@@ -11,12 +11,13 @@ from torch import Tensor, nn
 
 from ..models.heads import ClipAdapter
 from ..models.sharded import check_measurable, is_sharded
-from ..models.wrappers import adapter_ids, find_head, find_own_head, zero_shot_twin
-from .counterparts import Kept, core_of, counterparts, weights_of
+from ..models.wrappers import adapter_ids, core_of, find_head, find_own_head, zero_shot_twin
+from .counterparts import Kept, counterparts, weights_of
 
-# Adapter weights -> what they are where the adapter does nothing. Its effect is linear in them.
-_NEUTRAL = {"lora_B": 0.0, "lora_embedding_B": 0.0, "ia3_l": 1.0}
-_LEFT_ALONE = ("lora_A", "lora_embedding_A", "lora_E")  # the other factors of that effect
+# Adapter weights -> what they are where the adapter does nothing, and so before training. Its
+# effect is linear in them.
+_NEUTRAL = {"lora_B": 0.0, "lora_embedding_A": 0.0, "lora_E": 0.0, "ia3_l": 1.0}
+_LEFT_ALONE = ("lora_A", "lora_embedding_B")  # the other factors of that effect
 
 
 class Mixture:
@@ -25,10 +26,10 @@ class Mixture:
     Of the dual encoder every floating-point parameter and buffer that differs is mixed, tied
     weights once, in float32 (float64 for those) and cast back; running statistics of batch norms
     too. Integer buffers, and what is outside of the dual encoder, stay. Adapters of peft are scaled
-    in their own weights, so that they are saved as they are measured: B of LoRA by α, the factors
-    of IA3 towards 1, copies of whole modules (``modules_to_save``) towards the originals.
-    CLIP-Adapter is scaled in ``W₂``, which has the cosines of the residual ratio r' with
-    ``r'/(1 - r') = α r/(1 - r)``.
+    in their own weights, so that they are saved as they are measured: B of LoRA by α (A in a token
+    table, E of AdaLoRA), the factors of IA3 towards 1, copies of whole modules
+    (``modules_to_save``) towards the originals. CLIP-Adapter is scaled in ``W₂``, which has the
+    cosines of the residual ratio r' with ``r'/(1 - r') = α r/(1 - r)``.
 
     Both values of all that is mixed are kept on the CPU: the model's device holds one model.
 
@@ -252,6 +253,8 @@ def _adapter_parts(name: str, module: Any, names: dict[int, str]) -> list[_Part]
         held: Any = getattr(module, layer, None)
         for adapter in active.intersection(held.keys() if hasattr(held, "keys") else ()):
             tensors = _weights(held[adapter])
+            if layer == "lora_B" and hasattr(module, "lora_E"):
+                continue  # AdaLoRA's B starts at random
             if layer == "modules_to_save":
                 originals: dict[str, Any] = _weights(module.original_module)
             elif layer in _NEUTRAL and not getattr(module, "lora_variant", {}).get(adapter):

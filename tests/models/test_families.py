@@ -550,6 +550,75 @@ def test_functions_named_as_open_clips_around_another_model_are_looked_through(
         assert torch.equal(one, other)
 
 
+class PassesOn(nn.Module):
+    """A user's module with the usual functions around a model of transformers."""
+
+    def __init__(self, model, **attributes):
+        super().__init__()
+        self.inner = model
+        for name, value in attributes.items():
+            setattr(self, name, value)
+
+    def get_image_features(self, **inputs):
+        return 2 * vector(self.inner.get_image_features(**inputs))
+
+    def get_text_features(self, **inputs):
+        return 3 * vector(self.inner.get_text_features(**inputs))
+
+
+def vector(output):
+    return output if isinstance(output, torch.Tensor) else output.pooler_output
+
+
+@pytest.mark.parametrize("has_config", [False, True])
+@pytest.mark.parametrize("name", ["CLIP", "SigLIP", "SigLIP 2", "ALIGN", "AIMv2", "TIPSv2"])
+def test_a_module_that_passes_on_is_read_as_the_model_inside(name, has_config):
+    if name not in tiny.FAMILIES:
+        pytest.skip(tiny.UNAVAILABLE[name])
+    model, processor = build(name)
+    wrapped = PassesOn(PassesOn(model, **{"config": model.config} if has_config else {}))
+    inner, outer = find_encoder(model, processor), find_encoder(wrapped, processor)
+    pictures, tokens = inner.preprocess(make_inputs("image")), inner.tokenize(TEXTS)
+    with torch.no_grad():
+        images, texts = inner.embed_images(model, pictures), inner.embed_texts(model, tokens)
+        found = outer.embed_images(wrapped, outer.preprocess(make_inputs("image")))
+        torch.testing.assert_close(found, 4 * images)  # its own functions count
+        found = outer.embed_texts(wrapped, outer.tokenize(TEXTS))
+        torch.testing.assert_close(found, 9 * texts)
+    assert outer.scale(wrapped) == inner.scale(model)
+    assert outer.description == inner.description
+    own = PassesOn(model, logit_scale=nn.Parameter(torch.tensor(1.5)))
+    assert find_encoder(own, processor).scale(own) == pytest.approx(np.exp(1.5))
+
+
+class Several(nn.Module):
+    """A user's module with a frozen model beside the one that trains."""
+
+    def __init__(self, teacher, student):
+        super().__init__()
+        self.teacher, self.student = teacher, student
+
+
+def test_of_several_dual_encoders_the_one_that_trains_is_measured(tiny_clip, processor):
+    student, teacher = tiny_clip(), tiny_clip().requires_grad_(False)
+    for both in (Several(teacher, student), nn.Sequential(Several(student, teacher))):
+        assert find_dual_encoder(both) is student
+    student.requires_grad_(False)
+    with pytest.raises(ValueError, match=r"one dual encoder that trains, got 0 of \['0.t"):
+        find_encoder(both, processor)
+    with pytest.raises(ValueError, match=r"got 2 of \['teacher', 'student'\]; freeze the others"):
+        find_dual_encoder(Several(tiny_clip(), tiny_clip()))
+    assert find_dual_encoder(Several(teacher, teacher)) is teacher
+
+
+@pytest.mark.parametrize("hide", [lambda m: [m], lambda m: {"clip": m}, lambda m: (m,)])
+def test_a_model_hidden_from_torch_is_named(tiny_clip, hide):
+    holder = nn.Linear(2, 2)
+    holder.models = hide(tiny_clip())
+    with pytest.raises(ValueError, match=r"its `models` hides a CLIPModel from torch, so that no"):
+        find_dual_encoder(nn.Sequential(holder))
+
+
 @pytest.mark.parametrize(
     ("family", "matches", "message"),
     [

@@ -13,7 +13,7 @@ import pytest
 import tiny
 import torch
 import transformers as hf
-from peft import IA3Config, LoraConfig, PromptTuningConfig, get_peft_model
+from peft import AdaLoraConfig, IA3Config, LoraConfig, PromptTuningConfig, get_peft_model
 from torch import nn
 from transformers import Trainer, TrainingArguments
 
@@ -21,7 +21,7 @@ from iimm_callbacks import ImageCollator, PromptClassifier, Task
 from iimm_callbacks.models.encoders import class_embeddings, find_encoder, move
 from iimm_callbacks.models.heads import ClipAdapter, LinearProbe
 from iimm_callbacks.models.tuning import detect, prepare, trainable_share
-from iimm_callbacks.models.wrappers import model_fingerprint, zero_shot_twin
+from iimm_callbacks.models.wrappers import bare_name, model_fingerprint, zero_shot_twin
 from iimm_callbacks.probing.probe import Probe
 
 FAMILIES = dict(tiny.FAMILIES)
@@ -740,8 +740,28 @@ def lora(**more):
     return lambda m: get_peft_model(m, LoraConfig(**LORA | more))
 
 
+def on_towers(*towers):
+    """LoRA on each of these towers alone, by a `PeftModel` of its own; else frozen."""
+
+    def prepared(model):
+        model.requires_grad_(False)
+        for tower in towers:
+            setattr(model, tower, get_peft_model(getattr(model, tower), LoraConfig(**LORA)))
+        return model
+
+    return prepared
+
+
+def beside_a_tower_that_trains(model):
+    model = on_towers("vision_model")(model)
+    model.text_model.requires_grad_(True)
+    return model
+
+
 TWINS = {
     "LoRA": lora(),
+    "LoRA on each tower": on_towers("text_model", "vision_model"),
+    "LoRA on one tower": on_towers("vision_model"),
     "LoRA on random": lora(init_lora_weights=False),
     "LoRA with a copy of a module": lora(modules_to_save=["visual_projection"]),
     "DoRA": lora(use_dora=True),
@@ -760,6 +780,7 @@ NO_TWIN = {
     "tuned biases, frozen since": lambda m: lora(bias="all")(m).requires_grad_(False),
     "merged": lambda m: merged(lora()(m)),
     "thawed": lambda m: with_bias(lora()(m)),
+    "beside a tower that trains": beside_a_tower_that_trains,
     "PiSSA": lora(init_lora_weights="pissa"),
     "another config": lambda m: fake_config(m, peft_type="LORA", bias="all"),
 }
@@ -802,6 +823,46 @@ def test_a_thawed_logit_scale_changes_no_method(processor, tiny_clip):
 def test_adapters_on_a_base_that_trains_too_are_partial(tiny_clip):
     model = prepare(tiny_clip(), "lora").requires_grad_(True)
     assert detect(model) == "partial"
+
+
+class Beside(nn.Module):
+    """A user's module with other modules beside the one that trains."""
+
+    def __init__(self, model, **others):
+        super().__init__()
+        for name, other in others.items():
+            setattr(self, name, other)
+        self.student = model
+
+
+@pytest.mark.parametrize("method", ["full", "bitfit", "attention", "lora"])
+def test_what_is_frozen_around_the_encoder_changes_no_method(tiny_clip, method):
+    teacher, loss = tiny_clip().requires_grad_(False), nn.Linear(2, 2).requires_grad_(False)
+    assert detect(Beside(prepare(tiny_clip(), method), teacher=teacher, loss=loss)) == method
+    thawed = nn.Linear(2, 2)
+    assert detect(Beside(prepare(tiny_clip(), "bitfit"), head=thawed)) == "partial"
+
+
+PEFT_KINDS = {
+    "LoRA": LoraConfig(**LORA),
+    "AdaLoRA": AdaLoraConfig(target_modules=["q_proj"], total_step=9, tinit=1, tfinal=2),
+    "IA3": IA3Config(**IA3),
+    "tokens": LoraConfig(**LORA, trainable_token_indices={"token_embedding": [1, 2]}),
+    "nested": LoraConfig(
+        r=2, target_modules=[], target_parameters=["fc1.weight", "fc2.weight", "q_proj.weight"]
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", PEFT_KINDS)
+def test_a_model_has_one_fingerprint_under_every_adapter(tiny_clip, kind):
+    expected = model_fingerprint(tiny_clip())
+    assert model_fingerprint(get_peft_model(tiny_clip(), PEFT_KINDS[kind])) == expected
+
+
+def test_a_weights_name_has_no_wrapper_however_many_are_around():
+    assert bare_name("module.module.q.base_layer.base_layer.weight") == "q.weight"
+    assert bare_name("base_model.model.submodule.weight") == "submodule.weight"
 
 
 def test_the_active_adapter_counts(tiny_clip):

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
-from peft import IA3Config, LoHaConfig, LoraConfig, PeftModel, get_peft_model
+from peft import AdaLoraConfig, IA3Config, LoHaConfig, LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from torch import nn
 from transformers import TrainerCallback
@@ -156,6 +156,9 @@ ADAPTERS = {
     ),
     "whole modules": lambda m: get_peft_model(
         m, LoraConfig(**LORA, modules_to_save=["text_projection"])
+    ),
+    "AdaLoRA": lambda m: get_peft_model(
+        m, AdaLoraConfig(target_modules=["q_proj"], total_step=9, tinit=1, tfinal=2)
     ),
 }  # fmt: skip
 
@@ -692,9 +695,10 @@ def test_adapters_that_do_something_before_the_first_step_need_the_base_model(
     assert_equal(merged(model), tiny_clip().state_dict())
 
 
-@pytest.mark.parametrize("kind", ["gaussian", True])
+@pytest.mark.parametrize("kind", ["gaussian", *ADAPTERS])
 def test_adapters_that_start_at_nothing_are_kept_for(tiny_clip, tmp_path, kind):
-    model = get_peft_model(tiny_clip(), LoraConfig(**LORA, init_lora_weights=kind))
+    gaussian = LoraConfig(**LORA, init_lora_weights="gaussian")
+    model = ADAPTERS.get(kind, lambda m: get_peft_model(m, gaussian))(tiny_clip())
     rescuer = Rescuer(tmp_path, "iimm_x")
     rescuer.begin(model, will_save=False)
     Rescuer(tmp_path, "iimm_x").begin(stir(model), will_save=False, kept=rescuer)  # tried again
