@@ -42,6 +42,12 @@ def read_labels(
             as `checked_class_names`.
         ValueError: A label is none of the classes, or as `check_captions`.
     """
+    missing = next((i for i, label in enumerate(labels) if label is None), None)
+    if missing is not None:
+        raise TypeError(
+            f"`dataset` of task {name!r}: label {missing} must be an integer, a string or a list "
+            f"of captions, got None (NoneType){advice(None)}"
+        )
     if isinstance(labels[0], list | tuple):
         if given is not None:
             raise TypeError(

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
-_DEPTHS = (255, 4095, 65535)  # largest values of pictures of 8, 12 and 16 bits
+from ..records.log import get_logger
+
+logger = get_logger(__name__)
+
 _SLACK = 1e-3  # of the scale, by which resizing and rounding carry floats over its ends
 
 
@@ -42,6 +46,14 @@ def picture_of(array: Any) -> Image.Image:
     return Image.fromarray(np.ascontiguousarray(levels)).convert("RGB")
 
 
+@cache  # once
+def _tell_dark() -> None:
+    logger.warning(
+        "A picture of 16 bits has no value of 4096 or more, and is read as nearly black. If all "
+        "of them are so, scale them: 16 bits are read from 0 to 65535"
+    )
+
+
 def _as_bytes(array: Any) -> Any:
     """The same picture in uint8."""
     if array.dtype == np.uint8:
@@ -51,17 +63,20 @@ def _as_bytes(array: Any) -> Any:
     if array.dtype.kind not in "iuf":
         raise TypeError(f"expected numbers for a picture, got an array of {array.dtype}")
     low, high = float(array.min()), float(array.max())
-    is_float = array.dtype.kind == "f"
-    scales, slack = ((1, 255), _SLACK) if is_float else (_DEPTHS, 0)
+    is_float, is_wide = array.dtype.kind == "f", array.dtype.kind + str(array.itemsize) == "u2"
+    scales, slack = ((1, 255), _SLACK) if is_float else ((65535 if is_wide else 255,), 0)
     scale = next((scale for scale in scales if high <= scale * (1 + slack)), None)
     if scale is None or not low >= -slack * scale:
         raise ValueError(
             f"expected a picture with values from 0 to {' or '.join(map(str, scales))} for "
-            f"{array.dtype}, got {low:g} to {high:g}; pass it before it is normalised"
+            f"{array.dtype}, got {low:g} to {high:g}; pass it before it is normalised, and levels "
+            "of 16 bits as uint16"
         )
     if is_float and scale == 255 and high < 2:
         raise ValueError(
             f"expected a picture with values from 0 to 1 or 255 for {array.dtype}, got "
             f"{low:g} to {high:g}, which may be either; clip it to [0, 1], or pass uint8"
         )
+    if is_wide and 0 < high < 4096:
+        _tell_dark()
     return np.rint(array.astype(np.float64).clip(0, scale) * (255 / scale)).astype(np.uint8)

@@ -248,14 +248,15 @@ def _is_undecoded(item: Any) -> bool:
 def as_image(item: Any) -> Any:
     """What a model's processor reads, from what a data set holds.
 
-    Pictures are turned as their EXIF orientation says. Grey levels of more than 8 bits are scaled
-    by 8, 12 or 16 bits, the least that holds the picture's largest value; floats by 1 or 255.
-    Floats may be over an end of their range by a thousandth of it, as after a resize.
+    Pictures are turned as their EXIF orientation says. Levels of uint16, and of files of 16 bits,
+    are from 0 to 65535, as in torchvision and scikit-image, however dark a picture is; those of all
+    other integers from 0 to 255; floats from 0 to 1 or 255, and a thousandth over, as after a
+    resize.
 
     Args:
-        item: An image (PIL image, path, encoded bytes, an open file; or an array or tensor [H, W],
-            [H, W, 1 or 3 or 4] or [1 or 3 or 4, H, W] of integers, booleans, or floats in [0, 1] or
-            [0, 255]), a sound (floats [n], ``{"array", "sampling_rate"}`` or a decoded
+        item: An image (PIL image, path, encoded bytes, an open file; or an array, a tensor or lists
+            [H, W], [H, W, 1 or 3 or 4] or [1 or 3 or 4, H, W] of integers, booleans, or floats in
+            [0, 1] or [0, 255]), a sound (floats [n], ``{"array", "sampling_rate"}`` or a decoded
             `datasets.Audio`) or a video (list of images, array [T, H, W, 3]).
 
     Returns:
@@ -272,7 +273,7 @@ def as_image(item: Any) -> Any:
         item = {"array": samples.data.mean(0).numpy(), "sampling_rate": samples.sample_rate}
     if hasattr(item, "detach") and hasattr(item, "numpy"):  # a tensor
         item = as_array(item)
-    if isinstance(item, list) and item and isinstance(item[0], float):
+    if isinstance(item, list) and item and isinstance(item[0], float | list):
         item = np.asarray(item)
     if isinstance(item, np.ndarray) and item.ndim == 1 and item.dtype.kind == "f":
         item = {"array": item, "sampling_rate": None}
@@ -322,8 +323,10 @@ def _as_rgb(image: Any) -> Image.Image:
             f"expected a PIL image, path, bytes or array, got {type(image).__name__}; pass the "
             "data set without its transform"
         )
+    # Pillow opens files of 16 bits as 32 where it has no mode for them.
+    is_wide = image.mode == "I" and image.format in ("PNG", "PPM")
     image = ImageOps.exif_transpose(image)
     if image.mode == "F" or image.mode.startswith("I"):  # which `convert` would clip
-        return picture_of(np.asarray(image))
+        return picture_of(np.asarray(image, np.uint16 if is_wide else None))
     rgb: Image.Image = image.convert("RGB")
     return rgb

@@ -6,10 +6,10 @@ import copy
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ..data.labels import as_integer
 from ..data.sources import as_image
 from ..data.tasks import Task
 from .encoders import TEXT_BATCH, Encoder, class_embeddings, find_encoder, move
@@ -160,7 +160,7 @@ class ImageCollator:
         processor: The model's processor, or the pair (transform, tokenizer) of open_clip; a
             transform for training is welcome here.
         image_column: Column with the images, where rows are dicts and not (image, label) pairs.
-        label_column: Column with the integer labels.
+        label_column: Column with the integer labels; truth values are 0 and 1, as in `Task`.
 
     Raises:
         TypeError: A label is no integer.
@@ -183,13 +183,14 @@ class ImageCollator:
         return {**inputs, "labels": torch.tensor([self._whole(label) for label in labels])}
 
     def _whole(self, label: Any) -> int:
-        if isinstance(label, bool | np.bool_) or not hasattr(label, "__index__"):
+        value = as_integer(label)
+        if value is None:
             raise TypeError(
                 f"`ImageCollator` needs integers in column {self.label_column!r}, got "
                 f"{label!r:.80} ({type(label).__name__}); encode them, such as by `datasets`' "
                 "`class_encode_column`, in the order of the task's `class_names`"
             )
-        return int(label.__index__())
+        return value
 
     def _pair(self, row: Any) -> tuple[Any, Any]:
         if isinstance(row, tuple | list):

@@ -18,6 +18,7 @@ from typer.testing import CliRunner
 
 from iimm_callbacks import ImageCollator, Task
 from iimm_callbacks.cli import app
+from iimm_callbacks.data import pixels
 from iimm_callbacks.data.sources import as_image
 from iimm_callbacks.models.encoders import find_encoder
 from iimm_callbacks.probing.probe import Probe
@@ -141,6 +142,19 @@ def test_the_collator_reads_the_same_pictures(root, processor):
 GREY = np.arange(256, dtype=np.uint8).reshape(16, 16)
 
 
+def encoded(picture, kind):
+    file = io.BytesIO()
+    picture.save(file, kind)
+    return file.getvalue()
+
+
+def opened_as_32_bits(levels):
+    """A PNG of 16 bits as Pillow before 11 opens it."""
+    picture = Image.fromarray(levels)
+    picture.format = "PNG"
+    return picture
+
+
 @pytest.mark.parametrize(
     "picture",
     [
@@ -156,7 +170,15 @@ GREY = np.arange(256, dtype=np.uint8).reshape(16, 16)
         GREY.astype(np.int64),
         Image.fromarray(GREY),
         Image.fromarray(GREY.astype(np.uint16) * 257),
-        Image.fromarray(GREY.astype(np.int32) * 257),
+        (GREY.astype(np.uint16) * 257).astype(">u2"),
+        torch.from_numpy(GREY.astype(np.uint16) * 257),
+        encoded(Image.fromarray(GREY.astype(np.uint16) * 257), "PNG"),
+        encoded(Image.fromarray(GREY.astype(np.uint16) * 257), "TIFF"),
+        b"P5 16 16 65535\n" + (GREY.astype(np.uint16) * 257).astype(">u2").tobytes(),
+        opened_as_32_bits(GREY.astype(np.int32) * 257),
+        GREY.tolist(),
+        np.dstack([GREY] * 3).tolist(),
+        (GREY / 255).tolist(),
         Image.fromarray(GREY.astype(np.float32) / 255),
         Image.fromarray(GREY).convert("I"),
         Image.fromarray(GREY).convert("F"),
@@ -181,10 +203,16 @@ def test_floats_a_hair_over_their_range_are_clipped(picture, level):
     assert np.asarray(as_image(picture)).tolist() == np.full((5, 5, 3), level).tolist()
 
 
-def test_twelve_bits_in_sixteen_are_scaled_by_twelve():
-    levels = (np.arange(4096) // 16 * 16).reshape(64, 64).astype(np.uint16)
-    read = np.asarray(as_image(Image.fromarray(levels)))[..., 0]
-    assert np.abs(read - levels * (255 / 4095)).max() <= 0.5
+@pytest.mark.parametrize("most", [200, 255, 256, 4000, 4095, 4096, 65535])
+def test_sixteen_bits_are_read_on_one_scale_however_dark_a_picture_is(most, caplog):
+    pixels._tell_dark.cache_clear()
+    levels = np.linspace(0, most, 256).astype(np.uint16).reshape(16, 16)
+    for picture in (levels, Image.fromarray(levels), encoded(Image.fromarray(levels), "PNG")):
+        read = np.asarray(as_image(picture))[..., 0]
+        assert np.abs(read - levels * (255 / 65535)).max() <= 0.5
+    assert [("read as nearly black" in r.message) for r in caplog.records] == [True] * (most < 4096)
+    as_image(np.zeros((4, 4), np.uint16))
+    assert len(caplog.records) == (most < 4096)  # once, and not of a picture without any light
 
 
 @pytest.mark.parametrize(
@@ -197,7 +225,10 @@ def test_twelve_bits_in_sixteen_are_scaled_by_twelve():
         (np.full((5, 5), 1.002), "got 1.002 to 1.002, which may be either; clip it to [0, 1]"),
         (np.full((5, 5), 255.3), "got 255.3 to 255.3; pass it before it is normalised"),
         (np.full((5, 5), np.nan), "got nan to nan"),
-        (np.full((5, 5), 70000), "values from 0 to 255 or 4095 or 65535 for int64, got 70000"),
+        (np.full((5, 5), 256), "values from 0 to 255 for int64, got 256 to 256"),
+        (Image.fromarray(GREY.astype(np.int32) * 257), "from 0 to 255 for int32, got 0 to 65535"),
+        (np.full((5, 5), 256, np.int16), "levels of 16 bits as uint16"),
+        (np.full((5, 5), -1, np.int16), "values from 0 to 255 for int16, got -1 to -1"),
     ],
 )
 def test_a_picture_of_an_unknown_shape_or_range_is_refused_with_it(picture, says):

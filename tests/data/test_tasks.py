@@ -350,6 +350,8 @@ CHOICE = hub([0, 1], age=[1, 0], size=[2, 3]).remove_columns("label")
         (OneHot(np.eye(6, dtype=int)), {}, TypeError, "of one-hot labels pass int(label.argmax"),
         (pairs(torch.tensor([0.0, 1.0])), TWO, TypeError, "got tensor(0.) (Tensor); pass int"),
         (Frame(), TWO, TypeError, "(image, label) pairs, got a Frame of pandas; pass e.g. li"),
+        (pairs([None, "a"]), {}, TypeError, "label 0 must be an integer, a string or a list"),
+        (pairs(["a", None]), {}, TypeError, "label 1 must be an integer, a string or a list"),
         (pairs([0, None]), TWO, TypeError, "got None (NoneType); leave images without a"),
         (pairs(["a", "z"]), TWO, ValueError, "among the 2 class names ('a', 'b'), got 'z'"),
         (pairs(["a cat", 1]), {}, TypeError, "caption 1 must be a string, got 1"),

@@ -312,7 +312,14 @@ def test_label_smoothing_trains_with_and_without_the_guard(make_trainer, guard):
     assert losses[0] == losses[1]
 
 
-@pytest.mark.parametrize("label", ["cat", None, 1.0, True])
+@pytest.mark.parametrize("label", [True, np.True_, np.uint8(1), torch.tensor(1)])
+def test_the_collator_takes_the_labels_that_a_task_takes(make_trainer, colours, label):
+    batch = make_trainer().data_collator([{"image": colours[0]["image"], "label": label}])
+    assert batch["labels"].tolist() == [1]
+    assert batch["labels"].dtype == torch.int64
+
+
+@pytest.mark.parametrize("label", ["cat", None, 1.0])
 def test_the_collator_names_a_label_that_is_no_integer(make_trainer, colours, label):
     collator = make_trainer().data_collator
     with pytest.raises(TypeError, match=f"integers in column 'label', got {label!r}"):
