@@ -94,7 +94,7 @@ def zero_shot_twin(model: nn.Module) -> AbstractContextManager[None] | None:
         model before fine-tuning: no adapters, a merged one, tuned biases, weights that train beside
         them, an initialisation that changed the base weights (PiSSA and the like), or batch norms
         whose statistics move (those that `freeze` stopped do not). Weights that trained and were
-        frozen again are not noticed.
+        frozen again are not noticed. What adapters learnt before the present run counts as learnt.
     """
     adapted = _outermost(model, _has_adapters)
     if not adapted:

@@ -35,6 +35,7 @@ from ..records.objects import Address
 from ..records.outcomes import Outcome
 from ..records.store import as_catalog
 from ..records.verdict import Limits
+from ..rescue.mixing import begins_trained
 from ..rescue.rescuer import Rescuer, is_exceeded
 from ..rescue.sweep import Rescue
 from .forgiving import Forgiving
@@ -298,8 +299,9 @@ class Measured(Journaled):
             self.probe.fingerprints,
             n_outcomes=0,  # until `_learn` has counted them
             off_target_size=self.probe.off_target_size,
-            is_later_phase=untouched is not None
-            and (untouched is not before or fingerprint != model_fingerprint(model)),
+            is_later_phase=begins_trained(model)
+            or untouched not in (None, before)
+            or (untouched is before and fingerprint != model_fingerprint(model)),
         )
 
     def _first_forecast(self, journal: Journal) -> Forecast:

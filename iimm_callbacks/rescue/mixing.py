@@ -12,7 +12,10 @@ from torch import Tensor, nn
 from ..models.heads import ClipAdapter
 from ..models.sharded import check_measurable, is_sharded
 from ..models.wrappers import adapter_ids, core_of, find_head, find_own_head, zero_shot_twin
+from ..records.log import get_logger
 from .counterparts import Kept, counterparts, weights_of
+
+logger = get_logger(__name__)
 
 # Adapter weights -> what they are where the adapter does nothing, and so before training. Its
 # effect is linear in them.
@@ -160,6 +163,29 @@ def check_starts_untouched(model: nn.Module) -> None:
                 "as PiSSA); give `base_model`, the model without them, from which gain and "
                 "forgetting then count"
             )
+
+
+def begins_trained(model: nn.Module) -> bool:
+    """Whether adapters or a CLIP-Adapter on an untouched encoder do something already; tells so.
+
+    DoRA, and other adapters that cannot be scaled, are not looked into.
+
+    Args:
+        model: Before its first step.
+    """
+    try:
+        _check_mixable(model)
+        trained = [part.name for part in _own_parts(model) if part.differs()]
+    except ValueError:
+        return False
+    if not trained or not _has_untouched(model):
+        return False
+    logger.warning(
+        "%r and other adapters were trained before this run, or begin at random: it counts as a "
+        "later phase of a training, from which no forecast learns",
+        trained[0],
+    )
+    return True
 
 
 def keep_untouched(model: nn.Module) -> Kept:

@@ -10,11 +10,12 @@ from transformers import TrainerState
 
 from ..models.undisturbed import undisturbed
 from ..models.wrappers import (
+    adapter_ids,
+    find_head,
     find_own_head,
     load_untouched,
     model_fingerprint,
     trains_outside,
-    zero_shot_twin,
 )
 from ..monitor import IIMMMonitor
 from ..probing import ranks
@@ -40,9 +41,9 @@ def other_baseline(
         return None
     with undisturbed(model):
         base = ranks.together(lambda: load_untouched(base_model, model))
-    # The fingerprint leaves adapters out, which may have been trained.
-    same = model_fingerprint(base) == model_fingerprint(model) and zero_shot_twin(model) is None
-    return None if same else base
+    if adapter_ids(model) or find_head(model) is not None:
+        return base  # the fingerprint leaves these out, and they may have been trained
+    return None if model_fingerprint(base) == model_fingerprint(model) else base
 
 
 def earlier_journal(
@@ -80,7 +81,7 @@ AS_IT_IS = "Gain and forgetting count from the model as it is now."
 
 
 def counts_from(untouched: nn.Module | None, monitor: IIMMMonitor) -> str:
-    """The baseline in words; `untouched` as `other_baseline` gave it."""
+    """The baseline in words, before `begin`; `untouched` as `other_baseline` gave it."""
     if untouched is not None:
         return "Gain and forgetting count from `base_model`."
     if monitor.is_later_phase:

@@ -84,10 +84,10 @@ class GuardedRun(Settings):
         if first_try is None:
             untouched = baseline.other_baseline(model, self.base_model)
         recipe = host.recipe(args, state, kwargs.get("optimizer"))
+        counts_from = baseline.counts_from(untouched, monitor)
         verdict = monitor.begin(model, recipe=recipe, untouched=untouched)
         self.monitor, self._rescuer = monitor, rescuer
         self._amend_card()
-        counts_from = baseline.counts_from(untouched, monitor)
         if self.verbose == "all" or counts_from != baseline.AS_IT_IS:
             self._show(state, lambda: page(counts_from))
         if self.verbose == "all":

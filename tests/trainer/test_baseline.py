@@ -232,6 +232,27 @@ def test_adapters_that_were_trained_count_from_the_base_model(make_trainer, guar
     )
 
 
+@pytest.mark.parametrize("method", ["lora", "clip_adapter"])
+@pytest.mark.parametrize("names_base", [False, True])
+def test_adapters_that_were_trained_make_a_later_phase(
+    make_trainer, guard, tiny_clip, processor, capsys, caplog, method, names_base
+):
+    options = {"processor": processor} if method == "clip_adapter" else {}
+    model = prepare(tiny_clip(), method, **options)
+    first, second = guard(), guard(verbose="all", base_model=tiny_clip if names_base else None)
+    make_trainer([first], model=model, max_steps=2, learning_rate=0.1).train()
+    assert first.outcome.complete
+    assert "trained before this run" not in caplog.text
+    again = prepare(tiny_clip(), method, **options)  # as loaded in another process
+    again.load_state_dict(model.state_dict())
+    make_trainer([second], model=again, max_steps=2).train()
+    assert second.outcome.ended == "finished, as a later phase of its training"
+    assert not second.outcome.complete
+    assert "were trained before this run, or begin at random" in caplog.text
+    counted = "`base_model`." if names_base else "the model as it is now."
+    assert f"count from {counted}" in capsys.readouterr().out
+
+
 class WithHead(nn.Module):
     """A whole CLIP under a linear layer of the user's own."""
 
