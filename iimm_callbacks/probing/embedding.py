@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from torch import Tensor, nn
+from tqdm.auto import tqdm
 
 from ..data.tasks import Task
 from ..models.encoders import Encoder, class_embeddings, move
@@ -19,6 +20,7 @@ from ..models.wrappers import find_head, find_own_head
 from ..records.log import get_logger
 from .reading import some_of
 from .share import ProbeTask, Share
+from .texts import WORTH, KeptTexts
 
 logger = get_logger(__name__)
 
@@ -167,12 +169,56 @@ def embed_images(model: nn.Module, encoder: Encoder, inputs: Any, run: Run) -> T
     return run(partial(encoder.embed_backbone, model), move(inputs, model))
 
 
-def embed_classes(model: nn.Module, encoder: Encoder, shown: ProbeTask, run: Run) -> Tensor:
-    """[C, D] class embeddings of a task."""
-    embed = partial(encoder.embed_texts, model)
-    prompts = torch.cat([run(embed, move(p, model)) for p in shown.prompts])
-    check_rows(prompts, shown.n_prompts, "prompt")
-    return class_embeddings(prompts, len(shown.task.templates))
+def embed_classes(
+    model: nn.Module,
+    encoder: Encoder,
+    shown: ProbeTask,
+    run: Run,
+    *,
+    kept: KeptTexts | None = None,
+    progress: bool = False,
+) -> Tensor:
+    """[C, D] class embeddings of a task.
+
+    Args:
+        model: As it trains.
+        encoder: Of the model.
+        shown: The task as it is probed.
+        run: How a batch is embedded.
+        kept: Where to keep those of many prompts, and to have them from.
+        progress: Show a progress bar where it takes long.
+    """
+    embed, each = partial(encoder.embed_texts, model), len(shown.task.templates)
+    path = None
+    if kept is not None and shown.n_prompts >= WORTH:
+        path = kept.path(shown.prompts, each)
+    classes: list[Tensor] = []
+    n_seen = 0
+    first = rest = torch.zeros(0)
+    with tqdm(
+        total=shown.n_prompts,
+        desc=f"IIMM probe: texts of {shown.task.name}",
+        unit="prompt",
+        disable=None if progress else True,
+        leave=False,
+        delay=2,
+    ) as bar:
+        for batch in shown.prompts:
+            rows = run(embed, move(batch, model))
+            if not classes and kept is not None and path is not None:
+                first = rows
+                if (found := kept.read(path, first)) is not None:
+                    return found
+            rest = torch.cat([rest, rows]) if len(rest) else rows
+            whole = len(rest) // each * each  # not all prompts at once in memory
+            classes.append(class_embeddings(rest[:whole], each))
+            rest = rest[whole:]
+            n_seen += len(rows)
+            bar.update(len(rows))
+    check_rows(torch.zeros(n_seen), shown.n_prompts, "prompt")
+    if kept is not None and path is not None:
+        kept.write(path, first, torch.cat(classes))
+    return torch.cat(classes)
 
 
 def own_logits(

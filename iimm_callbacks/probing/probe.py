@@ -24,9 +24,9 @@ from ..records.look import Learnable, Look
 from . import ranks
 from .embedding import Halving, check_rows, embed_classes, embed_images, own_logits, runs
 from .learnable import TrainingSet, embed_sample, learn, read_sample, why_none
-from .reading import Batch
 from .scoring import Sums, accumulate, fingerprint, score, warn_of_mixed_units
 from .share import Share, read_share
+from .texts import KeptTexts
 
 logger = get_logger(__name__)
 
@@ -212,7 +212,7 @@ class Probe:
                 classes, failure = inside_forward(
                     model,
                     self._core(model),
-                    lambda: self._show(model, share, autocast_dtype, sums, part),
+                    lambda: self._show(model, share, autocast_dtype, sums, part, step),
                 )
         except Exception as error:
             failure = error
@@ -286,6 +286,7 @@ class Probe:
         autocast_dtype: torch.dtype | None,
         sums: Sums,
         part: float,
+        step: int,
     ) -> tuple[Tensor, Exception | None]:
         """Add what this rank sees to `sums`.
 
@@ -295,21 +296,22 @@ class Probe:
         """
         encoder, core, held = share.encoder, self._core(model), self._frozen_images.holds
 
-        def is_needed(batch: Batch) -> bool:
-            return not held((batch.task, batch.first))
-
         with runs(model, core, share, self._halving, autocast_dtype) as (run_texts, run):
             with autocast(model, autocast_dtype):
+                more: dict[str, Any] = {"progress": self.progress and ranks.world()[0] == 0}
                 if run is self._halving:
                     self._find_frozen(model, share, autocast_dtype)
+                    if self.encode is None and not step:  # later texts may have been trained
+                        more["kept"] = KeptTexts(core, autocast_dtype)
+                embed_task = partial(embed_classes, model, encoder, run=run_texts, **more)
                 classes = [
-                    self._frozen_texts.get(
-                        t.task.name, partial(embed_classes, model, encoder, t, run_texts)
-                    )
+                    self._frozen_texts.get(t.task.name, partial(embed_task, shown=t))
                     for t in share.tasks
                 ]
             failure = run_texts.failure
-            for batch, n_shown, inputs, error in share.shown(part, model, is_needed):
+            for batch, n_shown, inputs, error in share.shown(
+                part, model, lambda batch: not held((batch.task, batch.first))
+            ):
                 key = (batch.task, batch.first)
                 is_whole = n_shown == len(batch.positions)
                 is_kept = held(key)

@@ -130,7 +130,7 @@ def packed(values: Tensor, bits: int) -> Tensor:
 def unpacked(sums: Tensor, bits: int, n: int) -> Tensor:
     """The n numbers that `packed` was given, as float64."""
     rows = sums.long()[:, None] >> bits * torch.arange(52 // bits)
-    return (rows & 2**bits - 1).flatten()[:n].double()
+    return (rows % (1 << bits)).flatten()[:n].double()
 
 
 def together(make: Callable[[], _T]) -> _T:

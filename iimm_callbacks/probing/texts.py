@@ -1,16 +1,30 @@
-"""Texts of a task: the captions of each image, and prompts that are one to the text encoder."""
+"""Texts of a task: captions by image, prompts that are one to the text encoder, kept embeddings."""
 
 from __future__ import annotations
 
+import hashlib
+import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+import transformers
+from platformdirs import user_cache_path
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from torch import Tensor, nn
 
 from ..data.class_names import tell_doubles
 from ..data.tasks import Task
+from ..records.run_file import write_whole
+
+FOLDER = "IIMM_CALLBACKS_TEXTS"  # environment variable: a folder, or "off"
+WORTH = 4096  # prompts; fewer are embedded faster than weights are read for their fingerprint
+ROOM = 2**30  # bytes of all files
 
 
 def tell_one_text(task: Task, prompts: list[str], tokenized: list[Any]) -> None:
@@ -52,6 +66,88 @@ def _token_rows(batch: Mapping[str, Any]) -> list[tuple[int, ...]]:
             kept.pop()
         rows.append(tuple(kept))
     return rows
+
+
+class KeptTexts:
+    """Class embeddings of large tasks on disk, so that the next run of the same model has them.
+
+    A file is named by weights, tokens and numerics, and holds the embeddings of the first batch as
+    well: they are embedded anew, and must be the same bit for bit. So what no fingerprint tells,
+    such as an adapter that is switched off, is seen. The oldest files go where there are too many.
+
+    Args:
+        core: The dual encoder; all its weights count, so it must not have been trained.
+        dtype: Of autocast.
+    """
+
+    def __init__(self, core: nn.Module, dtype: torch.dtype | None) -> None:
+        self._core = core
+        self._dtype = dtype
+
+    def path(self, prompts: Sequence[Any], n_templates: int) -> Path | None:
+        """The file for these prompts, tokenized in batches; None where none is to be kept."""
+        folder = os.environ.get(FOLDER) or user_cache_path("iimm_callbacks") / "texts"
+        is_told = all(isinstance(batch, Mapping) for batch in prompts)
+        if folder == "off" or not is_told or self._weights is None:
+            return None
+        whole = hashlib.sha256(self._weights)
+        where = next(self._core.parameters()).device
+        name = torch.cuda.get_device_name(where) if where.type == "cuda" else where.type
+        whole.update(repr((n_templates, self._dtype, name, torch.get_num_threads())).encode())
+        whole.update(repr((torch.__version__, transformers.__version__)).encode())
+        for batch in prompts:
+            for key, value in sorted(batch.items()):
+                whole.update(f"{key} {_kind(value)}".encode() + _bytes(value))
+        return Path(folder) / f"{whole.hexdigest()[:32]}.safetensors"
+
+    @cached_property
+    def _weights(self) -> bytes | None:
+        whole = hashlib.sha256(f"{self._core} {getattr(self._core, 'config', '')}".encode())
+        for name, value in (*self._core.named_parameters(), *self._core.named_buffers()):
+            if type(value.data) is not Tensor or type(value) not in (Tensor, nn.Parameter):
+                return None  # quantised: not all of it is in the tensor
+            whole.update(f"{name} {_kind(value)}".encode() + _bytes(value))
+        return whole.digest()
+
+    def read(self, path: Path, first: Tensor) -> Tensor | None:
+        """[C, D] class embeddings; None where there are none, or not of this model.
+
+        Args:
+            path: As `path` gave it.
+            first: [n, D] embeddings of the first batch.
+        """
+        try:
+            found = load(path.read_bytes())
+            then, classes, now = found["first"], found["classes"], first.cpu()
+            path.touch()  # so that the oldest is the one longest unused
+        except (OSError, SafetensorError, KeyError):  # a torn file is written anew
+            return None
+        same = then.dtype == now.dtype and torch.equal(then, now)
+        return classes.to(first.device) if same else None
+
+    def write(self, path: Path, first: Tensor, classes: Tensor) -> None:
+        """Keep them, if the disk lets us."""
+        content = save({"first": first.cpu().contiguous(), "classes": classes.cpu().contiguous()})
+        with suppress(OSError):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            files = [(file.stat().st_mtime, file) for file in path.parent.glob("*.safetensors")]
+            room = ROOM - len(content)
+            for _, file in sorted(files, reverse=True):
+                room -= file.stat().st_size
+                if room < 0:
+                    file.unlink(missing_ok=True)
+            if len(content) <= ROOM:
+                write_whole(path, content)
+
+
+def _kind(value: Any) -> str:
+    return f"{value.dtype} {list(value.shape)}" if isinstance(value, Tensor) else repr(value)
+
+
+def _bytes(value: Any) -> bytes:
+    if not isinstance(value, Tensor):
+        return b""
+    return value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
 
 
 def first_of_each(task: Task, digest: Tensor) -> Tensor:
