@@ -240,14 +240,21 @@ def _tried(act: Callable[[], _T], what: str) -> _T:
     for pause in (*_PAUSES, None):
         try:
             return act()
-        except (PermissionError, NotImplementedError) as error:
-            raise PermissionError(f"cannot {what}: {error}") from error
         except Exception as error:  # each file system has its own
+            told = f"cannot {what}: {type(error).__name__}: {' '.join(str(error).split())}"
+            if _is_refused(error):
+                raise PermissionError(told) from error
             if pause is None:
-                raise OSError(f"cannot {what}: {type(error).__name__}: {error}") from error
+                raise OSError(told) from error
             logger.debug("%s failed (%s), trying again in %g s", what, error, pause)
             time.sleep(pause)
     raise AssertionError  # the last try returns or raises
+
+
+def _is_refused(error: Exception) -> bool:
+    """Whether another try would be refused as well."""
+    status = getattr(getattr(error, "response", None), "status_code", None)  # of the Hub
+    return isinstance(error, PermissionError | NotImplementedError) or status in (401, 403)
 
 
 def name_of(data: bytes) -> str:
