@@ -27,6 +27,12 @@ Store = Annotated[
     ),
 ]
 
+Private = Annotated[bool, typer.Option("--private", help="Make it private, if it is new there")]
+License = Annotated[
+    str | None, typer.Option("--license", help="For the Hub's card, such as cc0-1.0")
+]
+HubName = Annotated[str, typer.Argument(help="Data set on the Hub, such as org/runs")]
+
 app = typer.Typer(
     rich_markup_mode=None,
     help="Saved runs: list, add, export, sync, check, retire and so on.",
@@ -104,12 +110,8 @@ def export(
     push_to_hub: Annotated[
         str | None, typer.Option(help="Name of a data set on the Hub, instead of TARGET")
     ] = None,
-    private: Annotated[
-        bool, typer.Option("--private", help="Make it private, if it is new there")
-    ] = False,
-    license_name: Annotated[
-        str | None, typer.Option("--license", help="For the Hub's card, such as cc0-1.0")
-    ] = None,
+    private: Private = False,
+    license_name: License = None,
     store: Store = None,
 ) -> Answer:
     """Write the saved runs to a file, a folder or the Hub.
@@ -125,6 +127,8 @@ def export(
             "`--private` and `--license` are of a data set on the Hub, got one of them with "
             f"{target}; leave it out, or give `--push-to-hub` instead of `TARGET`"
         )
+    from ..records.as_dataset import write_new
+
     path, found = read_record(store)
     if not found:
         raise ValueError(f"`--store` must hold outcomes to export, got {path} without any")
@@ -132,10 +136,32 @@ def export(
         public = [replace(o, provenance=_without_who(o.provenance)) for o in found]
         _push(public, str(push_to_hub), private, license_name)
     else:
-        _write(found, target.expanduser())
+        write_new(found, target.expanduser())
     where = str(push_to_hub or target)
     data = {"store": str(path), "target": where, "n_outcomes": len(found)}
     return Answer(data, f"{len(found)} outcomes of {path} written to {where}")
+
+
+@command(app, "push")
+def push(
+    name: HubName, private: Private = False, license_name: License = None, store: Store = None
+) -> Answer:
+    """Write the saved runs to a data set on the Hub.
+
+    As `export --push-to-hub`: a table in place of the one that is there, without who saved a run,
+    and a card with counts, models, methods and license. First `pull` what others pushed, or share
+    a store at hf://datasets/org/name, to which all add.
+    """
+    return export(None, name, private, license_name, store)  # type: ignore[no-any-return]
+
+
+@command(app, "pull")
+def pull(name: HubName, store: Store = None) -> Answer:
+    """Add the runs of a data set on the Hub.
+
+    As `import`: those that are there already are skipped.
+    """
+    return import_outcomes(name, store)  # type: ignore[no-any-return]
 
 
 def _push(outcomes: Sequence[Outcome], name: str, private: bool, license_name: str | None) -> None:
@@ -314,25 +340,3 @@ def _append(new: Sequence[Outcome], store: str | None) -> Answer:
     data = {"store": str(path), "added": added, "skipped": len(new) - added}
     text = f"{added} outcomes added to {path}, {data['skipped']} were there already"
     return Answer(data, text)
-
-
-def _write(found: Sequence[Outcome], target: Path) -> None:
-    from ..records.as_dataset import to_dataset
-    from ..records.lines import to_line
-
-    if target.exists():
-        raise ValueError(f"`TARGET` must not exist yet, got {target}; remove it or name another")
-    if target.suffix == ".jsonl":
-        try:
-            target.write_bytes(b"".join(map(to_line, found)))
-        except OSError as error:
-            raise ValueError(
-                f"`TARGET` must be a file that can be written, got {target} "
-                f"({error.strerror or error}); make its folder, or name another"
-            ) from error
-    elif target.suffix:
-        raise ValueError(
-            f"`TARGET` must end in .jsonl, or be a folder without a suffix, got {target}"
-        )
-    else:
-        to_dataset(found).save_to_disk(target)

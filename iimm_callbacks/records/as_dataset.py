@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator
 from dataclasses import fields
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .lines import Found, parse_each, report, to_line
@@ -43,6 +44,30 @@ def to_dataset(outcomes: Iterable[Outcome]) -> Dataset:
     }
     features = Features({name: Value(kind) for name, kind in columns.items()})
     return Dataset.from_dict(data, features=features)
+
+
+def write_new(outcomes: Iterable[Outcome], target: Path) -> None:
+    """Outcomes as a new file of JSON lines, ``.jsonl``, or a folder of `datasets`.
+
+    Raises:
+        ValueError: It is there already, has another suffix, or cannot be written.
+    """
+    if target.exists():
+        raise ValueError(f"`TARGET` must not exist yet, got {target}; remove it or name another")
+    if target.suffix == ".jsonl":
+        try:
+            target.write_bytes(b"".join(map(to_line, outcomes)))
+        except OSError as error:
+            raise ValueError(
+                f"`TARGET` must be a file that can be written, got {target} "
+                f"({error.strerror or error}); make its folder, or name another"
+            ) from error
+    elif target.suffix:
+        raise ValueError(
+            f"`TARGET` must end in .jsonl, or be a folder without a suffix, got {target}"
+        )
+    else:
+        to_dataset(outcomes).save_to_disk(target)
 
 
 def from_dataset(dataset: Dataset) -> list[Outcome]:

@@ -220,7 +220,7 @@ def update_outcomes_card(
         "## Fine-tuning runs (iimm_callbacks)",
         "",
         f"{len(outcomes)} runs of {n_models} models, {sum(o.complete for o in outcomes)} complete. "
-        f"`iimm outcomes import {name}` adds them to your own, and forecasts learn from them.",
+        f"`iimm outcomes pull {name}` adds them to your own, and forecasts learn from them.",
         "",
         "| model | fingerprint | method | tasks | runs |",
         "| --- | --- | --- | --- | --- |",

@@ -666,7 +666,9 @@ def test_export_names_a_target_that_cannot_be_written(record, tmp_path):
     assert "(No such file or directory); make its folder" in told
 
 
-def test_a_record_goes_to_the_hub_and_comes_back(record, tmp_path, monkeypatch):
+@pytest.mark.parametrize("push", [["export", "--push-to-hub"], ["push"]])
+@pytest.mark.parametrize("pull", ["import", "pull"])
+def test_a_record_goes_to_the_hub_and_comes_back(push, pull, record, tmp_path, monkeypatch):
     import datasets
     from huggingface_hub import DatasetCard
 
@@ -680,18 +682,18 @@ def test_a_record_goes_to_the_hub_and_comes_back(record, tmp_path, monkeypatch):
     monkeypatch.setattr(DatasetCard, "load", lambda name: card)
     monkeypatch.setattr(DatasetCard, "push_to_hub", lambda self, name: pushed.update(card=self))
     given = ["--private", "--license", "cc0-1.0"]
-    assert ask("outcomes", "export", "--push-to-hub", "us/runs", *given)["n_outcomes"] == 3
+    assert ask("outcomes", *push, "us/runs", *given)["n_outcomes"] == 3
     assert pushed["card"].data.license == "cc0-1.0"
     assert "By hand." in card.text
-    assert "3 runs of 2 models, 2 complete. `iimm outcomes import us/runs`" in card.text
+    assert "3 runs of 2 models, 2 complete. `iimm outcomes pull us/runs`" in card.text
     table, private = pushed["us/runs"]
     assert private is True
     loaded = {"us/runs": datasets.DatasetDict(train=table)}
     monkeypatch.setattr(datasets, "load_dataset", lambda name, config, **_: loaded[name])
-    ask("outcomes", "import", "us/runs", "--store", tmp_path / "back.jsonl")
+    ask("outcomes", pull, "us/runs", "--store", tmp_path / "back.jsonl")
     assert read_outcomes(tmp_path / "back.jsonl") == record
     loaded["us/runs"] = datasets.DatasetDict(train=datasets.Dataset.from_dict({"x": [1]}))
-    assert "`SOURCE` must hold outcomes" in fails("outcomes", "import", "us/runs")
+    assert "`SOURCE` must hold outcomes" in fails("outcomes", pull, "us/runs")
 
 
 def test_runs_written_down_by_hand_are_added(store, tmp_path):
@@ -1118,7 +1120,8 @@ def test_doctor_still_shows_its_table_where_the_store_needs_a_package(monkeypatc
 COMMANDS = [
     ["measure"], ["forecast"], ["preflight"], ["grade"], ["report"], ["compare"], ["outcomes"],
     ["demo"], ["doctor"],
-    *(["outcomes", name] for name in ("list", "add", "import", "export", "check", "sync")),
+    *(["outcomes", name] for name in ("list", "add", "import", "export", "check", "sync", "push")),
+    ["outcomes", "pull"],
     ["outcomes", "retire"], ["reproduce"], ["reproduce", "paper"], ["calibrate"], ["plan"],
 ]  # fmt: skip
 
