@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any
 
 from ..data.tasks import OFF_TARGET_PROBE_SIZE
@@ -77,10 +78,11 @@ class Budget:
     _full: float = 0.0  # seconds of a look at all images, as far as known
 
     def __post_init__(self) -> None:
-        if self.max_overhead is not None and not 0 < self.max_overhead <= 1:
-            raise ValueError(
-                "`max_overhead` must be a fraction in (0, 1], or None for no limit, got "
-                f"{self.max_overhead}"
+        share = self.max_overhead
+        is_number = isinstance(share, Real) and not isinstance(share, bool)
+        if share is not None and not (is_number and 0 < share <= 1):
+            raise (ValueError if is_number else TypeError)(
+                f"`max_overhead` must be a fraction in (0, 1], or None for no limit, got {share!r}"
             )
 
     def part(self, elapsed: float, step: int, total_steps: int, looks: int) -> float:

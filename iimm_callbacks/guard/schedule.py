@@ -25,13 +25,17 @@ def check_every(every: Every) -> None:
         or (isinstance(every, int) and not isinstance(every, bool) and every >= 1)
         or (isinstance(every, float) and 0 < every < 1)
         or (isinstance(every, list | tuple) and len(every) > 0
-            and all(isinstance(share, float) and 0 < share <= 1 for share in every))
+            and all(_is_share(share) for share in every))
     )  # fmt: skip
     if not good:
         raise ValueError(
             "`every` must be None, a number of steps (1, 2, ...), a fraction of the training in "
-            f"(0, 1), a list of such fractions, 'epoch' or 'evaluate', got {every!r}"
+            f"(0, 1), a list of fractions in (0, 1], 'epoch' or 'evaluate', got {every!r}"
         )
+
+
+def _is_share(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value <= 1
 
 
 def moments(every: Sequence[float] | None, total_steps: int) -> list[int]:
@@ -87,6 +91,22 @@ def next_share(every: Every, step: int, total_steps: int, last_step: int) -> flo
         gap = every if isinstance(every, int) else every * total_steps
         due = max(math.ceil((math.floor((step + 1e-9) / gap) + 1) * gap - 1e-9), step + 1)
     return min(due, total_steps) / max(total_steps, 1)
+
+
+def waits_for_end(every: Every, total_steps: int) -> bool:
+    """Whether the first look in training is the last; of "epoch" and "evaluate" that is not known.
+
+    Args:
+        every: As `check_every`.
+        total_steps: Of the whole training.
+
+    Example:
+        >>> waits_for_end(500, 100), waits_for_end(None, 100)
+        (True, False)
+    """
+    return (
+        not isinstance(every, str) and total_steps > 1 and next_share(every, 0, total_steps, 0) == 1
+    )
 
 
 def looks_to_come(every: Every, step: int, total_steps: int) -> int:

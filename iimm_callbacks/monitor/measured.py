@@ -38,8 +38,7 @@ from ..records.verdict import Limits
 from ..rescue.mixing import begins_trained
 from ..rescue.rescuer import Rescuer, is_exceeded
 from ..rescue.sweep import Rescue
-from .forgiving import Forgiving
-from .warned import Warned
+from .telling import Forgiving, Warned
 
 logger = get_logger(__name__)
 

@@ -31,9 +31,8 @@ from ..records.outcomes import Outcome
 from ..records.verdict import Limits, Verdict
 from ..reports.lines import look_line, preflight_lines, saved_lines
 from ..reports.terminal import preflight_table, summary_table
-from .ending import ended_as, has_moved
-from .forgiving import Forgiving
 from .measured import Measured, Verbose
+from .telling import Forgiving, ended_as, has_moved
 
 logger = get_logger(__name__)
 
@@ -181,7 +180,6 @@ class IIMMMonitor(Measured):
         past = ranks.together(lambda: self.past() if ranks.world()[0] == 0 else None)
         journal = resumed or self._first_look(model, untouched)
         self._learn(past, journal, resumed=resumed is not None)
-        seconds = time.perf_counter() - began
         if not journal.history:  # maybe tried again with other settings
             journal.start = replace(journal.start, recipe=journal.start.recipe | settings)
         elif isinstance(steps := settings.get("steps"), int) and steps > 0:
@@ -197,7 +195,7 @@ class IIMMMonitor(Measured):
         self.looked_at = self.history[-1]["step"]
         self._now = (self.looked_at, total if isinstance(total, int) else 0)
         look = self.probe.seconds or journal.baseline.runtime
-        self._pace.began(seconds, look, resumed=not is_new)
+        self._pace.began(time.perf_counter() - began, look, resumed=not is_new)
         self._began = time.perf_counter()
         self._keep("interrupted")
         self._model = weakref.ref(model)
@@ -207,12 +205,15 @@ class IIMMMonitor(Measured):
                 self._say(lambda: preflight_table(self.record()))
         return self.verdict
 
-    def step(self, step: int, training_loss: float | None = None) -> Verdict | None:
+    def step(
+        self, step: int, training_loss: float | None = None, *, event: str | None = None
+    ) -> Verdict | None:
         """Call it after each optimizer step: it looks at the model where a look is due.
 
         Args:
             step: Optimizer steps done, from 1 on.
             training_loss: As `check`.
+            event: As `is_due`; what ``every="epoch"`` and ``every="evaluate"`` wait for.
 
         Returns:
             The verdict of the look; None where none was due.
@@ -221,13 +222,16 @@ class IIMMMonitor(Measured):
             RuntimeError: `begin` was not called, or its recipe has no ``steps``.
             Exception: As `check`.
         """
-        total = self._require_begun("step").start.recipe.get("steps")
+        journal = self._require_begun("step")
+        total = journal.start.recipe.get("steps")
         if not isinstance(total, int):
             raise RuntimeError(
                 "`step` needs the number of steps, a whole number: call "
                 f"`begin(model, recipe={{'steps': total}})`, got {total!r}"
             )
-        if not self.is_due(step, total):
+        if not self.is_due(step, total, event):
+            if self.limits.max_forgetting is not None and not journal.looks_taken:
+                self._warned.of_no_look(self._pace.every, step, total)
             return None
         return self.check(self._trained("step"), step, total, training_loss)
 
@@ -261,7 +265,7 @@ class IIMMMonitor(Measured):
         total_steps: int,
         training_loss: float | None = None,
     ) -> Verdict:
-        """Look at the model in training and judge it.
+        """The verdict on the model in training, of a look at it now.
 
         A look that fails on any rank leaves verdict and history as they were on all of them, and
         warns the first time.
@@ -271,9 +275,6 @@ class IIMMMonitor(Measured):
             step: Optimizer steps done.
             total_steps: Of the whole training.
             training_loss: The latest, where it is known; it is saved.
-
-        Returns:
-            The verdict.
 
         Raises:
             RuntimeError: `begin` was not called.
@@ -292,6 +293,7 @@ class IIMMMonitor(Measured):
                 judged = self._judge(journal, model, step, total_steps, part)
         except Exception as error:
             journal.failures += 1
+            self._is_partial = False  # it is not tried again at all images
             if self.strict:
                 raise
             self._failure = error
@@ -331,18 +333,16 @@ class IIMMMonitor(Measured):
         """
         journal = self._require_begun("end")
         now, total = self._now
-        told = step is not None or now > 0
-        now = step if step is not None else now if told or ended else total
-        if not (told and self.has_seen(now)):
+        done = step if step is not None else now or None
+        now = done if done is not None else 0 if ended else total
+        if done is None or not self.has_seen(now):
             self.check(self._trained("end") if model is None else model, now, total)
         if now > total > 0:
             journal.plan(now)  # it was longer than was said
         # That all steps were done is believed without a word only where the model has moved.
         silent = total > 0 and has_moved(journal.history) and not self.is_mixed
-        reached = now >= total if told else silent
-        self.ended, complete = ended_as(
-            self._failure, ended, told=told, reached=reached, later=self.is_later_phase
-        )
+        reached = silent if done is None else done >= max(total, 1)
+        self.ended, complete = ended_as(self._failure, ended, done, reached, self.is_later_phase)
         outcome = self._keep(self.ended, complete)
         self._ledger.close()
         self._say(lambda: summary_table(self.record()))

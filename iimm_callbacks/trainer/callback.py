@@ -15,8 +15,8 @@ from ..data.tasks import Task, as_tasks, check_tasks
 from ..guard.pace import Budget
 from ..guard.schedule import Every, check_every
 from ..models.encoders import EncodePair
-from ..monitor.forgiving import Forgiving
 from ..monitor.measured import Verbose
+from ..monitor.telling import Forgiving
 from ..records import keys
 from ..records.former import check_former, pick
 from ..records.ledger import Past
@@ -176,6 +176,7 @@ class IIMMCallback(GuardedRun, TrainerCallback):  # type: ignore[misc]  # transf
         host.check_alone(self)
         if state.is_world_process_zero:
             host.warn_of_direction(args)
+            host.warn_of_no_look(args, state, self.every, self.limits)
         model = kwargs["model"]
         known = self._model is not None and self._model() is model
         broken_off = known and self.outcome is None
@@ -208,8 +209,7 @@ class IIMMCallback(GuardedRun, TrainerCallback):  # type: ignore[misc]  # transf
     ) -> None:
         """Look where one is due and the budget allows."""
         if self._held is not None:
-            self._held.undo()
-            control.should_save = control.should_evaluate = control.should_log = False
+            self._held.leave_nothing(control)
         else:
             self._look_if_due(state, control, kwargs["model"])
 
@@ -217,8 +217,8 @@ class IIMMCallback(GuardedRun, TrainerCallback):  # type: ignore[misc]  # transf
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Look, with ``every="epoch"``."""
-        if self._held is not None:
-            control.should_save = control.should_evaluate = control.should_log = False
+        if self._held is not None:  # of several accumulated, no step has ended
+            self._held.leave_nothing(control)
         else:
             self._look_if_due(state, control, kwargs["model"], "epoch")
 

@@ -12,9 +12,12 @@ from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import default_compute_objective
 
+from ..guard.schedule import Every, waits_for_end
+from ..monitor.telling import no_look
 from ..probing.learnable import TrainingSet
 from ..records import keys
 from ..records.log import get_logger
+from ..records.verdict import Limits
 
 logger = get_logger(__name__)
 
@@ -64,6 +67,24 @@ def warn_of_direction(args: TrainingArguments) -> None:
             "forgot most: give `greater_is_better=False`, got True",
             args.metric_for_best_model,
         )
+
+
+def warn_of_no_look(
+    args: TrainingArguments, state: TrainerState, every: Every, limits: Limits
+) -> None:
+    """Warn where a run with a limit will be looked at only when it ends."""
+    strategy, several = _name(args.eval_strategy), state.num_train_epochs > 1
+    evaluates = several if strategy == "epoch" else state.eval_steps < state.max_steps
+    evaluates &= strategy != "no"
+    if every == "evaluate":
+        looks, why = evaluates, f"`eval_strategy` is {strategy!r}"
+    elif every == "epoch":
+        looks, why = several, "there is one epoch"
+    else:
+        looks, why = not waits_for_end(every, state.max_steps), ""
+    looks |= evaluates and metric_for_best_model(args).startswith(keys.PREFIX)
+    if not looks and state.max_steps > 1 and limits.max_forgetting is not None:
+        logger.warning(no_look(every, state.max_steps, why))
 
 
 def comes_and_goes(key: str) -> bool:
@@ -159,10 +180,15 @@ class HeldStep:
         self._buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
 
     @torch.no_grad()
-    def undo(self) -> None:
-        """Put the buffers back."""
+    def leave_nothing(self, control: TrainerControl) -> None:
+        """Put the buffers back, and let nothing be saved, evaluated or logged.
+
+        Call it at the end of the step and of the epoch: where gradients are accumulated, the
+        Trainer leaves after a part of the step, which has no end.
+        """
         for buffer, before in self._buffers:
             buffer.copy_(before)
+        control.should_save = control.should_evaluate = control.should_log = False
 
 
 def can_hold_step(args: TrainingArguments) -> bool:

@@ -16,7 +16,7 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 from ..models.undisturbed import undisturbed
 from ..models.wrappers import find_untouched, model_fingerprint
 from ..monitor import IIMMMonitor
-from ..monitor.forgiving import Forgiving
+from ..monitor.telling import Forgiving
 from ..probing import ranks
 from ..records.catalog import of_model
 from ..records.former import pick

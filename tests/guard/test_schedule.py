@@ -31,7 +31,7 @@ def due(every, total):
         (0.01, 5, [1, 2, 3, 4, 5]),
         (1e-9, 5, [1, 2, 3, 4, 5]),
         ([0.02, 0.1, 0.5], 150, [3, 15, 75, 150]),
-        ((0.5, 0.02, 1.0), 10, [1, 5, 10]),
+        ((0.5, 0.02, 1), 10, [1, 5, 10]),
         ("epoch", 10, [10]),
         ("evaluate", 10, [10]),
     ],
@@ -40,13 +40,15 @@ def test_looks_are_due_at(every, total, steps):
     assert due(every, total) == steps
 
 
-@pytest.mark.parametrize("every", [None, 1, 500, 0.01, 0.999, [0.02, 1.0], "epoch", "evaluate"])
+@pytest.mark.parametrize(
+    "every", [None, 1, 500, 0.01, 0.999, [0.02, 1.0], [0.5, 1], "epoch", "evaluate"]
+)
 def test_good_every_is_accepted(every):
     check_every(every)
 
 
 @pytest.mark.parametrize(
-    "every", [0, -1, 0.0, 1.0, 1.5, True, "steps", "0.1", float("nan"), [5], [], [0.5, 0.0]]
+    "every", [0, -1, 0.0, 1.0, 1.5, True, "steps", "0.1", float("nan"), [5], [], [0.5, 0.0], [True]]
 )
 def test_bad_every_is_refused_by_value(every):
     with pytest.raises(ValueError, match=re.escape(f"got {every!r}")):
@@ -211,4 +213,10 @@ def test_a_look_is_needed_where_fewer_were_taken_than_moments_went_by(step, look
 @pytest.mark.parametrize("share", [0, -0.1, 1.5, 5, float("nan")])
 def test_a_bad_overhead_is_refused_by_value(share):
     with pytest.raises(ValueError, match=re.escape(f"(0, 1], or None for no limit, got {share}")):
+        Budget(share)
+
+
+@pytest.mark.parametrize("share", ["5%", True, [0.05]])
+def test_an_overhead_that_is_no_number_is_refused(share):
+    with pytest.raises(TypeError, match=re.escape(f"(0, 1], or None for no limit, got {share!r}")):
         Budget(share)

@@ -287,6 +287,43 @@ def test_a_loop_needs_two_calls_and_prints_what_the_callback_prints(
     assert f"Report: iimm report {tmp_path / 'r.json'}" in printed
 
 
+def told_of_no_look(caplog):
+    return [r.message for r in caplog.records if "look" in r.message]
+
+
+@pytest.mark.parametrize(
+    ("every", "limit", "steps", "says"),
+    [
+        (50, 0.05, 4, "With `every=50` no look comes before the last of 4 steps"),
+        ([1.0], 0.05, 4, r"With `every=\[1.0\]` no look comes before the last of 4 steps"),
+        ("epoch", 0.05, 4, "was told of no 'epoch' until step 3 of 4, .* with `event='epoch'`"),
+        (50, None, 4, None),  # it only measures
+        (3, 0.05, 4, None),
+        (50, 0.05, 1, None),
+        (None, 0.05, 4, None),
+    ],
+)
+def test_a_loop_that_is_not_looked_at_before_its_end_is_told_so_once(
+    tiny_clip, make_monitor, caplog, every, limit, steps, says
+):
+    monitor, model = make_monitor(every=every, max_forgetting=limit, max_overhead=None), tiny_clip()
+    monitor.begin(model, recipe={"steps": steps})
+    for step in range(1, steps + 1):
+        monitor.step(step)
+    said = told_of_no_look(caplog)
+    assert len(said) == (says is not None)
+    assert all(re.search(says, message) for message in said)
+
+
+def test_a_step_at_which_an_epoch_ends_is_looked_at(tiny_clip, make_monitor, caplog):
+    monitor, model = make_monitor(every="epoch", max_overhead=None), tiny_clip()
+    monitor.begin(model, recipe={"steps": 9})
+    for step in range(1, 10):
+        monitor.step(step, event="epoch" if step % 3 == 0 else None)
+    assert [row["step"] for row in monitor.history] == [0, 3, 6, 9]
+    assert told_of_no_look(caplog) == []
+
+
 def test_without_the_number_of_steps_a_loop_is_told_to_give_it(tiny_clip, make_monitor):
     monitor, model = make_monitor(), tiny_clip()
     monitor.begin(model)
@@ -336,6 +373,17 @@ def test_a_model_is_looked_at_in_the_end_where_no_step_was_told(
     assert outcome.ended == ended
     assert outcome.complete == (ended == "finished")
     assert [o.complete for o in read_outcomes(own_store)] == [outcome.complete]
+
+
+@pytest.mark.parametrize(("steps", "done"), [(0, 0), (6, 0), ("unknown", 0)])
+def test_without_a_step_there_is_no_complete_run(tiny_clip, make_monitor, own_store, steps, done):
+    monitor, model = make_monitor(), tiny_clip()
+    monitor.begin(model, recipe={} if steps == "unknown" else {"steps": steps})
+    outcome = monitor.end(step=done)
+    assert (outcome.complete, outcome.ended) == (False, "no step was done")
+    assert [(o.complete, o.ended) for o in read_outcomes(own_store)] == [
+        (False, "no step was done")
+    ]
 
 
 def test_a_model_that_never_moved_is_no_complete_run_by_silence(tiny_clip, make_monitor):

@@ -165,6 +165,37 @@ def test_looks_when_it_is_told_to(make_trainer, guard, every, steps):
 
 
 @pytest.mark.parametrize(
+    ("settings", "arguments", "says"),
+    [
+        ({"every": "evaluate"}, {}, "With `every='evaluate'` no look comes before the last of 3 "
+                                    "steps (`eval_strategy` is 'no'): "),
+        ({"every": "evaluate"}, {"eval_strategy": "steps", "eval_steps": 3}, "`eval_strategy` is"),
+        ({"every": "evaluate"}, {"eval_strategy": "epoch"}, "`eval_strategy` is 'epoch'"),
+        ({"every": "epoch"}, {}, "(there is one epoch)"),
+        ({"every": 3}, {}, "With `every=3` no look comes before the last of 3 steps: until then "),
+        ({"every": 3, "max_forgetting": None}, {}, None),
+        ({"every": 3}, {"eval_strategy": "steps", "eval_steps": 2,
+                        "metric_for_best_model": "iimm_gain_observed"}, None),
+        ({"every": "evaluate"}, {"eval_strategy": "steps", "eval_steps": 2}, None),
+        ({"every": "epoch"}, {"per_device_train_batch_size": 48}, None),
+        ({"every": 2}, {}, None),
+        ({}, {}, None),
+    ],
+)  # fmt: skip
+def test_a_run_that_is_looked_at_only_when_it_ends_is_told_so_before(
+    make_trainer, guard, caplog, settings, arguments, says
+):
+    callback = guard(**settings)
+    trainer = make_trainer([callback], **{"max_steps": 3} | arguments)
+    trainer.train()
+    said = [r.message for r in caplog.records if "no look comes before" in r.message]
+    assert len(said) == (says is not None)
+    assert all(says in message for message in said)
+    in_training = [row["step"] for row in callback.monitor.history if 0 < row["step"] < 3]
+    assert (in_training == []) == (says is not None or callback.limits.max_forgetting is None)
+
+
+@pytest.mark.parametrize(
     ("limit", "steps", "dropped"), [(None, [0, 6], 5), (0.9, [0, 1, 2, 3, 5, 6], 1)]
 )
 def test_drops_looks_that_cost_too_much_but_none_that_a_limit_needs(

@@ -603,6 +603,15 @@ def test_a_look_that_failed_is_counted_once(start, name):
     assert guard.record()["failures"] == 2  # at steps 4 and 6
 
 
+def test_a_look_that_failed_is_not_tried_again_after_a_partial_one(start, monkeypatch):
+    def fails_last(run):
+        unreadable(run, lambda step: step == 6, cache_limit=0)
+
+    monkeypatch.setattr("iimm_callbacks.guard.pace.Budget.part", lambda *_: 0.5)
+    _, guard, _ = start(fails_last, max_overhead=0.05)
+    assert guard.record()["failures"] == 1
+
+
 @pytest.mark.parametrize(
     ("values", "message"),
     [

@@ -38,12 +38,14 @@ def test_stopped_before_training_nothing_is_saved_evaluated_or_looked_at(
     assert callback.outcome.ended.startswith("stopped by the guard at step 0")
 
 
-def test_statistics_of_batch_norms_stay_as_they_were(make_trainer, guard, tiny_clip):
+@pytest.mark.parametrize("accumulated", [1, 4])
+def test_statistics_of_batch_norms_stay_as_they_were(make_trainer, guard, tiny_clip, accumulated):
     model = tiny_clip()
     norm = nn.BatchNorm1d(model.vision_model.post_layernorm.weight.shape[0])
     model.vision_model.post_layernorm = nn.Sequential(model.vision_model.post_layernorm, norm)
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    make_trainer([guard()], model=model).train()
+    settings = {"gradient_accumulation_steps": accumulated}
+    make_trainer([guard()], model=model, **settings).train()
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
