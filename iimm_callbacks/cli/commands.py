@@ -142,10 +142,19 @@ def grade(
     Each run is replayed as if live, and forecast from the runs on other tasks.
     """
     chosen = limit or [0.02, 0.03, 0.05]
+    if not all(0 < x <= 1 for x in chosen):
+        raise ValueError(f"`--limit` must be a fraction in (0, 1], such as 0.05, got {chosen}")
     checked = [limits_of(x, limit_on, confidence) for x in chosen]
     path, found = read_record(store)
     if not found:
-        raise ValueError(f"`--store` must hold outcomes to grade, got {path} without any")
+        raise ValueError(
+            f"`--store` must hold outcomes to grade, got {path} without any; `iimm calibrate` "
+            "makes some, and `--store sample` has those that ship"
+        )
+    known = sorted({"all", *(run.method for run in found)})
+    for name in method or ():  # before the work
+        if name not in known:
+            raise ValueError(f"`--method` must be one of {', '.join(known)}, got {name!r}")
     typer.echo(f"replaying {len(found)} runs", err=True)
     from ..forecasting.forecaster import Forecaster
     from ..reports import tables
@@ -155,10 +164,6 @@ def grade(
         .grade(found, limits=chosen, limit_on=checked[0].limit_on, confidence=confidence)
         .to_json()
     )
-    known = sorted({row["method"] for row in graded["forecasts"]})
-    for name in method or ():
-        if name not in known:
-            raise ValueError(f"`--method` must be one of {', '.join(known)}, got {name!r}")
     shown = [row for row in graded["forecasts"] if row["method"] in (method or known)]
     data = {"store": str(path), "limit_on": limit_on} | graded | {"forecasts": shown}
     return Answer(data, tables.grades(data, method or ["all"]))

@@ -54,7 +54,10 @@ def rescue(
     limits = Limits(max_forgetting, limit_on)  # type: ignore[arg-type]  # it checks
     to = _empty_folder(to)
     check_name(base, "BASE")
-    if not Path(tuned).expanduser().is_file():  # of weights
+    if Path(tuned).suffix == ".safetensors":  # weights
+        if not Path(tuned).expanduser().is_file():
+            raise ValueError(f"`TUNED` must be a file that exists, got {tuned!r}; check its path")
+    elif not Path(tuned).expanduser().is_file():
         check_name(tuned, "TUNED")
     check_name(dataset, "DATASET", is_model=False)
     for name in off_target or ():

@@ -122,7 +122,7 @@ def _tables(data: dict[str, Any]) -> str:
         values = ["none" if row[q] is None else points(row[q]) for q in QUANTITIES]
         about = (row["name"], *[row["task"]] * several, row["method"], seed, f"{row['share']:.0%}")
         shown.add_row(*about, *values, level_words(row["level"]))
-    groups = _table(f"Mean of the runs that went to their last step{of}", *task, "method", "runs",
+    groups = _table(f"Mean of the complete runs{of}", *task, "method", "runs",
                     *_SHORT)  # fmt: skip
     for row in data["groups"]:
         cells = [spread(row[q]) for q in QUANTITIES]

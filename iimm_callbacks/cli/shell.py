@@ -18,6 +18,7 @@ from typing import Annotated, Any, get_type_hints
 
 import typer
 from typer.core import TyperCommand, TyperGroup
+from typer.models import ArgumentInfo
 
 _AS_JSON = Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else")]
 _QUIET = Annotated[bool, typer.Option("--quiet", help="Show no progress")]
@@ -131,11 +132,12 @@ def command(group: typer.Typer, name: str) -> Callable[[Callable[..., Answer]], 
         sets, parameters = _options(function)
 
         def run(as_json: bool, quiet: bool, debug: bool, **given: Any) -> None:
-            for parameter, kind in sets.items():
-                given[parameter] = kind(**{f.name: given.pop(f.name) for f in fields(kind)})
             err = _NoTerminal(sys.stderr) if as_json or quiet else sys.stderr
-            with contextlib.redirect_stderr(err), contextlib.redirect_stdout(err):
-                answer = function(**given)
+            with _naming(parameters):
+                for parameter, kind in sets.items():
+                    given[parameter] = kind(**{f.name: given.pop(f.name) for f in fields(kind)})
+                with contextlib.redirect_stderr(err), contextlib.redirect_stdout(err):
+                    answer = function(**given)
             data = json.dumps(_plain(answer.data), indent=1, allow_nan=False)
             if os.environ.get("RANK", "0") == "0":  # of several ranks one answers
                 typer.echo(data if as_json else _shown(answer.text))
@@ -149,6 +151,20 @@ def command(group: typer.Typer, name: str) -> Callable[[Callable[..., Answer]], 
         return function
 
     return register
+
+
+@contextmanager
+def _naming(parameters: Sequence[inspect.Parameter]) -> Iterator[None]:
+    """Errors of a setting name the option that it comes from: `probe_size` is `--probe-size`."""
+    try:
+        yield
+    except (TypeError, ValueError) as error:
+        if error.args and isinstance(text := error.args[0], str):
+            for p in parameters:
+                if not any(isinstance(m, ArgumentInfo) for m in p.annotation.__metadata__):
+                    text = text.replace(f"`{p.name}`", f"`--{p.name.replace('_', '-')}`")
+            error.args = (text, *error.args[1:])
+        raise
 
 
 def _options(function: Callable[..., Any]) -> tuple[dict[str, Any], list[inspect.Parameter]]:
@@ -198,7 +214,7 @@ def _one_line(error: BaseException) -> str:
     if hasattr(error, "format_message"):  # click's own, about how the command was called
         context = getattr(error, "ctx", None)
         hint = f" See '{context.command_path} --help'." if context else ""
-        return " ".join(f"{error.format_message()}{hint}".split())
+        return " ".join(f"{error.format_message().rstrip('.')}.{hint}".split())
     told = isinstance(error, ValueError | TypeError | OSError | ImportError) and str(error)
     return " ".join((str(error) if told else f"{type(error).__name__}: {error}").split())
 

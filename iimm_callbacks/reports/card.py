@@ -19,7 +19,7 @@ from ..records import keys
 from ..records.outcomes import Outcome
 from ..records.run_file import file_name
 from .tables import mixed
-from .words import interval, percent, points, printable, score_name, standard_error
+from .words import interval, level_words, percent, points, printable, score_name, standard_error
 
 HEADING = "Gain and forgetting (iimm_callbacks)"
 TASK_TYPE = "zero-shot-image-classification"
@@ -277,7 +277,8 @@ def _facts(record: Mapping[str, Any], first: Any, last: Any) -> Iterator[str]:
     limits = record["limits"]
     if limits["max_forgetting"] is not None:
         limit = points(limits["max_forgetting"]).removeprefix("+")
-        yield f"- Limit: {limit} points of {limits['limit_on']} forgetting; {last['level']}"
+        level = level_words(last["level"])
+        yield f"- Limit: {limit} points of {limits['limit_on']} forgetting; {level}"
     yield f"- Run: {_shown(record['ended'])}; {record['n_images']} images of the task probed"
     yield f"- Base model: {_shown(str(record.get('model')))}, fingerprint " + _shown(
         str(record.get("model_fingerprint"))

@@ -23,6 +23,7 @@ from .drawing import (
 )
 from .page import render, shown
 from .tables import mixed
+from .terminal import is_complete
 from .words import points, standard_error
 
 FORMATS = (".png", ".svg", ".pdf", ".html", ".htm")
@@ -37,7 +38,7 @@ def compare_runs(
     """Draw the gain of several runs against their forgetting, each from its first look to its last.
 
     Good runs lie high and to the left. Colour and mark tell task and method apart; a hollow mark is
-    of a run that did not go to its last planned step.
+    of a run that is not complete, from the untouched model to its last planned step.
 
     Args:
         records: `IIMMCallback.record` of each run, or what `read_run` returns.
@@ -102,7 +103,7 @@ def _row(name: str, record: dict[str, Any]) -> dict[str, Any]:
         **{key: recipe.get(key) for key in ("seed", "learning_rate")},
         "step": last["step"],
         "share": last["share"],
-        "complete": facts.is_complete(record),
+        "complete": is_complete(record),
         **observed,
         **{f"{q}_se": standard_error(last, q) for q in facts.QUANTITIES},
         "forecast": {q: record["forecast"].get(q) for q in facts.QUANTITIES},
@@ -118,7 +119,7 @@ def _groups(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         ends = [
             r["looks"][-1]
             for r in records
-            if (r["task"], r["method"]) == (task, method) and facts.is_complete(r)
+            if (r["task"], r["method"]) == (task, method) and is_complete(r)
         ]
         row: dict[str, Any] = {"task": task, "method": method, "n_runs": len(ends)}
         for q in facts.QUANTITIES:
@@ -145,9 +146,10 @@ def _notes(records: Sequence[dict[str, Any]], names: Sequence[str]) -> list[str]
         notes.append("Their off-target tasks differ: mean and worst forgetting do not compare.")
     elif _differ_in_images(records):
         notes.append("Images, prompts or preprocessing of a task differ between runs of one name.")
-    early = [n for n, r in zip(names, records, strict=True) if not facts.is_complete(r)]
+    early = [n for n, r in zip(names, records, strict=True) if not is_complete(r)]
     if early:
-        notes.append(f"Not gone to the last planned step: {', '.join(early)}.")
+        whole = "from the untouched model to the last planned step"
+        notes.append(f"Not complete, {whole}: {', '.join(early)}.")
     rescued = [n for n, r in zip(names, records, strict=True) if mixed(r) is not None]
     if rescued:
         notes.append(f"Rescued at the end, shown as before: {', '.join(rescued)}.")
@@ -193,7 +195,7 @@ def _picture(records: Sequence[dict[str, Any]]) -> Picture:
         axis.text(0.5, 0.5, "no run has off-target tasks", transform=axis.transAxes, ha="center")
     ends = "; ".join(
         f"{r['method']} on {r['task']} gain {points(r['looks'][-1][_GAIN])}, forgetting "
-        f"{points(r['looks'][-1][_FORGETTING])}{'' if facts.is_complete(r) else ', not finished'}"
+        f"{points(r['looks'][-1][_FORGETTING])}{'' if is_complete(r) else ', not complete'}"
         for r in drawn
     )
     about = f" on {label(drawn[0]['task'])}" if len(tasks) == 1 else ""
@@ -202,8 +204,7 @@ def _picture(records: Sequence[dict[str, Any]]) -> Picture:
         f"Gain against mean forgetting in points, a path for each run. Latest looks: "
         f"{ends or 'none'}.",
         "Each path goes from the untouched model at 0, 0 to the run's latest look, the large mark, "
-        "with its standard errors; hollow: not gone to the last planned step. High and to the left "
-        "is good.",
+        "with its standard errors; hollow: not a complete run. High and to the left is good.",
         figure,
     )  # fmt: skip
 
@@ -214,7 +215,7 @@ def _draw_run(axis: Any, record: dict[str, Any], colour: str, mark: str) -> None
     y = in_points([row[_GAIN] for row in looks])
     axis.plot(x, y, "-", marker=".", ms=4, color=colour, lw=1, alpha=0.5)
     dx, dy = (in_points(standard_error(looks[-1], q) or 0.0) for q in ("forgetting", "gain"))
-    face = colour if facts.is_complete(record) else LIGHT["paper"]
+    face = colour if is_complete(record) else LIGHT["paper"]
     axis.errorbar(
         x[-1],
         y[-1],

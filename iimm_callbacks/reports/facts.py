@@ -9,16 +9,12 @@ from typing import Any
 from ..records import keys
 from .figures import total_steps
 from .tables import curve, explained, mixed
+from .terminal import is_complete
 from .words import forecast_in, interval, own_metric, percent, points, score_name, standard_error
 
 QUANTITIES = {"gain": "gain", "forgetting": "forgetting, mean", "worst": "forgetting, worst task"}
 _LEAST_SHARE = 0.05  # of a predictor that is named
 _LATEST = 2**35  # seconds; what is later is no time
-
-
-def is_complete(record: dict[str, Any]) -> bool:
-    """Whether the run went to its last planned step, for which its forecasts are."""
-    return bool(record["ended"] == "finished" and record["looks"][-1]["share"] >= 1)
 
 
 def observed(row: dict[str, Any], name: str) -> float | None:
@@ -96,7 +92,7 @@ def _agree(record: dict[str, Any], predicted: dict[str, float] | None, value: fl
     if predicted is None:
         return "nothing was forecast"
     if not is_complete(record):
-        return "does not compare: the forecast is of the last planned step"
+        return "does not compare: this run is not complete"
     if predicted["low"] <= value <= predicted["high"]:
         return "inside the interval"
     side, edge = ("above", "high") if value > predicted["high"] else ("below", "low")

@@ -13,6 +13,7 @@ from .drawing import LIGHT, Picture, in_points, label, legend_above, new_figure
 from .words import (
     forecast_in,
     interval,
+    level_words,
     own_metric,
     percent,
     points,
@@ -234,12 +235,13 @@ def _probability(record: dict[str, Any]) -> Picture:
     axis.set_ylim(-0.03, 1.03)
     _over_steps(axis, record, "probability of exceeding", zero=False)
     legend_above(axis)
-    seen = told(rows, lambda row: f"{row[keys.EXCEED]:.2f}, {row['level']}")
+    seen = told(rows, lambda row: f"{row[keys.EXCEED]:.2f}, {level_words(row['level'])}")
     return Picture(
         "probability", "Probability that the limit is exceeded",
         f"Line chart over the steps of the probability of exceeding the limit, at {seen}.",
         "The larger of two: that the end will be over the limit, by the forecast, and that the run "
-        "is over it already, by what is observed.",
+        "is over it already, by what is observed. Where both are above 0.5 they add up: "
+        "1 - (1 - p)(1 - q).",
         figure,
     )  # fmt: skip
 

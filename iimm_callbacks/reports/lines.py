@@ -52,6 +52,7 @@ def look_line(row: dict[str, Any]) -> str:
     ahead = forecast_in(row, "forgetting")
     if ahead is not None and row["share"] < 1:
         parts.append(f"forecast {interval(ahead)}")
+    parts[-1] += " points"  # the unit of all before it
     if keys.EXCEED in row:
         parts.append(f"P(over limit) {row[keys.EXCEED]:.2f}")
     return page(" | ".join([*parts, level_words(row["level"])]))

@@ -28,6 +28,7 @@ from .drawing import (
 from .figures import run_pictures
 from .past import ceiling_note, past_pictures, past_runs
 from .tables import mixed
+from .terminal import INCOMPLETE, is_complete
 from .words import level_words, printable, score_name
 
 PAGE = "report.html"
@@ -119,7 +120,7 @@ def _context(record: dict[str, Any], pictures: dict[str, Picture], n_past: int) 
         "off_target_score": score_name(metrics, *record["off_target"]),
         "state": facts.state(record),
         "last": last,
-        "complete": facts.is_complete(record),
+        "incomplete": "" if is_complete(record) else INCOMPLETE,
         "base_rate": forecast["base_rate"],
         "headline": facts.headline(record),
         "predicted": facts.predicted_and_observed(record),

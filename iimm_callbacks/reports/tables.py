@@ -67,7 +67,10 @@ def forecasts(data: dict[str, Any]) -> str:
         return page(*parts, *(line for row in rows.values() for line in forecast_lines(row)))
     if any(row["evidence"] for row in rows.values()):
         parts.append(_evidence(rows, names))
-        parts.append("Of gain, mean and worst forgetting, with simpler forecasts beside.")
+        parts.append(
+            "Of: gain, mean or worst forgetting. Plain mean, zero-shot: errors of simpler ones. "
+            "In 90 %: outcomes inside the interval. Predictors: their weights in the forecast."
+        )
     return page(*parts, *_words(rows, names), _choice(data, names, limit))
 
 
@@ -124,8 +127,8 @@ def grades(data: dict[str, Any], methods: Sequence[str]) -> str:
         table.add_section()
     guard = new_table(
         f"Guard on {data['limit_on']} forgetting: what happened to the runs, in points",
-        "limit", "policy", "stopped, over", "stopped, under", "kept to limit", "over by", "gain",
-        "oracle's", whole="policy",
+        "limit", "policy", "over, stopped", "under, stopped", "kept to limit", "over by", "gain",
+        "best gain", whole="policy",
     )  # fmt: skip
     last = None
     for row in data["guard"]:
@@ -145,7 +148,17 @@ def grades(data: dict[str, Any], methods: Sequence[str]) -> str:
             points(row["gain_of_oracle"]),
         )
     left = f"{data['n_left_out']} runs could not be replayed."
-    return page(table, guard, *[left] * (data["n_left_out"] > 0))
+    return page(
+        table,
+        "Error: of the forecast at this share of the steps. Plain mean, zero-shot:",
+        "of simpler ones. In 90 %: outcomes inside the interval.",
+        guard,
+        "Over, under: of the runs that would end over or under the limit, those that were stopped.",
+        "Kept to limit: of the stopped runs, those at most half a point and their noise over it.",
+        "Over by: mean excess of the stopped runs. Gain: mean of all runs, stopped or not.",
+        "Oracle, best gain: stopped at the last look within the limit, known from the whole run.",
+        *[left] * (data["n_left_out"] > 0),
+    )
 
 
 def _evidence(rows: dict[str, Any], names: dict[str, str]) -> Table:
@@ -192,7 +205,7 @@ def _choice(data: dict[str, Any], names: dict[str, str], limit: str) -> str:
     if best is not None:
         return (
             f"Choose {names[best]}: of the methods that likely stay within {limit} of "
-            f"{data['limits']['limit_on']} forgetting it has the most gain."
+            f"{data['limits']['limit_on']} forgetting it has the highest gain forecast."
         )
     if not any(row.get("gain") for row in data["forecasts"].values()):
         return "No choice: there is no forecast of gain."

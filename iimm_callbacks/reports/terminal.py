@@ -23,6 +23,10 @@ from .words import (
 )
 
 FEW = 4  # off-target tasks that are named
+INCOMPLETE = (
+    "A forecast is of a complete run, from the untouched model to the last planned step, and this "
+    "one is not"
+)
 
 
 def preflight_table(record: dict[str, Any]) -> str:
@@ -65,7 +69,7 @@ def preflight_table(record: dict[str, Any]) -> str:
         meaning = "points at the end, 90 % interval" if name in forecast else ""
         table.add_row(f"{name} {label}", interval(forecast.get(name)), meaning)
     table.add_row("limit", *_limit(record))
-    table.add_row("verdict", row["level"], row["reason"])
+    table.add_row("verdict", level_words(row["level"]), row["reason"])
     return page(table, *forecast_lines(forecast))
 
 
@@ -140,7 +144,14 @@ def summary_table(record: dict[str, Any]) -> str:
         notes.append(f"{record['looks_dropped']} looks were dropped to keep to `max_overhead`.")
     if record["failures"]:
         notes.append(f"{record['failures']} looks failed; see the warning above.")
+    if not is_complete(record):
+        notes = [*wrap(f"{INCOMPLETE}: the columns do not compare.", WIDTH), *notes]
     return page(table, *notes)
+
+
+def is_complete(record: dict[str, Any]) -> bool:
+    """Whether it is a run of which its forecasts are, see `INCOMPLETE`."""
+    return bool(record["ended"] == "finished" and record["looks"][-1]["share"] >= 1)
 
 
 def most_forgotten(record: dict[str, Any]) -> tuple[list[str], int]:

@@ -328,6 +328,10 @@ def test_errors_of_rescue_name_the_argument_that_is_wrong(tmp_path, monkeypatch)
     for name in (no, "sample:no"):
         told = fails("rescue", "sample", "sample", emoji, "--off-target", name)
         assert "`--off-target` must be " in told
+    file = no.with_suffix(".safetensors")
+    assert f"`TUNED` must be a file that exists, got '{file}'" in fails(
+        "rescue", "sample", file, emoji
+    )
     monkeypatch.setitem(sys.modules, "open_clip", None)
     assert "`TUNED` 'open_clip:a:b' needs" in fails("rescue", "sample", "open_clip:a:b", emoji)
 
@@ -454,10 +458,17 @@ def test_preflight_warns_on_what_is_borrowed_and_goes(model):
         (["sample", *EMOJI, "--method", "full", "--no-such"], "No such option"),
         (["sample", *EMOJI, "--method", "full", "--steps", "x"], "--steps"),
         (["sample", *EMOJI, "--method", "all"], "`--method` must be one of full, bitfit,"),
-        (["sample", *EMOJI, "--method", "full", "--max-forgetting", "5"], "write 0.05 for 5"),
-        (["sample", *EMOJI, "--method", "full", "--limit-on", "x"], "'mean' or 'worst', got 'x'"),
-        (["sample", *EMOJI, "--method", "full", "--confidence", "2"], "`confidence`"),
+        (
+            ["sample", *EMOJI, "--method", "full", "--max-forgetting", "5"],
+            "`--max-forgetting`.* write 0.05",
+        ),
+        (
+            ["sample", *EMOJI, "--method", "full", "--limit-on", "x"],
+            "`--limit-on` must be 'mean' or 'worst'",
+        ),
+        (["sample", *EMOJI, "--method", "full", "--confidence", "2"], "`--confidence`"),
         (["sample", *EMOJI, "--method", "full", "--learning-rate", "-1"], "positive number"),
+        (["sample", *EMOJI, "--method", "full", "--probe-size", "1"], "`--probe-size` must be"),
         (["sample", *EMOJI, "--method", "full", "--device", "abacus"], "`--device` must be"),
         (["sample", "sample:x", "--method", "full"], "emoji_groups, .* got 'sample:x'"),
         (["sample", "./nowhere", "--method", "full"], "'./nowhere', which does not exist"),
@@ -841,12 +852,27 @@ def test_grade_shows_the_method_that_was_asked_for(store):
     found = ask("grade", "--method", "lora", "--limit", 0.05, "--limit-on", "worst")
     assert {row["method"] for row in found["forecasts"]} == {"lora"}
     assert found["limit_on"] == "worst"
+    shown = run("grade", "--method", "lora", "--limit", 0.05).stdout
+    assert "…" not in shown  # of a heading that is cut off
+    assert "Oracle, best gain: stopped at the last look within the limit" in shown
+
+
+def test_grade_knows_a_method_that_is_not_there_before_it_replays_any(store, monkeypatch):
+    append_outcome(store, outcome("task", 0.02))
+    append_outcome(store, outcome("task", 0.02, method="lora"))
+    monkeypatch.setattr("iimm_callbacks.forecasting.forecaster.Forecaster.grade", None)
     assert "must be one of all, full, lora, got 'x'" in fails("grade", "--method", "x")
+    monkeypatch.setenv("IIMM_CALLBACKS_STORE", str(store.with_name("none.jsonl")))
+    assert "`--store sample` has those that ship" in fails("grade")
 
 
 @pytest.mark.parametrize(
     ("arguments", "says"),
-    [(["--limit", "5"], "fraction"), (["--limit-on", "x"], "'mean' or 'worst', got 'x'")],
+    [
+        (["--limit", "5"], "`--limit` must be a fraction in (0, 1], such as 0.05, got [5.0]"),
+        (["--limit-on", "x"], "`--limit-on` must be 'mean' or 'worst', got 'x'"),
+        (["--confidence", "2"], "`--confidence` must lie in [0.5, 1), got 2.0"),
+    ],
 )
 def test_grade_refuses_such_limits(record, arguments, says):
     assert says in fails("grade", *arguments)
@@ -955,7 +981,7 @@ def test_compare_shows_runs_by_the_names_of_their_folders_and_draws_them(tmp_pat
     assert "Latest look of each run: digits" in shown
     assert lines_with(shown, "full full 50% +41.5 +3.1 +12.5 warn")
     assert lines_with(shown, "lora lora 50% +41.5 +3.1 +12.5 warn")
-    assert "Not gone to the last planned step: full, lora." in shown
+    assert "Not complete, from the untouched model to the last planned step: full, lora." in shown
     assert to.read_bytes()[:4] == b"\x89PNG"
     other = save(tmp_path / "lora" / "other.json", task=HOSTILE)
     shown = run("compare", *runs, other, "--to", to).stdout

@@ -36,6 +36,7 @@ from iimm_callbacks.reports.drawing import (
 from iimm_callbacks.reports.figures import run_pictures
 from iimm_callbacks.reports.page import PICTURES, write_report
 from iimm_callbacks.reports.past import fit_line, past_runs
+from iimm_callbacks.reports.terminal import summary_table
 from iimm_callbacks.reports.words import printable
 
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -166,13 +167,20 @@ def test_a_forecast_that_missed_is_said_to_have_missed(tmp_path, gain, says):
     assert report(record, tmp_path).shows(f"{100 * gain:+.1f} ± 3.0 {says}")
 
 
-@pytest.mark.parametrize("ended", ["running", "stopped by the guard at step 50: x", "finished"])
+LATER = "finished, as a later phase of its training"
+STOPPED = "stopped by the guard at step 50: x"
+
+
+@pytest.mark.parametrize("ended", ["running", STOPPED, "finished", LATER])
 def test_a_run_that_did_not_go_to_its_end_is_not_held_against_the_forecast(tmp_path, ended):
     record = full_record() | {"ended": ended}
     if ended == "finished":
         record["looks"][1]["share"] = 0.5
     page = report(record, tmp_path)
-    assert page.shows("does not compare: the forecast is of the last planned step")
+    assert page.shows("does not compare: this run is not complete")
+    said = "from the untouched model to the last planned step, and this one is not"
+    assert page.shows(said)
+    assert said in " ".join(summary_table(record).split())
     assert not page.shows("inside the interval")
     assert page.shows("still running when this was written") == (ended == "running")
 
@@ -754,7 +762,7 @@ def test_runs_are_compared_in_numbers_and_in_a_picture(tmp_path):
     assert (full["method"], full["n_runs"]) == ("full", 2)
     assert full["gain"] == {"mean": pytest.approx(0.365), "low": 0.315, "high": 0.415}
     assert (lora["n_runs"], lora["gain"]) == (0, None)
-    assert data["notes"] == ["Not gone to the last planned step: c."]
+    assert data["notes"] == ["Not complete, from the untouched model to the last planned step: c."]
     json.dumps(data, allow_nan=False)
 
 
@@ -767,7 +775,7 @@ def test_the_page_of_several_runs_has_picture_tables_and_numbers(tmp_path):
     assert (
         "full on digits gain +31.5, forgetting +3.1; lora on digits gain +41.5" in svg["aria-label"]
     )
-    assert "not finished" in svg["aria-label"]
+    assert "not complete" in svg["aria-label"]
     assert page.open == []
 
 

@@ -170,15 +170,18 @@ def test_a_metric_of_its_own_is_called_by_its_name():
 
 def test_one_look_is_one_line():
     assert look_line(LAST | FORECAST) == (
-        "IIMM step 50 (50%): gain +41.5 | forgetting +3.1 | forecast +6.0 [-1.0, +13.0]"
+        "IIMM step 50 (50%): gain +41.5 | forgetting +3.1 | forecast +6.0 [-1.0, +13.0] points"
         " | P(over limit) 0.62 | warn"
     )
     bare = {key: value for key, value in LAST.items() if key not in ALONE}
-    assert look_line(bare) == "IIMM step 50 (50%): gain +41.5 | ok"
+    assert look_line(bare) == "IIMM step 50 (50%): gain +41.5 points | ok"
 
 
 def test_a_look_over_the_limit_is_not_called_a_stop():
     assert look_line(LAST | {"level": "stop"}).endswith("| over the limit")
+    record = make_record()
+    record["looks"][0] |= {"level": "stop"}
+    assert lines_with(preflight_table(record), "verdict over the limit")
 
 
 def test_five_lines_before_training():
