@@ -168,17 +168,15 @@ def check_starts_untouched(model: nn.Module) -> None:
 def begins_trained(model: nn.Module) -> bool:
     """Whether adapters or a CLIP-Adapter on an untouched encoder do something already; tells so.
 
-    DoRA, and other adapters that cannot be scaled, are not looked into.
+    Looked into are LoRA and its variants, IA3, ``modules_to_save`` and CLIP-Adapter.
 
     Args:
         model: Before its first step.
     """
-    try:
-        _check_mixable(model)
-        trained = [part.name for part in _own_parts(model) if part.differs()]
-    except ValueError:
+    if is_sharded(model) or not _has_untouched(model):
         return False
-    if not trained or not _has_untouched(model):
+    trained = [part.name for part in _own_parts(model, strict=False) if part.differs()]
+    if not trained:
         return False
     logger.warning(
         "%r and other adapters were trained before this run, or begin at random: it counts as a "
@@ -239,20 +237,26 @@ def _own_classifier(model: nn.Module) -> Any:
 # --- adapters and heads: they hold the untouched model ---
 
 
-def _own_parts(model: nn.Module) -> list[_Part]:
+def _own_parts(model: nn.Module, *, strict: bool = True) -> list[_Part]:
+    """What adapters and a CLIP-Adapter are scaled in.
+
+    Args:
+        model: Any.
+        strict: Raise where something cannot be scaled, else pass it over.
+    """
     names, parts = _names(model), []
     for name, module in model.named_modules():
         if hasattr(module, "adapter_layer_names"):
-            parts += _adapter_parts(name, module, names)
+            parts += _adapter_parts(name, module, names, strict)
     head = find_head(model)
     if isinstance(head, ClipAdapter):
-        if head.residual_ratio == 1:
+        if strict and head.residual_ratio == 1:
             raise ValueError(
                 "`model` has a CLIP-Adapter with `residual_ratio` 1, of which no scale is the "
                 "untouched model; train it with a smaller one"
             )
         parts.append(_Part(names[id(head.up.weight)], head.up.weight, 0.0))
-    elif head is not None:
+    elif strict and head is not None:
         raise ValueError(
             f"`model` has a {type(head).__name__}, which off-target tasks do not pass through: "
             "there is nothing to rescue"
@@ -264,15 +268,15 @@ def _names(model: nn.Module) -> dict[int, str]:
     return {id(t): n for n, t in (*model.named_buffers(), *model.named_parameters())}
 
 
-def _adapter_parts(name: str, module: Any, names: dict[int, str]) -> list[_Part]:
+def _adapter_parts(name: str, module: Any, names: dict[int, str], strict: bool) -> list[_Part]:
     """Of one layer of peft, those of its active adapters."""
     active = set(module.active_adapters)
-    if getattr(module, "merged", False):
+    if strict and getattr(module, "merged", False):
         raise ValueError(
             f"`model` must have its adapters apart, got {name!r} with one merged; unmerge it, or "
             "`merge_and_unload` and give `base`"
         )
-    if module.disable_adapters:
+    if strict and module.disable_adapters:
         raise ValueError(f"`model` must have its adapters switched on, got {name!r} without")
     parts = []
     for layer in module.adapter_layer_names:
@@ -283,9 +287,11 @@ def _adapter_parts(name: str, module: Any, names: dict[int, str]) -> list[_Part]
                 continue  # AdaLoRA's B starts at random
             if layer == "modules_to_save":
                 originals: dict[str, Any] = _weights(module.original_module)
-            elif layer in _NEUTRAL and not getattr(module, "lora_variant", {}).get(adapter):
+            elif layer in _NEUTRAL and not (
+                strict and getattr(module, "lora_variant", {}).get(adapter)
+            ):
                 originals = dict.fromkeys(tensors, _NEUTRAL[layer])
-            elif layer in _LEFT_ALONE:
+            elif layer in _LEFT_ALONE or not strict:
                 continue
             else:
                 raise ValueError(

@@ -5,6 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import EarlyStoppingCallback, Trainer
 from transformers.trainer_utils import default_compute_objective
@@ -232,18 +233,25 @@ def test_adapters_that_were_trained_count_from_the_base_model(make_trainer, guar
     )
 
 
-@pytest.mark.parametrize("method", ["lora", "clip_adapter"])
+@pytest.mark.parametrize("method", ["lora", "dora", "clip_adapter"])
 @pytest.mark.parametrize("names_base", [False, True])
 def test_adapters_that_were_trained_make_a_later_phase(
     make_trainer, guard, tiny_clip, processor, capsys, caplog, method, names_base
 ):
-    options = {"processor": processor} if method == "clip_adapter" else {}
-    model = prepare(tiny_clip(), method, **options)
+    def untrained():
+        if method == "dora":
+            targets = ["q_proj", "v_proj"]
+            return get_peft_model(tiny_clip(), LoraConfig(target_modules=targets, use_dora=True))
+        return prepare(
+            tiny_clip(), method, **({} if method == "lora" else {"processor": processor})
+        )
+
+    model = untrained()
     first, second = guard(), guard(verbose="all", base_model=tiny_clip if names_base else None)
     make_trainer([first], model=model, max_steps=2, learning_rate=0.1).train()
     assert first.outcome.complete
     assert "trained before this run" not in caplog.text
-    again = prepare(tiny_clip(), method, **options)  # as loaded in another process
+    again = untrained()  # as loaded in another process
     again.load_state_dict(model.state_dict())
     make_trainer([second], model=again, max_steps=2).train()
     assert second.outcome.ended == "finished, as a later phase of its training"
