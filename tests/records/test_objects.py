@@ -3,19 +3,19 @@
 import json
 import os
 import random
-import signal
 import time
 from dataclasses import replace
 from pathlib import Path
 
 import fsspec
+import killed_writers
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 from test_cli import ask, fails, run
 from test_outcomes import PUBLISHED, RUN
 
 from iimm_callbacks import IIMMCallback, append_outcome, read_outcomes
-from iimm_callbacks.records import objects, store
+from iimm_callbacks.records import objects, store, table
 from iimm_callbacks.records.as_dataset import to_dataset
 from iimm_callbacks.records.ledger import Ledger
 from iimm_callbacks.records.lines import name_of
@@ -136,41 +136,16 @@ def test_torn_changed_and_foreign_objects_are_named_skipped_and_left(place, capl
     assert len(files.ls(root)) == 6
 
 
-def write_until_killed(folder, seed, n):
-    """A process of its own that says which outcomes it is sure of; None where it was killed."""
-    read_end, write_end = os.pipe()
-    child = os.fork()
-    if not child:
-        os.close(read_end)
-        for i in range(n):
-            append_outcome(folder, replace(RUN, task=f"{seed}", run=f"{seed}-{i}"))
-            os.write(write_end, f"{seed}-{i}\n".encode())
-        os._exit(0)
-    os.close(write_end)
-    return child, read_end
-
-
-def test_writers_that_are_killed_lose_nothing_that_they_were_sure_of(tmp_path):
-    places = [f"{tmp_path}/one/", f"{tmp_path}/two/"]
-    rng = random.Random(0)
+def test_writers_that_are_killed_lose_nothing_that_they_were_sure_of(tmp_path, monkeypatch):
+    """Three of the rounds that killed_writers.py makes by hand."""
+    monkeypatch.setattr(store, "_LARGE", 1)
+    monkeypatch.setattr(store, "_MANY", 1)
+    monkeypatch.setattr(table, "_folder", lambda: tmp_path / "tables")
+    places, rng = [f"{tmp_path}/file.jsonl", f"{tmp_path}/team/"], random.Random(0)
     sure = {place: set() for place in places}
-    for turn in range(3):
-        writers = [
-            (place, *write_until_killed(place, 8 * turn + i, 40))
-            for i, place in enumerate(places * 4)
-        ]
-        for _, child, _ in writers:
-            time.sleep(rng.uniform(0, 0.01))
-            os.kill(child, signal.SIGKILL)
-        for place, child, end in writers:
-            os.waitpid(child, 0)
-            with os.fdopen(end) as said:
-                sure[place] |= set(said.read().split())
-    for place in places:
-        found = [o.run for o in read_outcomes(place)]
-        assert len(found) == len(set(found))
-        assert sure[place] <= set(found)
-        assert check_store(place) == []
+    for number in range(3):
+        killed_writers.one_round(places, number, rng, sure, 0.02)
+        killed_writers.check(places, sure)
     assert sum(map(len, sure.values())) > 10
 
 
