@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 # Forgetting comes early: look often at first, seldom later.
 DEFAULT_SHARES = (0.05, 0.10, 0.20, 0.30, 0.50, 0.70, 1.00)
@@ -36,6 +37,25 @@ def check_every(every: Every) -> None:
 
 def _is_share(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value <= 1
+
+
+def whole(steps: Any, name: str) -> int:
+    """A number of steps as the int that JSON holds: maybe one of numpy or torch, or a float.
+
+    Args:
+        steps: Such as ``numpy.int64(4)`` or ``4.0``.
+        name: What it is called in errors.
+
+    Raises:
+        ValueError: It is no whole number, or negative.
+    """
+    try:
+        number = int(steps)
+    except (TypeError, ValueError, OverflowError):
+        number = -1
+    if number < 0 or number != steps:
+        raise ValueError(f"`{name}` must be a whole number of optimizer steps, got {steps!r}")
+    return number
 
 
 def moments(every: Sequence[float] | None, total_steps: int) -> list[int]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
@@ -18,7 +17,7 @@ from torch import nn
 from ..data.tasks import Task, check_tasks
 from ..guard.judging import judge_first
 from ..guard.pace import Pace
-from ..guard.schedule import Every
+from ..guard.schedule import Every, whole
 from ..models.encoders import EncodePair
 from ..probing import ranks
 from ..probing.learnable import TrainingSet
@@ -32,7 +31,7 @@ from ..records.verdict import Limits, Verdict
 from ..reports.lines import look_line, preflight_lines, saved_lines
 from ..reports.terminal import preflight_table, summary_table
 from .measured import Measured, Verbose
-from .telling import Forgiving, ended_as, has_moved
+from .telling import Forgiving, as_loss, ended_as, has_moved
 
 logger = get_logger(__name__)
 
@@ -247,6 +246,7 @@ class IIMMMonitor(Measured):
             RuntimeError: `begin` was not called.
         """
         journal = self._require_begun("is_due")
+        step, total_steps = whole(step, "step"), whole(total_steps, "total_steps")
         self._now = step, total_steps
         self._warned.of_length(step, total_steps)
         scheduled = self._pace.is_scheduled(step, total_steps, event)
@@ -281,10 +281,9 @@ class IIMMMonitor(Measured):
             Exception: What the look raised, if `strict`.
         """
         journal = self._require_begun("check")
-        assert self._prior is not None
+        step, total_steps = whole(step, "step"), whole(total_steps, "total_steps")
         self._now = step, total_steps
-        self.looked_at, self._failure = step, None
-        started = time.perf_counter()
+        self.looked_at, self._failure, started = step, None, time.perf_counter()
         part, self._pace.part = self._pace.part, 1.0
         try:
             judged = self._judge(journal, model, step, total_steps, part)
@@ -302,8 +301,8 @@ class IIMMMonitor(Measured):
             if self._is_partial and journal.history[-1]["step"] == step:
                 journal.history.pop()  # the same look at more images
             self._is_partial = part < 1
-            if training_loss is not None and math.isfinite(training_loss):
-                judged.row["training_loss"] = float(training_loss)
+            if (loss := as_loss(training_loss)) is not None:
+                judged.row["training_loss"] = loss
             self._note(journal, judged)
             self._say(lambda: look_line(journal.history[-1]))
         self._pace.budget.took(time.perf_counter() - started, part)
@@ -333,16 +332,14 @@ class IIMMMonitor(Measured):
         """
         journal = self._require_begun("end")
         now, total = self._now
-        done = step if step is not None else now or None
+        done = whole(step, "step") if step is not None else now or None
         now = done if done is not None else 0 if ended else total
         if done is None or not self.has_seen(now):
             self.check(self._trained("end") if model is None else model, now, total)
         if now > total > 0:
             journal.plan(now)  # it was longer than was said
-        # That all steps were done is believed without a word only where the model has moved.
-        silent = total > 0 and has_moved(journal.history) and not self.is_mixed
-        reached = silent if done is None else done >= max(total, 1)
-        self.ended, complete = ended_as(self._failure, ended, done, reached, self.is_later_phase)
+        moved, later = has_moved(journal.history) and not self.is_mixed, self.is_later_phase
+        self.ended, complete = ended_as(self._failure, ended, done, total, moved, later)
         outcome = self._keep(self.ended, complete)
         self._ledger.close()
         self._say(lambda: summary_table(self.record()))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -111,6 +112,15 @@ def no_look(every: Every, total_steps: int, why: str = "") -> str:
     )
 
 
+def as_loss(value: Any) -> float | None:
+    """A training loss as a float; None where it is no finite number, such as one for each image."""
+    try:
+        number = float(value.detach() if hasattr(value, "detach") else value)
+    except (TypeError, ValueError, RuntimeError):
+        return None
+    return number if math.isfinite(number) else None
+
+
 def has_moved(history: Sequence[Mapping[str, Any]]) -> bool:
     """Whether the latest look measured anything else than the look before training."""
     names = (keys.PREFIX, keys.INTER, keys.INTRA, keys.ACCURACY)
@@ -118,7 +128,7 @@ def has_moved(history: Sequence[Mapping[str, Any]]) -> bool:
 
 
 def ended_as(
-    failure: Exception | None, given: str, done: int | None, reached: bool, later: bool
+    failure: Exception | None, given: str, done: int | None, total: int, moved: bool, later: bool
 ) -> tuple[str, bool]:
     """The end in words, and whether the outcome is that of a complete run.
 
@@ -126,7 +136,8 @@ def ended_as(
         failure: Of the last look: numbers of an earlier step are no outcome.
         given: Why training ended before its last step; empty: it did not, or did so unguarded.
         done: Steps, as far as known.
-        reached: Whether they are all, and any.
+        total: Steps of the whole training, as far as known, else 0.
+        moved: Whether the model has: only then it is believed without a word that all were done.
         later: Whether the model had been trained already when the run began.
     """
     if failure is not None:
@@ -134,9 +145,10 @@ def ended_as(
         return given or ("training diverged" if diverged else "the last look failed"), False
     if given:
         return given, False
-    if not reached:
-        early = "stopped early" if done else "no step was done"
-        return ("the steps done were never told" if done is None else early), False
+    if done is None and not (total > 0 and moved):
+        return "the steps done were never told", False
+    if done is not None and done < max(total, 1):
+        return "stopped early" if done else "no step was done", False
     if later:
         return "finished, as a later phase of its training", False
     return "finished", True

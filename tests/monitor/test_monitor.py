@@ -6,6 +6,7 @@ import math
 import re
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -13,6 +14,7 @@ from torch import nn
 from iimm_callbacks import ImageCollator, Limits, PromptClassifier, append_outcome, read_outcomes
 from iimm_callbacks.models.wrappers import model_fingerprint
 from iimm_callbacks.monitor import IIMMMonitor
+from iimm_callbacks.records.run_file import read_run
 
 
 @pytest.fixture
@@ -342,6 +344,50 @@ def test_the_number_of_steps_is_a_whole_number(tiny_clip, make_monitor, steps, n
     assert monitor.step(8) is not None
     assert monitor.end().recipe["steps"] == n
     assert monitor.history[-1]["share"] == 1
+
+
+@pytest.mark.parametrize("kind", [np.int64, torch.tensor, float])
+def test_steps_of_any_kind_are_kept_as_json_and_checkpoints_have_them(
+    tiny_clip, make_monitor, tmp_path, kind
+):
+    model, run_file = tiny_clip(), tmp_path / "run.json"
+    monitor = make_monitor(run_file=run_file, max_overhead=None, every=2)
+    monitor.begin(model, recipe={"steps": 4})
+    for step in range(1, 5):
+        monitor.step(kind(step))
+    monitor.check(model, kind(4), kind(4))
+    assert monitor.end(step=kind(4)).complete
+    assert [row["step"] for row in read_run(run_file)["looks"]] == [0, 2, 4, 4]
+    resumed = make_monitor()
+    resumed.load_state_dict(json.loads(json.dumps(monitor.state_dict())))
+    assert [(type(row["step"]), row["step"]) for row in resumed.history][:2] == [(int, 0), (int, 2)]
+
+
+@pytest.mark.parametrize("step", [1.5, -1, "2", None, math.nan, math.inf, torch.ones(2)])
+def test_a_step_that_is_no_whole_number_is_named(tiny_clip, make_monitor, step):
+    monitor, model = make_monitor(), tiny_clip()
+    monitor.begin(model, recipe={"steps": 4})
+    says = re.escape(f"`step` must be a whole number of optimizer steps, got {step!r}")
+    with pytest.raises(ValueError, match=says):
+        monitor.step(step)
+
+
+@pytest.mark.parametrize(
+    ("loss", "kept"),
+    [
+        (torch.tensor(1.5, requires_grad=True), 1.5),
+        (np.float32(1.5), 1.5),
+        (torch.ones(3), None),  # one for each image
+        ("a", None),
+        (math.nan, None),
+        (None, None),
+    ],
+)
+def test_a_loss_that_is_no_number_ends_no_run(tiny_clip, make_monitor, loss, kept):
+    monitor, model = make_monitor(), tiny_clip()
+    monitor.begin(model, recipe={"steps": 1})
+    monitor.step(1, loss)
+    assert monitor.history[-1].get("training_loss") == kept
 
 
 def trained(model):
