@@ -132,6 +132,7 @@ def _facts(
         "method": method,
         "task": task,
         "kind": "light" if light else "tower",
+        "lesson": f"{model}\n{task}",
         "run": f"{model}\n{method}\n{task}",
         "one": 1.0,
         "zero_shot_error": 1 - zero_shot,
@@ -158,7 +159,7 @@ def _n_images(quantity: str, n_images: int | None, n_off_target: int) -> int | N
 def as_rows(facts: Sequence[Mapping[str, float | str]]) -> Rows:
     """Rows of the mixed model from what `describe` gave of each."""
     names = list(facts[0]) if facts else []
-    words = ("world", "model", "method", "task", "kind", "run")
+    words = ("world", "model", "method", "task", "kind", "lesson", "run")
     numbers = {n: np.array([f[n] for f in facts], dtype=float) for n in names if n not in words}
     groups = {n: np.array([f[n] for f in facts], dtype=str) for n in names if n in words}
     return Rows(numbers, groups, numbers.pop("target"))

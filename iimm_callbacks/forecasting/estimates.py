@@ -52,6 +52,7 @@ class Estimates:
         self._blends: dict[Any, Blend | None] = {}
         self._priors: dict[Any, dict[Run, float]] = {}
         self._pools: dict[Any, Pooled | None] = {}
+        self._learnt: dict[Any, pooling.Learnt] = {}
 
     def before(
         self, runs: Runs, ask: Ask, quantity: str, share: float
@@ -74,7 +75,7 @@ class Estimates:
         if not runs.own:
             return (*_of_pool(pooled, ask, quantity), [])
         table, question, rows = tabulate(runs, ask, quantity, share)
-        if _has_probe(ask, quantity):
+        if _is_pooled(ask, quantity, share):
             table, question, rows = with_pooled(table, question, rows, pooled)
         fitted = self._blend(table, before_training(quantity, table.features), ask.method)
         if fitted is None:
@@ -88,7 +89,7 @@ class Estimates:
             return None, None, [f"{word}, too far for a forecast of {quantity}" for word in words]
         point, scale = fitted.predict(within(table, question, RECIPE))
         dof = fitted.dof
-        if pooled is not None and fitted.weights.get(POOLED, 0.0) > 0.5:
+        if pooled is not None and fitted.weights.get(POOLED[quantity], 0.0) > 0.5:
             # Its errors on other models count too.
             scale, dof = pooled.prediction.scale, pooled.prediction.dof
         elif ask.method not in table.methods:
@@ -138,7 +139,7 @@ class Estimates:
         )  # fmt: skip
         if key not in self._pools:
             rows = of_a_kind(self._all_runs(runs, ask), ask, quantity)
-            self._pools[key] = pooling.before_training(rows, ask, quantity, until)
+            self._pools[key] = pooling.before_training(rows, ask, quantity, until, self._learnt)
         return self._pools[key]
 
     def _all_runs(self, runs: Runs, ask: Ask) -> list[Run]:
@@ -222,7 +223,7 @@ class Estimates:
         key = (ask.model, ask.task, ask.task_fingerprint, ask.off_target, known, quantity, method)
         if key not in self._priors:
             table, question, rows = tabulate(runs, replace(ask, method=method), quantity, 1.0)
-            if _has_probe(ask, quantity):
+            if _is_pooled(ask, quantity, 1.0):
                 pooled = self._pooled(runs, ask, quantity, 1.0)
                 table, question, rows = with_pooled(table, question, rows, pooled)
             candidates = before_training(quantity, table.features)
@@ -241,6 +242,14 @@ class Estimates:
 
 def _has_probe(ask: Ask, quantity: str) -> bool:
     return quantity == "gain" and math.isfinite(ask.linear_probe_accuracy)
+
+
+def _is_pooled(ask: Ask, quantity: str, share: float) -> bool:
+    """Whether the pooled forecast is a candidate beside those fitted to the model's own runs.
+
+    Of what is lost by an early look it is none: how far models differ is set for the end.
+    """
+    return share >= 1 if quantity != "gain" else _has_probe(ask, quantity)
 
 
 def _of_pool(

@@ -10,12 +10,14 @@ run moves it, and many runs take over.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
 Floats = NDArray[np.float64]
+
+_ROUNDS = 5  # of reweighting at most
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,8 @@ class Rows:
     """Runs as columns of length n.
 
     Attributes:
-        numbers: Name -> [n] float64; "noise" is the standard deviation of the row's own noise.
+        numbers: Name -> [n] float64; "noise" is the standard deviation of the row's own noise, and
+            "odd", where it is there, of what `heavy_tailed` adds to it.
         groups: Name -> [n] str; "task", "model" and so on.
         target: [n] float64; NaN where it is asked for.
     """
@@ -74,7 +77,7 @@ def predict(known: Rows, asked: Rows, effects: Sequence[Effect]) -> tuple[Floats
     own = asked.numbers["noise"] ** 2 + np.diag(_covariance(asked, asked, effects))
     if not len(known):
         return np.zeros(len(asked)), np.sqrt(own)
-    among = _covariance(known, known, effects) + np.diag(known.numbers["noise"] ** 2)
+    among = _covariance(known, known, effects) + np.diag(known.numbers["noise"] ** 2 + _odd(known))
     return _solve(among, _covariance(asked, known, effects), own, known.target)
 
 
@@ -90,24 +93,72 @@ def left_out(
         by: Column of the groups, such as "task".
 
     Returns:
-        [n] predictions and [n] standard deviations as `predict`; NaN for the other rows.
+        [n] predictions and [n] standard deviations as `predict`, of a row that is not known to be
+        odd; NaN for the other rows.
     """
-    points, scales = np.full(len(known), np.nan), np.full(len(known), np.nan)
     if not rows.any():
-        return points, scales
-    among = _covariance(known, known, effects) + np.diag(known.numbers["noise"] ** 2)
-    precision = np.linalg.inv(among)
+        return np.full(len(known), np.nan), np.full(len(known), np.nan)
+    return _left_out(known, _covariance(known, known, effects), rows, by)
+
+
+def _left_out(
+    known: Rows, among: Floats, rows: NDArray[np.bool_], by: str
+) -> tuple[Floats, Floats]:
+    points, scales = np.full(len(known), np.nan), np.full(len(known), np.nan)
+    odd = _odd(known)
+    precision = np.linalg.inv(among + np.diag(known.numbers["noise"] ** 2 + odd))
     weighted = precision @ known.target
-    groups = known.groups[by]
-    for group in sorted(set(groups[rows].tolist())):
+    names, codes = np.unique(known.groups[by], return_inverse=True)
+    for group in range(len(names)):
         # Of normal variables with precision Q, those in b given all others have covariance Q_bb⁻¹
         # and lie Q_bb⁻¹ (Q y)_b below what was seen: no fit of its own for each group.
-        own = np.flatnonzero(groups == group)
+        own = np.flatnonzero(codes == group)
+        if not rows[own].any():
+            continue
         covariance = np.linalg.inv(precision[np.ix_(own, own)])
         asked = rows[own]
         points[own[asked]] = (known.target[own] - covariance @ weighted[own])[asked]
-        scales[own[asked]] = np.sqrt(np.maximum(np.diag(covariance), 1e-12))[asked]
+        variance = np.diag(covariance) - odd[own]
+        scales[own[asked]] = np.sqrt(np.maximum(variance, 1e-12))[asked]
     return points, scales
+
+
+def heavy_tailed(known: Rows, effects: Sequence[Effect], by: str, dof: float) -> Rows:
+    """The rows with the noise of odd groups widened, so that they count less for all others.
+
+    Args:
+        known: [n] rows with their targets.
+        effects: Of the mixed model.
+        by: Column of the groups.
+        dof: ν, of the tails: 1 lets an odd group count for almost nothing, infinite as any other.
+    """
+    every, among = np.ones(len(known), bool), _covariance(known, known, effects)
+    _, codes = np.unique(known.groups[by], return_inverse=True)
+    rows, odd = known, np.zeros(len(known))
+    for _ in range(_ROUNDS):
+        points, scales = _left_out(rows, among, every, by)
+        squares = surprises(rows, points, scales, every, by)[codes]
+        # One over its weight; none counts for more than a task.
+        more = np.maximum(1 + (squares - 1) / (dof + 1), 1.0)
+        last, odd = odd, scales * np.sqrt(more - 1)
+        rows = replace(known, numbers={**known.numbers, "odd": odd})
+        if np.allclose(odd, last, rtol=0.05, atol=1e-6):
+            break
+    return rows
+
+
+def surprises(
+    known: Rows, points: Floats, scales: Floats, rows: NDArray[np.bool_], by: str
+) -> Floats:
+    """[G] mean squared miss of each group, sorted, in units of what was expected."""
+    squares = (((known.target - points) / scales) ** 2)[rows]
+    _, codes = np.unique(known.groups[by][rows], return_inverse=True)
+    return np.asarray(np.bincount(codes, squares) / np.bincount(codes))
+
+
+def _odd(known: Rows) -> Floats:
+    """[n] variance that `heavy_tailed` adds."""
+    return known.numbers.get("odd", np.zeros(len(known))) ** 2
 
 
 def _solve(among: Floats, across: Floats, own: Floats, target: Floats) -> tuple[Floats, Floats]:
@@ -119,13 +170,17 @@ def _solve(among: Floats, across: Floats, own: Floats, target: Floats) -> tuple[
 
 def _covariance(one: Rows, other: Rows, effects: Sequence[Effect]) -> Floats:
     """[n, m] covariance of the rows' targets, their own noise apart."""
+    same: dict[tuple[str, ...], NDArray[np.bool_]] = {(): np.ones((len(one), len(other)), bool)}
+    for by in sorted({effect.by for effect in effects}, key=len):
+        for n, name in enumerate(by):
+            if by[: n + 1] not in same:
+                _, codes = np.unique(
+                    np.concatenate([one.groups[name], other.groups[name]]), return_inverse=True
+                )
+                alike = codes[: len(one), None] == codes[None, len(one) :]
+                same[by[: n + 1]] = same[by[:n]] & alike
     total = np.zeros((len(one), len(other)))
     for effect in effects:
-        term = np.outer(one.numbers[effect.column], other.numbers[effect.column])
-        for name in effect.by:
-            _, codes = np.unique(
-                np.concatenate([one.groups[name], other.groups[name]]), return_inverse=True
-            )
-            term *= codes[: len(one), None] == codes[None, len(one) :]
-        total += effect.spread**2 * term
+        own = effect.spread * one.numbers[effect.column]
+        total += np.outer(own, effect.spread * other.numbers[effect.column]) * same[effect.by]
     return total

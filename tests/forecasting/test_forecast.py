@@ -760,9 +760,11 @@ def test_the_next_look_is_forecast_beside_the_end():
     assert prior.next_look == {}
     before = predict(rows, next_share=0.05)
     assert set(before.next_look) == {"forgetting", "worst"}
-    assert before.next_look["forgetting"].point == pytest.approx(
-        0.4 * before.forgetting.point, abs=1e-6
-    )
+    found = before.next_look["forgetting"].point
+    # The end rests on the pooled forecast too, so it is near what the look says, not at it.
+    assert found == pytest.approx(0.4 * before.forgetting.point, rel=0.03)
+    half = predict(scattered(curve=(0.0, 0.2, *EARLY[2:])), next_share=0.05)
+    assert half.next_look["forgetting"].point == pytest.approx(found / 2, abs=1e-6)
 
 
 def test_runs_without_looks_leave_the_forecast_as_it_was():

@@ -3,7 +3,14 @@
 import numpy as np
 import pytest
 
-from iimm_callbacks.forecasting.mixed_model import Effect, Rows, left_out, predict
+from iimm_callbacks.forecasting.mixed_model import (
+    Effect,
+    Rows,
+    heavy_tailed,
+    left_out,
+    predict,
+    surprises,
+)
 
 EFFECTS = (
     Effect("one", (), 0.3),
@@ -58,3 +65,53 @@ def test_one_run_moves_its_group_by_the_share_of_the_variance_that_is_not_noise(
     point, scale = predict(known, asked, [Effect("one", ("task",), 0.2)])
     assert point[0] == pytest.approx(0.5 * 0.04 / 0.05)
     assert scale[0] == pytest.approx((0.04 - 0.04**2 / 0.05) ** 0.5)
+
+
+TASKS = (Effect("one", (), 0.1), Effect("one", ("task",), 0.02))
+
+
+def of_tasks(*targets):
+    """A run each on so many tasks."""
+    one = np.ones(len(targets))
+    names = np.array([f"task {i}" for i in range(len(targets))])
+    return Rows({"one": one, "noise": 0.01 * one}, {"task": names}, np.array(targets))
+
+
+def asked():
+    return Rows(
+        {"one": np.ones(1), "noise": np.array([0.01])}, {"task": np.array(["new"])}, np.zeros(1)
+    )
+
+
+def test_an_odd_task_hardly_moves_the_forecast_of_another():
+    usual, odd = of_tasks(0.05, 0.04, 0.06), of_tasks(0.05, 0.04, 0.06, 0.45)
+    without = predict(usual, asked(), TASKS)[0][0]
+    assert predict(odd, asked(), TASKS)[0][0] > without + 0.08
+    rows = heavy_tailed(odd, TASKS, "task", 3)
+    assert abs(predict(rows, asked(), TASKS)[0][0] - without) < 0.02
+    assert not rows.numbers["odd"][:3].any()
+    points, scales = left_out(rows, TASKS, np.ones(4, bool), "task")
+    squares = surprises(rows, points, scales, np.ones(4, bool), "task")
+    # What it weighs is the weight of a Student-t likelihood: 4 / (3 + s²).
+    weight = scales[3] ** 2 / (scales[3] ** 2 + rows.numbers["odd"][3] ** 2)
+    assert weight == pytest.approx(4 / (3 + squares[3]), rel=0.1)
+
+
+def test_tasks_that_do_as_expected_count_as_before():
+    known = of_tasks(0.05, 0.04, 0.06)
+    rows = heavy_tailed(known, TASKS, "task", 3)
+    assert predict(rows, asked(), TASKS) == predict(known, asked(), TASKS)
+
+
+def test_with_normal_tails_no_task_counts_less():
+    known = of_tasks(0.05, 0.04, 0.06, 0.45)
+    assert not heavy_tailed(known, TASKS, "task", np.inf).numbers["odd"].any()
+
+
+def test_what_is_left_out_of_an_odd_task_is_as_wide_as_of_a_new_one():
+    rows = heavy_tailed(of_tasks(0.05, 0.04, 0.06, 0.45), TASKS, "task", 3)
+    others = rows.take(np.arange(4) < 3)
+    points, scales = left_out(rows, TASKS, np.ones(4, bool), "task")
+    expected = predict(others, asked(), TASKS)
+    assert points[3] == pytest.approx(expected[0][0])
+    assert scales[3] == pytest.approx(expected[1][0])
