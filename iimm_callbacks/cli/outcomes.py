@@ -233,7 +233,8 @@ def retire(
     path = _existing(store)
     run = let_go(path, name, why)
     data = {"store": str(path), "retired": name, "why": why}
-    return Answer(data, f"{run.task}, {run.method} ({name}) no longer counts: {why}")
+    text = f"{run.task:.60}, {run.method:.60} ({name}) no longer counts: {why}"
+    return Answer(data, text)
 
 
 def read_record(

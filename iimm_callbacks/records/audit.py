@@ -40,7 +40,7 @@ def doubts(outcomes: Iterable[Outcome]) -> list[str]:
 
 
 def _name(o: Outcome) -> str:
-    return f"{o.model}: {o.task}, {o.method} ({o.run or 'run unknown'})"
+    return f"{o.model:.60}: {o.task:.60}, {o.method:.60} ({o.run or 'run unknown':.60})"
 
 
 def _doubles(runs: Sequence[Outcome]) -> list[str]:

@@ -43,11 +43,15 @@ class Address:
 
     Raises:
         ImportError: The package that reads it is not installed.
-        ValueError: No file system has its scheme.
+        ValueError: No file system has its scheme, or nothing follows that.
     """
 
     def __init__(self, text: str) -> None:
         self._text = text.rstrip("/")
+        if self._text.endswith(":"):  # fsspec would take it for a folder of this name
+            raise ValueError(
+                f"a store of outcomes must name a place, such as s3://bucket/team, got {text!r}"
+            )
         self._root = self.filesystem()[1]
 
     def __str__(self) -> str:

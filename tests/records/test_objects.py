@@ -21,7 +21,14 @@ from iimm_callbacks.records.ledger import Ledger
 from iimm_callbacks.records.lines import name_of
 from iimm_callbacks.records.objects import Address, as_store
 from iimm_callbacks.records.outcomes import Retired
-from iimm_callbacks.records.store import as_outcomes, check_store, default_store, retire, sync
+from iimm_callbacks.records.store import (
+    as_outcomes,
+    check_store,
+    default_store,
+    open_store,
+    retire,
+    sync,
+)
 
 STOPPED = replace(RUN, complete=False, ended="stopped")
 
@@ -286,6 +293,25 @@ def test_names_in_an_outcome_are_no_names_of_files(tmp_path):
     append_outcome(f"{tmp_path}/team/", hostile)
     assert [path.parent.name for path in tmp_path.rglob("*.json")] == ["team"]
     assert read_outcomes(f"{tmp_path}/team/") == [hostile]
+
+
+@pytest.mark.parametrize("address", ["hf://", "memory:///", "memory:/", "file:///"])
+def test_an_address_that_names_no_place_is_refused(address):
+    with pytest.raises(ValueError, match=r"must name a place, such as s3://bucket/team, got '"):
+        as_store(address)
+
+
+def test_ten_megabytes_in_a_field_are_read_back_and_fill_no_screen(tmp_path):
+    path, most = tmp_path / "runs.jsonl", "x" * 10_000_000
+    append_outcome(path, replace(RUN, recipe={"note": most}, run="1"))
+    append_outcome(path, replace(RUN, task=most, run="2"))
+    append_outcome(path, replace(RUN, task=most, run="2", final_accuracy=0.8))
+    assert [len(o.task) for o in open_store(path).read([0, 1])] == [6, 10_000_000]
+    told = [run("outcomes", *words, "--store", path) for words in (
+        ["check"], ["list"], ["retire", "2", "--why", "too long"],
+    )]  # fmt: skip
+    assert all(len(answer.stdout) < 2000 for answer in told)
+    assert len(open_store(path).select()) == 1
 
 
 def test_a_clock_that_goes_back_loses_nothing(tmp_path):
