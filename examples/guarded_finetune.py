@@ -34,7 +34,7 @@ from transformers import (
 
 from iimm_callbacks import IIMMCallback, ImageCollator, PromptClassifier, Task, sample
 from iimm_callbacks.models.tuning import prepare
-from iimm_callbacks.reports.terminal import plot_run
+from iimm_callbacks.reports.figures import plot_run
 
 LEARNING_RATE = {
     "full": 1e-4,

@@ -79,9 +79,7 @@ def require_matplotlib() -> None:
     try:
         import matplotlib.figure  # noqa: F401
     except ImportError as error:
-        raise ImportError(
-            "the pages need matplotlib for their pictures: pip install matplotlib"
-        ) from error
+        raise ImportError("the pictures need matplotlib: pip install matplotlib") from error
 
 
 @contextmanager

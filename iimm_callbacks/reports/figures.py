@@ -4,12 +4,23 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from ..records import keys
-from .drawing import LIGHT, Picture, in_points, label, legend_above, new_figure
+from .drawing import (
+    LIGHT,
+    WIDTH,
+    Picture,
+    drawing,
+    in_points,
+    label,
+    legend_above,
+    new_figure,
+    require_matplotlib,
+)
 from .words import (
     forecast_in,
     interval,
@@ -62,9 +73,32 @@ def told(rows: Sequence[dict[str, Any]], words: Callable[[dict[str, Any]], str])
     return f"{said} ({left_out} looks between these are in the table)" if left_out else said
 
 
-def _outcome(record: dict[str, Any], name: str) -> Picture:
+def plot_run(record: dict[str, Any], path: str | Path) -> None:
+    """Write one picture of predicted and observed gain and forgetting over the run.
+
+    Args:
+        record: `IIMMCallback.record`.
+        path: Of the PNG, SVG or PDF.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+        OSError: The file cannot be written.
+        ValueError: There is no such format.
+    """
+    require_matplotlib()
+    names = ["gain", *(["forgetting"] if record["off_target"] else [])]
+    with drawing():
+        figure, axes = new_figure(4.0, columns=len(names))
+        figure.set_figwidth(WIDTH * len(names))
+        for axis, name in zip(axes, names, strict=True):
+            _draw_outcome(axis, record, name)
+        ended = label(record["ended"].split(":")[0], 60)
+        figure.suptitle(f"{label(record['task'])}, {label(record['method'])}: {ended}", fontsize=11)
+        figure.savefig(path, dpi=150, facecolor=LIGHT["paper"])
+
+
+def _draw_outcome(axis: Any, record: dict[str, Any], name: str) -> None:
     """Observed gain or forgetting over the run, and at each look the forecast of the end."""
-    figure, (axis,) = new_figure(3.6)
     rows, key = record["looks"], keys.forecast_key(name)
     steps = [row["step"] for row in rows]
     forecast = [row for row in rows if key in row]
@@ -90,6 +124,13 @@ def _outcome(record: dict[str, Any], name: str) -> Picture:
         _limit(axis, record)
     _over_steps(axis, record, f"{name} (points)")
     legend_above(axis)
+
+
+def _outcome(record: dict[str, Any], name: str) -> Picture:
+    figure, (axis,) = new_figure(3.6)
+    _draw_outcome(axis, record, name)
+    rows = record["looks"]
+    forecast = [row for row in rows if keys.forecast_key(name) in row]
     seen = told(rows, lambda row: points(row[keys.observed_key(name)]))
     alt = f"Line chart of {name} in points over the steps. Observed at {seen}."
     if forecast:
@@ -127,7 +168,7 @@ def _outcome_caption(record: dict[str, Any], name: str, forecast: bool) -> str:
     what = {
         "gain": f"Rise of {learnt} on the task since before training.",
         "forgetting": f"Mean drop of {others} over the off-target tasks; above 0 is loss.",
-    }[name]
+    }[name] + " SE: standard error."
     if not forecast:
         return f"{what} There is no forecast of it."
     return (

@@ -1,8 +1,7 @@
-"""A run's record -> table, line, plot for a terminal."""
+"""A run's record -> tables for a terminal."""
 
 from __future__ import annotations
 
-from pathlib import Path
 from textwrap import wrap
 from typing import Any
 
@@ -169,71 +168,6 @@ def most_forgotten(record: dict[str, Any]) -> tuple[list[str], int]:
     )
     worst = sorted(names, key=lambda name: last[name] - first[name])[:FEW]
     return worst, len(names) - FEW
-
-
-def plot_run(record: dict[str, Any], path: str | Path) -> None:
-    """Write a picture of predicted versus observed gain and forgetting over the run.
-
-    Args:
-        record: `IIMMCallback.record`.
-        path: Of the PNG, SVG or PDF.
-
-    Raises:
-        ImportError: matplotlib is not installed.
-        OSError: The file cannot be written.
-    """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError("`plot_run` needs matplotlib: pip install matplotlib") from error
-    figure = Figure(figsize=(10, 4.2), layout="constrained")
-    axes = figure.subplots(1, 2, squeeze=True)
-    for axis, name in zip(axes, ("gain", "forgetting"), strict=True):
-        _plot_outcome(axis, record, name)
-    limit = record["limits"]["max_forgetting"]
-    if limit is not None:
-        axes[1].axhline(
-            100 * limit,
-            color="firebrick",
-            ls=":",
-            label=f"limit on the {record['limits']['limit_on']}",
-        )
-    for axis in axes:
-        axis.legend(fontsize=8)
-    ended = record["ended"].split(":")[0]
-    title = printable(f"{record['task']}, {record['method']}: {ended}")
-    figure.suptitle(title, parse_math=False)  # a "$" in a task's name is no formula
-    figure.savefig(path, dpi=150)
-
-
-def _plot_outcome(axis: Any, record: dict[str, Any], name: str) -> None:
-    looks = [row for row in record["looks"] if keys.observed_key(name) in row]
-    steps = [row["step"] for row in looks]
-    observed = [100 * row[keys.observed_key(name)] for row in looks]
-    axis.plot(steps, observed, "o-", color="black", label=f"observed {name}")
-    if name == "forgetting" and looks:
-        worst = [100 * row[keys.WORST] for row in looks]
-        axis.plot(steps, worst, "--", color="grey", label="worst off-target task")
-    forecast = [row for row in looks if keys.forecast_key(name) in row]
-    if forecast:
-        key = keys.forecast_key(name)
-        at = [row["step"] for row in forecast]
-        axis.plot(
-            at, [100 * row[key] for row in forecast], color="tab:blue", label="forecast of the end"
-        )
-        axis.fill_between(
-            at,
-            [100 * row[f"{key}_low"] for row in forecast],
-            [100 * row[f"{key}_high"] for row in forecast],
-            color="tab:blue",
-            alpha=0.2,
-            label="90 % interval",
-        )
-    else:
-        axis.text(0.5, 0.95, "no forecast", transform=axis.transAxes, ha="center", va="top")
-    axis.axhline(0, color="lightgrey", lw=0.8, zorder=0)
-    axis.set_xlabel("optimizer step")
-    axis.set_ylabel(f"{name} (points)")
 
 
 def _limit(record: dict[str, Any]) -> tuple[str, str]:

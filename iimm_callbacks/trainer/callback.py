@@ -295,7 +295,7 @@ class IIMMCallback(GuardedRun, TrainerCallback):  # type: ignore[misc]  # transf
         self._end(args, state, control, monitor, model)
 
     def record(self) -> dict[str, Any]:
-        """The run as JSON-ready data, for `run_file.save_run` and `report.plot_run`.
+        """The run as JSON-ready data, for `run_file.save_run` and `figures.plot_run`.
 
         Raises:
             RuntimeError: No run has begun.
