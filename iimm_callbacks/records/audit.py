@@ -27,7 +27,8 @@ def doubts(outcomes: Iterable[Outcome]) -> list[str]:
     - an accuracy of less than half of chance, on 50 images or more;
     - forgetting more than six median absolute deviations, and 20 points, from the median of eight
       or more complete runs of the model by the method; gain likewise, of those on the same task,
-      as tasks differ in what there is to gain.
+      as tasks differ in what there is to gain;
+    - how many have a linear probe of the former form.
 
     Args:
         outcomes: As `read_outcomes` returns them.
@@ -36,7 +37,8 @@ def doubts(outcomes: Iterable[Outcome]) -> list[str]:
         A line for each, in the order of the rules; each names runs as ``task, method (run)``.
     """
     runs = list(outcomes)
-    return [*_doubles(runs), *_contradictions(runs), *_implausible(runs), *_far_off(runs)]
+    rules = (_doubles, _contradictions, _implausible, _far_off, _former_probes)
+    return [line for rule in rules for line in rule(runs)]
 
 
 def _name(o: Outcome) -> str:
@@ -151,4 +153,14 @@ def _outliers(same: Sequence[Outcome], quantity: str) -> list[str]:
         f"like it is {100 * middle:+.1f}"
         for o, value in known
         if abs(value - middle) > far
+    ]
+
+
+def _former_probes(runs: Sequence[Outcome]) -> list[str]:
+    n = sum(o.linear_probe_form == "probabilities" for o in runs)
+    if not n:
+        return []
+    return [
+        f"{n} of {len(runs)} runs have the linear probe in its former form (schema 1), some points "
+        "off the present one; forecasts use it as it is, which is better than to do without"
     ]

@@ -24,7 +24,7 @@ from .checks import (
     text,
 )
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2  # 1, read as it is: the linear probe added its ridge to the probabilities
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,8 @@ class Outcome:
         images: Name of an accuracy, such as ``"final_accuracy"`` -> which images it is of.
         provenance: Who saved it, when, and by which script, see `provenance`; two records that
             differ in that only are equal.
-        schema_version: Of this record.
+        schema_version: Of this record: 2, or 1 of one that was saved before, see
+            `linear_probe_form`.
     """
 
     model: str
@@ -92,6 +93,18 @@ class Outcome:
     images: dict[str, str] = field(default_factory=dict)
     provenance: dict[str, str] = field(default_factory=dict, compare=False)
     schema_version: int = SCHEMA_VERSION
+
+    @property
+    def linear_probe_form(self) -> str | None:
+        """What the probe behind `linear_probe_accuracy` added its ridge regression to.
+
+        ``"logits"``, the zero-shot ones, as `measures` does now; ``"probabilities"`` in records of
+        schema 1, whose accuracies are some points lower or higher; ``None`` where there is none,
+        or where it is not of this package: published, or added by hand.
+        """
+        if self.linear_probe_accuracy is None or self.source:
+            return None
+        return "logits" if self.schema_version > 1 else "probabilities"
 
     @property
     def gain(self) -> float:
@@ -144,7 +157,8 @@ def parse_record(row: Any) -> Outcome | Retired:
         return parse_outcome(row)
     _check_schema(row)
     said = dict_of(text)(row.get("provenance", {}), "provenance")
-    return Retired(text(row["retired"], "retired"), text(row.get("why"), "why"), said)
+    words = text(row["retired"], "retired"), text(row.get("why"), "why")
+    return Retired(*words, said, row["schema_version"])
 
 
 def one_of_each_run(outcomes: Iterable[Outcome]) -> list[Outcome]:
@@ -232,7 +246,7 @@ def _check_schema(row: dict[str, Any]) -> None:
             f"was written by a newer version of iimm_callbacks (schema {short(found)}; "
             f"this one reads {SCHEMA_VERSION}); upgrade to read it"
         )
-    if not whole or found < SCHEMA_VERSION:
+    if not whole or found < 1:
         raise ValueError(f"not an outcome record: `schema_version` is {short(found)}")
 
 

@@ -9,9 +9,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from iimm_callbacks import Outcome, append_outcome, read_outcomes
+from iimm_callbacks import Outcome, append_outcome, read_outcomes, sample
+from iimm_callbacks.records.audit import doubts
 from iimm_callbacks.records.ledger import Ledger
-from iimm_callbacks.records.outcomes import parse_outcome
+from iimm_callbacks.records.lines import to_line
+from iimm_callbacks.records.outcomes import parse_outcome, parse_record
 from iimm_callbacks.records.store import check_store
 
 RUN = Outcome(
@@ -163,7 +165,7 @@ def test_any_json_is_an_outcome_or_a_value_error(value):
 @given(st.sampled_from([f.name for f in fields(Outcome)]), json_values)
 def test_any_value_of_a_field_is_sound_or_refused_by_its_name(name, value):
     refusal = parsed_or_refused(row_with(**{name: value}))
-    newer = name == "schema_version" and value != 1
+    newer = name == "schema_version" and value not in (1, 2)
     assert refusal is None or f"`{name}" in refusal or (newer and "a newer version" in refusal)
 
 
@@ -261,11 +263,36 @@ def test_what_is_no_object_is_refused(value):
 
 def test_a_newer_schema_asks_for_an_upgrade():
     says = (
-        r"^was written by a newer version of iimm_callbacks \(schema 2; this one reads 1\); "
+        r"^was written by a newer version of iimm_callbacks \(schema 3; this one reads 2\); "
         "upgrade to read it$"
     )
     with pytest.raises(ValueError, match=says):
-        parse_outcome({"schema_version": 2, "all": "else may differ"})
+        parse_outcome({"schema_version": 3, "all": "else may differ"})
+
+
+def test_a_record_of_schema_1_is_read_and_written_as_it_is():
+    """So its hash, by which objects and nameless runs are called, stays what it was."""
+    row = row_with(schema_version=1)
+    former = parse_outcome(row)
+    assert (former.schema_version, former.linear_probe_form) == (1, "probabilities")
+    assert json.loads(to_line(former)) == row
+    assert RUN.linear_probe_form == "logits"
+    assert replace(RUN, linear_probe_accuracy=None).linear_probe_form is None
+    assert replace(RUN, source="a paper").linear_probe_form is None
+    word = {"retired": "1", "why": "x", "provenance": {"when": "now"}, "schema_version": 1}
+    assert json.loads(to_line(parse_record(word))) == word
+    (told,) = doubts([former, RUN])
+    assert told.startswith("1 of 2 runs have the linear probe in its former form")
+
+
+def test_of_the_files_that_ship_only_the_second_model_has_the_former_probe():
+    study = Path(__file__).parents[2] / "examples" / "study"
+    for path, form in (
+        (sample.OUTCOMES, "logits"),
+        (study / "second_seed.jsonl", "logits"),
+        (study / "second_model.jsonl", "probabilities"),
+    ):
+        assert {o.linear_probe_form for o in read_outcomes(path)} == {form}
 
 
 @pytest.mark.parametrize(

@@ -64,7 +64,7 @@ DAMAGED = [
     ("[" * 100_000, "nested too deep"),
     ('{"schema_version": 1, "model": "only"}', "`model_fingerprint` is missing"),
     ('{"loss": 0.1}', "not an outcome record: no `schema_version`"),
-    (line_with(schema_version=2), "newer version of iimm_callbacks (schema 2; this one reads 1)"),
+    (line_with(schema_version=3), "newer version of iimm_callbacks (schema 3; this one reads 2)"),
     (line_with(inter=float("nan")), "`inter` must be a number in [-1, 1], got nan"),
     (line_with(off_target_after={}), "different tasks"),
 ]
