@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..data.sources import kind
 from .families import Family, encoder_inside, exponential_scale, family_of, is_registered
 from .processors import describe, find_processor, is_complete, keeps_case, read_images, read_prompts
-from .wrappers import adapt, breadth_first, find_dual_encoder
+from .wrappers import adapt, breadth_first, core_of, find_dual_encoder
 
 TEXT_BATCH = 256  # prompts in one forward pass
 
@@ -141,10 +141,11 @@ def _reading(module: nn.Module) -> tuple[Family, nn.Module]:
 
 
 def move(inputs: Any, model: nn.Module) -> Any:
-    """Model inputs on the model's device, floating ones in its dtype; anything else as it is."""
+    """Model inputs on the encoder's device, floating ones in its dtype; anything else as it is."""
     if not isinstance(inputs, Mapping):
         return inputs
-    first = next((p for p in model.parameters() if p.is_floating_point()), None)
+    parts = core_of(model), model  # FSDP 1 may keep its weights outside
+    first = next((p for m in parts for p in m.parameters() if p.is_floating_point()), None)
     if first is None:
         return inputs
     return {

@@ -172,7 +172,7 @@ def load_untouched(
 
     Args:
         base: The model, its Hub name or folder, or a function that returns it.
-        like: The model that trains: its device and dtype are taken over.
+        like: The model that trains: device and dtype of its encoder are taken over.
 
     Returns:
         It; of a model that is given and has another device or dtype a copy.
@@ -192,7 +192,8 @@ def load_untouched(
             "`base_model` must be a model, its Hub name or folder, or a function that returns it, "
             f"got {type(model).__name__}"
         )
-    first = next(p for p in like.parameters() if p.is_floating_point())
+    parts = core_of(like), like
+    first = next(p for m in parts for p in m.parameters() if p.is_floating_point())
     device, dtype = first.device, first.dtype
     if model is base and any(
         t.device != device or (t.is_floating_point() and t.dtype != dtype)

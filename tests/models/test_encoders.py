@@ -425,6 +425,13 @@ def test_moving_casts_floats_to_the_weights_dtype_and_nothing_else():
     assert inputs["pixel_values"].dtype == torch.float32
 
 
+def test_the_dtype_is_the_encoders_whatever_is_before_it(tiny_clip):
+    model = nn.ModuleList([nn.Linear(2, 2).half(), tiny_clip().double()])
+    moved = move({"pixel_values": torch.rand(2, 3)}, model)
+    assert moved["pixel_values"].dtype == torch.float64
+    assert {p.dtype for p in load_untouched(tiny_clip(), model).parameters()} == {torch.float64}
+
+
 @pytest.mark.parametrize("inputs", [["a prompt"], torch.rand(2)])
 def test_moving_leaves_what_is_no_mapping_as_it_is(inputs):
     assert move(inputs, nn.Linear(3, 3).bfloat16()) is inputs

@@ -856,6 +856,8 @@ PEFT_KINDS = {
 
 @pytest.mark.parametrize("kind", PEFT_KINDS)
 def test_a_model_has_one_fingerprint_under_every_adapter(tiny_clip, kind):
+    if kind == "tokens" and hf.__version__.startswith("4."):
+        pytest.skip("peft cannot find the token table of transformers 4's CLIPModel")
     expected = model_fingerprint(tiny_clip())
     assert model_fingerprint(get_peft_model(tiny_clip(), PEFT_KINDS[kind])) == expected
 
