@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageOps
 
-from .columns import pick_columns
+from .labels import pick_columns
 from .pixels import as_array, picture_of
 from .streams import STREAM_SIZE, is_stream, read_stream
 

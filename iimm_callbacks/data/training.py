@@ -8,7 +8,7 @@ from copy import copy
 from typing import Any
 
 from .class_names import own_names
-from .columns import pick_columns
+from .labels import pick_columns
 from .streams import is_stream
 from .tasks import Task
 

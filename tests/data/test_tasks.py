@@ -446,7 +446,7 @@ SPLITS = ClassLabel(names=["Train", "validation"])
     ],
 )
 def test_the_column_of_labels_is_the_one_called_so_or_the_only_one_of_classes(features, picked):
-    from iimm_callbacks.data.columns import pick_columns
+    from iimm_callbacks.data.labels import pick_columns
 
     features = {"image": datasets.Image()} | features
     if picked:
