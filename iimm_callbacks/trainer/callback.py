@@ -281,7 +281,7 @@ class IIMMCallback(GuardedRun, TrainerCallback):  # type: ignore[misc]  # transf
 
         The row with `train_runtime` is the Trainer's last one, and `on_train_end` the next hook.
         """
-        if logs and "train_runtime" in logs:
+        if logs and "train_runtime" in logs and self._back_in_line is None:
             self._back_in_line = host.first_in_line(self)
 
     def on_train_end(

@@ -7,7 +7,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
-from transformers import EarlyStoppingCallback, Trainer
+from transformers import EarlyStoppingCallback, Trainer, TrainerCallback
 from transformers.trainer_utils import default_compute_objective
 
 from iimm_callbacks import IIMMCallback, PromptClassifier
@@ -85,6 +85,20 @@ def test_early_stopping_on_our_number_works_in_any_order(make_trainer, guard, la
     trainer.train()
     assert trainer.state.global_step == 4
     assert trainer.callback_handler.callbacks == order
+
+
+def test_a_prediction_during_training_leaves_the_callbacks_in_their_order(make_trainer, guard):
+    class Predicts(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step == 2:
+                trainer.predict(trainer.eval_dataset)
+
+    trainer = make_trainer(
+        [Predicts(), guard(every=2)], max_steps=4, metric_for_best_model="iimm_gain_observed"
+    )
+    before = list(trainer.callback_handler.callbacks)
+    trainer.train()
+    assert trainer.callback_handler.callbacks == before
 
 
 def test_of_our_numbers_only_the_one_asked_for_is_among_the_metrics(make_trainer, guard):
