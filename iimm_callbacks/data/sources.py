@@ -7,6 +7,7 @@ import os
 import threading
 import warnings
 from collections import Counter
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -29,8 +30,8 @@ class _HubSource:
         self._dataset = dataset.with_format(None)
         self._image, self._label = pick_columns(name, dataset.features, image, label)
         self.class_names = getattr(dataset.features[self._label], "names", None)
-        self._images = self._dataset.select_columns([self._image])  # all of a row is decoded
-        self._encoded = _without_decoding(self._images, self._image)
+        images = self._dataset.select_columns([self._image])  # all of a row is decoded
+        self._images, self._encoded = _decoded(images, self._image)
 
     def __len__(self) -> int:
         return len(self._dataset)
@@ -46,15 +47,21 @@ class _HubSource:
         return self._images[position][self._image]
 
 
-def _without_decoding(dataset: Any, column: str) -> Any:
-    """The data set with its images as bytes, which threads can decode; None where that differs."""
+def _decoded(dataset: Any, column: str) -> tuple[Any, Any]:
+    """The data set with its images decoded; and as bytes, which threads can decode.
+
+    The second is None where that differs.
+    """
     from datasets import Image as ImageFeature
 
     feature = dataset.features[column]
-    plain = isinstance(feature, ImageFeature) and feature.decode
-    if not plain or getattr(feature, "mode", None) is not None:
-        return None
-    return dataset.cast_column(column, ImageFeature(decode=False))
+    if not isinstance(feature, ImageFeature):
+        return dataset, None
+    if not feature.decode:
+        dataset = dataset.cast_column(column, replace(feature, decode=True))
+    plain = getattr(feature, "mode", None) is None
+    encoded = dataset.cast_column(column, ImageFeature(decode=False)) if plain else None
+    return dataset, encoded
 
 
 class _PairSource:

@@ -129,15 +129,16 @@ class _Draw:
         self._size, self._captions = size, captions
         self._rng = np.random.default_rng(seed)
         self._kept: list[tuple[float, int, Any, Label]] = []
-        self._seen: set[Label] = set()
+        self._seen: set[str] = set()
         self._position = 0
 
     def add(self, item: Any, label: Label) -> None:
         position, self._position = self._position, self._position + 1
         if self._captions and isinstance(label, str | tuple):
-            if label in self._seen:
+            captions = {label} if isinstance(label, str) else set(label)
+            if not self._seen.isdisjoint(captions):
                 return
-            self._seen.add(label)
+            self._seen |= captions
         self._kept.append((self._rng.random(), position, item, label))
         if len(self._kept) >= 2 * self._size:
             self._kept = _first(self._kept, self._size)

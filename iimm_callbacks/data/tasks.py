@@ -229,8 +229,13 @@ class Task:
         rng = np.random.default_rng(self.seed)
         order = rng.permutation(len(self))
         if self.is_captions:
-            first = {self._labels[i]: int(i) for i in order[::-1]}
-            return [int(i) for i in order if first[self._labels[i]] == i][:size]
+            seen: set[str] = set()
+            distinct = []
+            for i in order:
+                if seen.isdisjoint(self._labels[i]):
+                    distinct.append(int(i))
+                    seen.update(self._labels[i])
+            return distinct[:size]
         labels = np.asarray(self._labels)[order]
         by_class = np.argsort(labels, kind="stable")
         starts = np.searchsorted(labels[by_class], labels[by_class])  # of its class

@@ -3,6 +3,7 @@
 import io
 import random
 import re
+import zipfile
 from collections import Counter
 
 import datasets
@@ -16,6 +17,15 @@ from iimm_callbacks import Task
 from iimm_callbacks.data.randomness import streams
 
 RED = PILImage.new("RGB", (4, 4), (255, 0, 0))
+
+
+def png(image):
+    file = io.BytesIO()
+    image.save(file, "PNG")
+    return file.getvalue()
+
+
+PNG = png(RED)
 
 
 def pairs(labels):
@@ -85,6 +95,28 @@ def test_probe_size_goes_before_the_default():
     data = pairs([0, 1] * 100)
     assert len(Task("t", data, class_names=["a", "b"], probe_size=7).subset(100)) == 7
     assert len(Task("t", data, class_names=["a", "b"]).subset(100)) == 100
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_of_images_that_share_a_caption_one_is_in_the_probe(stream):
+    captions = [["a", "b"], ["c"], ["b", "a"], ["d", "b"], ["e", "d"]]
+    rows = {"image": [{"bytes": PNG, "path": None}] * 5, "label": captions}
+    kinds = {"image": Image(), "label": datasets.Sequence(Value("string"))}
+    data = Dataset.from_dict(rows, features=Features(kinds))
+    task = Task("t", data.to_iterable_dataset() if stream else data)
+    shown = [caption for own in task.captions(task.subset()) for caption in set(own)]
+    assert len(shown) == len(set(shown))
+    assert "c" in shown
+
+
+@pytest.mark.parametrize("decode", [False, True])
+def test_images_in_an_archive_are_read_undecoded_or_not(tmp_path, decode):
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+        archive.writestr("red.png", PNG)
+    rows = {"image": [f"zip://red.png::{tmp_path}/a.zip"] * 2, "label": [0, 1]}
+    kinds = {"image": Image(decode=decode), "label": ClassLabel(names=["a", "b"])}
+    task = Task("t", Dataset.from_dict(rows, features=Features(kinds)))
+    assert [image.getpixel((0, 0)) for image in task.images([0, 1])] == [(255, 0, 0)] * 2
 
 
 def test_captions_count_once_and_belong_to_their_image():
