@@ -12,7 +12,7 @@ from scipy import stats
 
 from iimm_callbacks import append_outcome, iimm, read_outcomes, sample
 from iimm_callbacks.measures.probe_accuracy import LinearProbe
-from iimm_callbacks.measures.transferability import SCORES
+from iimm_callbacks.measures.transferability import SCORES, emms
 from iimm_callbacks.records.outcomes import Outcome
 
 pytestmark = pytest.mark.once
@@ -81,6 +81,43 @@ def test_a_score_refuses_one_class_wrong_shapes_and_nan(scores, name):
         scores[name](x, y[:5])
     with pytest.raises(ValueError, match="finite"):
         scores[name](np.where(x == x[0, 0], np.nan, x), y)
+
+
+def test_emms_is_the_error_of_least_squares_by_hand():
+    # Best w of (0, 0, 3) from (1, 1, 2) is 6/6 = 1: misses -1, -1, 1.
+    x, y = np.array([[1.0], [1.0], [2.0]]), np.array([0, 0, 1])
+    assert emms(x, y, [[0.0], [3.0]]) == pytest.approx(-1.0)
+    # A second encoder whose misses are 1, 1, -1 = the opposite: half of each meets all.
+    other = [[2.0], [1.0]]  # w = (2 + 2 + 2)/6 = 1
+    assert emms(x, y, other) == pytest.approx(-1.0)
+    assert emms(x, y, [[[0.0], [3.0]], other]) == pytest.approx(0.0, abs=1e-12)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_emms_is_the_minimum_over_a_grid_of_shares(seed):
+    rng = np.random.default_rng(seed)
+    x, y = clusters(seed=seed)
+    texts = rng.normal(size=(3, 3, 4)) * [[[1.0]], [[0.3]], [[2.0]]]
+    found = []
+    for a in np.linspace(0, 1, 41):
+        for b in np.linspace(0, 1 - a, 41):
+            z = (a * texts[0] + b * texts[1] + (1 - a - b) * texts[2])[y]
+            w = np.linalg.lstsq(x, z, rcond=None)[0]
+            found.append(-(((x @ w - z) ** 2).sum() / len(x)))
+    assert emms(x, y, texts) >= max(found) - 1e-12
+    assert emms(x, y, texts) == pytest.approx(max(found), rel=0.02)
+    linear = rng.normal(size=(6, 6))
+    assert emms(x @ linear, y, texts) == pytest.approx(emms(x, y, texts))
+
+
+def test_emms_refuses_texts_that_do_not_suit_the_labels():
+    x, y = clusters(n=6)
+    with pytest.raises(ValueError, match=r"in \[0, 2\).* got 0 to 2"):
+        emms(x, y, np.ones((2, 4)))
+    with pytest.raises(ValueError, match=r"got shape \(4,\)"):
+        emms(x, y, np.ones(4))
+    with pytest.raises(ValueError, match="finite"):
+        emms(x, y, np.full((3, 4), np.nan))
 
 
 def test_h_score_in_one_dimension_is_the_share_of_variance_between_classes(scores):

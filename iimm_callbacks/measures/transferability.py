@@ -1,10 +1,11 @@
-"""Image embeddings + labels -> H-Score, GBC, LogME, TransRate: what IIMM is to be measured against.
+"""Image embeddings + labels -> transfer scores: what IIMM is to be measured against.
 
-Written from the papers' formulas. The four were made to rank *source models* for one task. Across
-tasks of one model H-Score, GBC and TransRate also follow the number of classes and of images per
-class, whatever the embeddings: H-Score and GBC sum over classes or pairs of classes, and the coding
-rate of a class with fewer images than dimensions is short of those. No score sees the texts, so
-none knows the zero-shot accuracy; none was made for forgetting.
+H-Score, GBC, LogME, TransRate and EMMS, written from the papers' formulas. They were made to rank
+*source models* for one task. Across tasks of one model H-Score, GBC and TransRate also follow the
+number of classes and of images per class, whatever the embeddings: H-Score and GBC sum over classes
+or pairs of classes, and the coding rate of a class with fewer images than dimensions is short of
+those. Only EMMS sees texts, and it does not know the zero-shot accuracy either; none was made for
+forgetting.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+from scipy import optimize
 
 Floats = NDArray[np.float64]
 
@@ -138,6 +140,59 @@ def transrate(embeds: ArrayLike, labels: ArrayLike) -> float:
     features = features - features.mean(0)
     rates = [_coding_rate(features[index == c]) for c in range(len(counts))]
     return _coding_rate(features) - float(np.dot(counts / len(features), rates))
+
+
+def emms(embeds: ArrayLike, labels: ArrayLike, texts: ArrayLike) -> float:
+    """How well a linear map of the images' embeddings meets those of their labels.
+
+    ``EMMS = -min_{W, t} ‖X W - Σ_k t_k Z_k‖²/N``, t in the simplex, with Z_k the images' labels as
+    the k-th text encoder embeds them: Meng et al. 2023 (arXiv 2308.06262). They alternate between W
+    and t. For any t the best W leaves ``R_k = Z_k - X X⁺ Z_k``, so here t is the shortest point
+    ``Σ_k t_k R_k`` of a convex hull, which non-negative least squares finds at once.
+
+    The paper takes the texts of several large encoders. Which ones is a choice: with the model's
+    own class embeddings, one encoder, t is 1 and the score a least-squares error.
+
+    Args:
+        embeds: [N, D] floats; any invertible linear map of them gives the same score.
+        labels: [N] integers in [0, C).
+        texts: [C, E] or [K, C, E] floats, the class texts by each encoder; their scale matters.
+
+    Returns:
+        At most 0; higher is said to transfer better. *Not* for N near D or below, where any labels
+        are met, nor for tasks whose class texts lie differently far apart.
+
+    Raises:
+        ValueError: As `h_score`, or `texts` do not suit the labels.
+
+    Example:
+        >>> round(emms([[1.0], [1.0]], [0, 1], [[0.0], [2.0]]), 6)  # 1 for both: off by 1 each
+        -1.0
+    """
+    features, _, _ = _checked(embeds, labels)
+    index, targets = np.asarray(labels), np.asarray(texts, dtype=np.float64)
+    targets = targets[None] if targets.ndim == 2 else targets  # [K, C, E]
+    if targets.ndim != 3 or not np.isfinite(targets).all():
+        raise ValueError(
+            f"`texts` must be [C, E] or [K, C, E] and finite, got shape {targets.shape}"
+        )
+    if index.dtype.kind not in "iu" or index.min() < 0 or index.max() >= targets.shape[1]:
+        raise ValueError(
+            f"`labels` must be integers in [0, {targets.shape[1]}), one for each class of `texts`, "
+            f"got {index.min()} to {index.max()}"
+        )
+    left, singular, _ = np.linalg.svd(features, full_matrices=False)
+    basis = left[:, singular > 1e-10 * singular[0]]  # [N, R]
+    beyond = targets[:, index]  # [K, N, E]
+    beyond = (beyond - basis @ (basis.T @ beyond)).reshape(len(targets), -1)
+    gram = beyond @ beyond.T  # [K, K]
+    # min t'Gt + (1 - Σt)² over t >= 0 has the direction of the best t in the simplex.
+    values, vectors = np.linalg.eigh(gram / max(float(np.trace(gram)), 1e-300))
+    root = np.sqrt(np.maximum(values, 0))[:, None] * vectors.T
+    goal = np.append(np.zeros(len(gram)), 1.0)
+    share, _ = optimize.nnls(np.vstack([root, np.ones(len(gram))]), goal)
+    share = share / share.sum()
+    return -max(float(share @ gram @ share), 0.0) / len(features)
 
 
 SCORES: dict[str, Callable[[ArrayLike, ArrayLike], float]] = {

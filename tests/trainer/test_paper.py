@@ -114,7 +114,7 @@ def test_the_page_says_what_was_not_run(found):
     page = (output / "paper.html").read_text(encoding="utf-8")
     assert "<script" not in page
     assert "not the paper" in page.lower()
-    assert page.count('data-label="so">not run<') == len(data["claims"]) == 29
+    assert page.count('data-label="so">not run<') == len(data["claims"]) == 33
     assert "2 epochs instead of 30" in page
     assert "without cifar100" in page
     for choice in published.CHOICES[:3]:
@@ -351,7 +351,7 @@ def planted(slope=1.0, noise=0.0, n=9, seed=0):
         )  # fmt: skip
         measured[name] = asdict(outcomes[-1]) | {
             "text_text": rng.uniform(), "scores": dict.fromkeys(
-                ("H-Score", "GBC", "LogME", "TransRate"), x),
+                ("H-Score", "GBC", "LogME", "TransRate", "EMMS"), x),
         }  # fmt: skip
     return Found({"clip": measured}, {"clip": outcomes})
 

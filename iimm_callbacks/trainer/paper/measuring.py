@@ -15,7 +15,7 @@ from ...measures.accuracy import zero_shot_accuracy
 from ...measures.embeddings import unit_rows
 from ...measures.measure import iimm
 from ...measures.probe_accuracy import linear_probe
-from ...measures.transferability import SCORES
+from ...measures.transferability import SCORES, emms
 from ...models.encoders import find_encoder, move
 from ...models.undisturbed import undisturbed
 from ...models.wrappers import find_dual_encoder
@@ -99,7 +99,8 @@ def _numbers(
     return asdict(found) | {
         "text_text": float((total @ total - n_classes) / (n_classes * (n_classes - 1))),
         "right_text": float((x * t[labels]).sum(1).mean()),
-        "scores": {name: score(*pairs) for name, score in SCORES.items()},
+        "scores": {name: score(*pairs) for name, score in SCORES.items()}
+        | {"EMMS": emms(*pairs, t.numpy())},
         "zero_shot_accuracy": zero_shot_accuracy(seen, classes, test),
         "linear_probe_accuracy": probe.accuracy,
         "linear_probe_standard_error": probe.standard_error,

@@ -25,10 +25,17 @@ PREDICTORS = {
     "gbc": "GBC",
     "logme": "LogME",
     "transrate": "TransRate",
+    "emms": "EMMS, labels by the model's own text encoder",
     "zero_shot_error": "zero-shot error",
     "linear_probe": "linear probe's gain over zero-shot error",
 }
-_SCORES = {"h_score": "H-Score", "gbc": "GBC", "logme": "LogME", "transrate": "TransRate"}
+_SCORES = {
+    "h_score": "H-Score",
+    "gbc": "GBC",
+    "logme": "LogME",
+    "transrate": "TransRate",
+    "emms": "EMMS",
+}
 _RISING = ("iimm", "intra", "inter")  # with which the gain is said to rise
 _LEVEL = 0.95
 _WIDEST = 0.6  # an interval wider than this tells no value from another
