@@ -121,12 +121,9 @@ class Measured(Journaled):
         """
         journal = self._require_begun("rescue")
         self._rescue = rescuer.rescue(
-            model,
-            self.probe,
-            self.limits,
-            baseline=journal.baseline,
+            model, self.probe, self.limits, baseline=journal.baseline,
             autocast_dtype=self.autocast_dtype,
-        )
+        )  # fmt: skip
         return self._rescue
 
     def try_again(self, first: Measured) -> None:
@@ -274,6 +271,8 @@ class Measured(Journaled):
         model: nn.Module,
         untouched: nn.Module | AbstractContextManager[Any] | None,
     ) -> Journal:
+        if untouched is not None:  # else the look reads while it embeds
+            self.probe.prepare(model)
         before = untouched if isinstance(untouched, nn.Module) else model
         inside = untouched if isinstance(untouched, AbstractContextManager) else nullcontext()
         with inside:

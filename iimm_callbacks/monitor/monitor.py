@@ -173,8 +173,8 @@ class IIMMMonitor(Measured):
         is_new = resumed is None or not resumed.history
         settings = checked_recipe(recipe or {})
         self._size_probe(settings, resumed)
-        self.probe.prepare(model)
         if resumed:
+            self.probe.prepare(model)
             self.probe.check_fingerprints(resumed.fingerprints)
         past = ranks.together(lambda: self.past() if ranks.world()[0] == 0 else None)
         journal = resumed or self._first_look(model, untouched)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
@@ -14,11 +15,12 @@ from tqdm.auto import tqdm
 
 from ..data.tasks import Task
 from ..models.encoders import Encoder, class_embeddings, move
-from ..models.sharded import InStep, is_sharded
+from ..models.sharded import InStep, inside_forward, is_sharded
 from ..models.undisturbed import autocast
 from ..models.wrappers import find_head, find_own_head
 from ..records.log import get_logger
-from .reading import some_of
+from .kept import Packed
+from .reading import Batch, some_of
 from .share import ProbeTask, Share
 from .texts import WORTH, KeptTexts
 
@@ -162,6 +164,71 @@ def runs(
             texts = Kept(steps, partial(encoder.embed_texts, model), move(share.prompt, model))
             images = Kept(steps, partial(encoder.embed_backbone, model), move(share.image, model))
         yield texts, images
+
+
+class Early:
+    """Embeds batches of one look while threads read the next, where an accelerator computes.
+
+    Args:
+        model: As it trains.
+        halving: Runs them.
+        dtype: Of autocast.
+        overlaps: Whether to; ``None``: where the model is not on the CPU, whose cores read.
+
+    Attributes:
+        seconds: Spent.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        halving: Halving,
+        dtype: torch.dtype | None,
+        overlaps: bool | None,
+    ) -> None:
+        self._model, self._halving, self._dtype = model, halving, dtype
+        first = next(model.parameters(), torch.zeros(0))
+        wanted = first.device.type != "cpu" if overlaps is None else overlaps
+        self._overlaps = wanted and not is_sharded(model)  # whose ranks embed in step
+        self.seconds = 0.0
+        self._found: dict[int, Tensor] = {}
+
+    def __call__(self, encoder: Encoder, batch: Batch, inputs: Any) -> None:
+        """Embed a batch; one that fails is left to the look."""
+        self._found.pop(id(batch), None)  # it may be read a second time
+        if not self._overlaps:
+            return
+        start = time.perf_counter()
+        try:
+            if isinstance(inputs, Packed):
+                inputs = inputs.inputs(next((p.device for p in self._model.parameters()), None))
+            with autocast(self._model, self._dtype):
+                found = embed_images(self._model, encoder, inputs, self._halving)
+            found[:1].cpu()  # until it is done, for the clock; threads read on
+            self._found[id(batch)] = found
+        except Exception:
+            pass
+        self.seconds += time.perf_counter() - start
+
+    def holds(self, batch: Batch) -> bool:
+        """Whether it has the embeddings of all images of a batch, and of no others.
+
+        Of a batch that lost images since it was read it has not: bit for bit these would be others.
+        """
+        found = self._found.get(id(batch))
+        return found is not None and len(found) == len(batch.positions)
+
+    def embed(self, encoder: Encoder, batch: Batch, n_shown: int, inputs: Any, run: Run) -> Tensor:
+        """[n, D] as `embed_images`, of a batch as `Share.shown` gives it."""
+        if self.holds(batch):
+            return self._found.pop(id(batch))[:n_shown]
+        return embed_images(self._model, encoder, inputs, run)
+
+
+def width_of(model: nn.Module, core: nn.Module, share: Share) -> int:
+    """D, by embedding a prompt."""
+    prompt = move(share.prompt, model)
+    return inside_forward(model, core, lambda: share.encoder.embed_texts(model, prompt).shape[1])
 
 
 def embed_images(model: nn.Module, encoder: Encoder, inputs: Any, run: Run) -> Tensor:

@@ -27,7 +27,7 @@ from ..models.wrappers import adapt
 from ..records.log import get_logger
 from ..records.look import Learnable
 from . import ranks
-from .embedding import Halving, embed_images, runs
+from .embedding import Early, Halving, runs
 from .share import ProbeTask, Share, read_share
 
 logger = get_logger(__name__)
@@ -173,17 +173,21 @@ def _show(
     dtype: torch.dtype | None,
     embeds: Tensor,
     halving: Halving,
+    early: Early,
 ) -> Exception | None:
     """Fill this rank's rows of `embeds`; the first failure is returned, as in `Probe._show`."""
     failure = None
     with runs(model, core, share, halving, dtype) as (_, run):
-        for batch, _, inputs, error in share.shown(1.0, model):
+        for batch, n_shown, inputs, error in share.shown(
+            1.0, model, lambda batch: not early.holds(batch)
+        ):
             failure = failure or error or run.failure
-            if failure or inputs is None:
+            if failure or not n_shown:
                 run.skip()
                 continue
             with autocast(model, dtype):
-                found = adapt(model, embed_images(model, share.encoder, inputs, run))
+                found = early.embed(share.encoder, batch, n_shown, inputs, run)
+                found = adapt(model, found)
             embeds[batch.first : batch.first + len(found)] = found.detach().cpu().double()
     return failure or run.failure
 
@@ -201,6 +205,7 @@ def embed_sample(
     progress: bool,
     autocast_dtype: torch.dtype | None,
     halving: Halving,
+    overlaps: bool | None = None,
 ) -> tuple[ProbeTask, Tensor]:
     """Embed the sample; each rank a share of it, and all of them must call this together.
 
@@ -216,6 +221,7 @@ def embed_sample(
         progress: As `Probe`.
         autocast_dtype: As `Probe.look`.
         halving: How a batch is embedded where the model is not sharded.
+        overlaps: As `Probe`.
 
     Returns:
         The sample as it is probed, and its embeddings [M, D] float32.
@@ -224,6 +230,7 @@ def embed_sample(
         ValueError: Fewer than two images can be read.
         RuntimeError: Another rank failed.
     """
+    early = Early(model, halving, autocast_dtype, overlaps)
     with undisturbed(model):
         share = read_share(
             [sample],
@@ -232,12 +239,15 @@ def embed_sample(
             batch_size=batch_size,
             cache_limit=cache_limit,
             progress=progress,
+            embed=early,
         )
     embeds = torch.zeros(len(share.tasks[0].labels), width, dtype=torch.float64)
     try:
         with undisturbed(model):
             failure = inside_forward(
-                model, core, lambda: _show(model, core, share, autocast_dtype, embeds, halving)
+                model,
+                core,
+                lambda: _show(model, core, share, autocast_dtype, embeds, halving, early),
             )
     except Exception as error:
         failure = error

@@ -22,7 +22,7 @@ from ..models.wrappers import adapt, find_dual_encoder
 from ..records.log import get_logger
 from ..records.look import Learnable, Look
 from . import ranks
-from .embedding import Halving, check_rows, embed_classes, embed_images, own_logits, runs
+from .embedding import Early, Halving, check_rows, embed_classes, own_logits, runs, width_of
 from .learnable import TrainingSet, embed_sample, learn, read_sample, why_none
 from .scoring import Sums, accumulate, fingerprint, score, warn_of_mixed_units
 from .share import Share, read_share
@@ -54,6 +54,8 @@ class Probe:
         off_target_size: Images of each off-target task that was given no `probe_size`. Like
             `training_size` it may be changed before `prepare`.
         training_size: Training images that the linear probe learns from.
+        overlaps: Whether the first look embeds while threads still read; ``None``: where the model
+            is not on the CPU. Embeddings are the same bit for bit.
         seconds: Wall time of the latest look, the linear probe apart.
     """
 
@@ -79,6 +81,7 @@ class Probe:
         self.train = train
         self.off_target_size = OFF_TARGET_PROBE_SIZE
         self.training_size = SAMPLE_SIZE
+        self.overlaps: bool | None = None
         self.seconds = 0.0
         self._share: Share | None = None
         self._width = 0  # of the embeddings
@@ -95,8 +98,12 @@ class Probe:
         """
         return {t.task.name: fingerprint(t) for t in self._share.tasks} if self._share else {}
 
-    def prepare(self, model: nn.Module) -> None:
+    def prepare(self, model: nn.Module, early: Early | None = None) -> None:
         """Find the model's encoder, then read and preprocess the probe images; done once.
+
+        Args:
+            model: As it trains.
+            early: Of the look that is waiting for this.
 
         Raises:
             ValueError: No encoder or processor for the model, fewer than two images of a task can
@@ -115,6 +122,7 @@ class Probe:
                 batch_size=self.batch_size,
                 cache_limit=self.cache_limit,
                 progress=self.progress,
+                embed=early,
             )
             for other in share.tasks[1:]:
                 if other.fingerprint == share.tasks[0].fingerprint:
@@ -122,16 +130,14 @@ class Probe:
                         f"`off_target` task {other.task.name!r} is the task itself (same images, "
                         "labels and prompts); off-target tasks are those that are not trained on"
                     )
-            self._width = ranks.together(lambda: self._measure_width(model, share))
+            self._width = ranks.together(lambda: width_of(model, self._core(model), share))
         self._share = share
         self._largest = max(len(batch.positions) for batch in share.batches)
         warn_of_mixed_units(self.off_target)
 
-    def _measure_width(self, model: nn.Module, share: Share) -> int:
-        def embed() -> int:
-            return share.encoder.embed_texts(model, move(share.prompt, model)).shape[1]
-
-        return inside_forward(model, self._core(model), embed)
+    @property
+    def _may_overlap(self) -> bool | None:
+        return self.overlaps if self.encode is None else False  # theirs may draw random numbers
 
     def _core(self, model: nn.Module) -> nn.Module:
         return model if self.encode is not None else find_dual_encoder(model)
@@ -188,8 +194,9 @@ class Probe:
             OutOfStepError: Where FSDP shards the model: training cannot go on.
         """
         with ranks.during(f"the look at step {step}" if step else "the look before training"):
-            self.prepare(model)
-            return self._look(model, step, autocast_dtype, linear_probe, part)
+            early = Early(model, self._halving, autocast_dtype, self._may_overlap)
+            self.prepare(model, early)
+            return self._look(model, step, autocast_dtype, linear_probe, part, early)
 
     def _look(
         self,
@@ -198,8 +205,9 @@ class Probe:
         autocast_dtype: torch.dtype | None,
         linear_probe: bool,
         part: float,
+        early: Early,
     ) -> Look:
-        start = time.perf_counter()
+        start = time.perf_counter() - early.seconds
         share = self._share
         assert share is not None
         sums = Sums.zeros(share.tasks, self._width, keep=linear_probe)
@@ -212,7 +220,7 @@ class Probe:
                 classes, failure = inside_forward(
                     model,
                     self._core(model),
-                    lambda: self._show(model, share, autocast_dtype, sums, part, step),
+                    lambda: self._show(model, share, autocast_dtype, sums, part, step, early),
                 )
         except Exception as error:
             failure = error
@@ -256,28 +264,13 @@ class Probe:
             if self._halving.parts > 1:  # no larger than what has fitted into memory
                 size = max(self._largest // self._halving.parts, 1)
             embed = partial(
-                embed_sample,
-                model,
-                self._core(model),
-                share.encoder,
-                sample,
-                size=self.training_size,
-                width=self._width,
-                batch_size=size,
-                cache_limit=self.cache_limit,
-                progress=self.progress,
-                autocast_dtype=autocast_dtype,
-                halving=self._halving,
-            )
-        return learn(
-            share.tasks[0],
-            images.float(),
-            classes,
-            scale,
-            embed,
-            len(sample) if sample is not None else None,
-            why_not,
-        )
+                embed_sample, model, self._core(model), share.encoder, sample,
+                size=self.training_size, width=self._width, batch_size=size,
+                cache_limit=self.cache_limit, progress=self.progress,
+                autocast_dtype=autocast_dtype, halving=self._halving, overlaps=self._may_overlap,
+            )  # fmt: skip
+        n_train = None if sample is None else len(sample)
+        return learn(share.tasks[0], images.float(), classes, scale, embed, n_train, why_not)
 
     def _show(
         self,
@@ -287,6 +280,7 @@ class Probe:
         sums: Sums,
         part: float,
         step: int,
+        early: Early,
     ) -> tuple[Tensor, Exception | None]:
         """Add what this rank sees to `sums`.
 
@@ -310,7 +304,7 @@ class Probe:
                 ]
             failure = run_texts.failure
             for batch, n_shown, inputs, error in share.shown(
-                part, model, lambda batch: not held((batch.task, batch.first))
+                part, model, lambda b: not (held((b.task, b.first)) or early.holds(b))
             ):
                 key = (batch.task, batch.first)
                 is_whole = n_shown == len(batch.positions)
@@ -321,7 +315,7 @@ class Probe:
                     continue
                 try:
                     with autocast(model, autocast_dtype):
-                        embed = partial(embed_images, model, encoder, inputs, run)
+                        embed = partial(early.embed, encoder, batch, n_shown, inputs, run)
                         kept = self._frozen_images.get(key, embed, keep=is_whole)
                         images = adapt(model, kept[:n_shown] if is_kept else kept)
                     if run.failure is not None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +23,7 @@ from .kept import Packed, find_levels
 
 FEWEST = 8  # images of a task that a look shows
 FAILED = "`processor` failed"
+_FEW = 8  # images that are read to try
 _WORTH_THREADS = 2e-3  # seconds an image; below that threads wait for one another
 
 
@@ -94,19 +96,35 @@ class Reader:
     Where data set or processor draw random numbers, one thread reads; the data set draws the same
     for an image every time, and the processor for a batch.
 
+    Args:
+        tasks: Their images are read.
+        encoder: Of the model.
+        room: Bytes of what is kept.
+        progress: Show a progress bar.
+        embed: Told of each batch and its model inputs, in order, while the next ones are read.
+
     Attributes:
         draws: Whether they do.
         threads: That read.
         problems: Task -> the first one, in words.
     """
 
-    def __init__(self, tasks: Sequence[Task], encoder: Encoder, room: int, progress: bool) -> None:
+    def __init__(
+        self,
+        tasks: Sequence[Task],
+        encoder: Encoder,
+        room: int,
+        progress: bool,
+        embed: Callable[[Encoder, Batch, Any], None] | None = None,
+    ) -> None:
         self._tasks = tasks
         self._encoder = encoder
         self._room = room
         self._progress = progress
+        self._embed = embed
         self._levels = find_levels(encoder.preprocess)
         self.draws, self.threads = False, 1
+        self._tried: dict[tuple[int, int], Any] = {}  # (task, row) -> image that was read already
         self.problems: dict[int, str] = {}
 
     def read_all(self, batches: Sequence[Batch], digests: Sequence[Tensor]) -> None:
@@ -114,15 +132,24 @@ class Reader:
         room = self._room
         seed_all(0)
         before = streams()
-        began = time.perf_counter()
-        self._read_all(batches[:1], digests)  # alone, to see whether it draws and is worth threads
-        an_image = (time.perf_counter() - began) / max(len(batches[0].positions), 1)
+        an_image = self._try_few(batches[0])
         if streams() == before:
             self.threads = n_threads() if an_image > _WORTH_THREADS else 1
-            self._read_all(batches[1:], digests)
+            self._read_all(batches, digests)
         if streams() != before:
             self.draws, self.threads, self._room, self.problems = True, 1, room, {}
+            self._tried = {}
             self._read_all(batches, digests)
+
+    def _try_few(self, batch: Batch) -> float:
+        """Seconds an image; and random streams are other ones after where it draws."""
+        began, task, few = time.perf_counter(), self._tasks[batch.task], batch.positions[:_FEW]
+        for row, position in enumerate(few):
+            with suppress(Exception):  # told of when the batch is read
+                self._tried[batch.task, batch.first + row] = task.images([position])[0]
+        with suppress(Exception):
+            self._encoder.preprocess(list(self._tried.values()))
+        return (time.perf_counter() - began) / max(len(few), 1)
 
     def _read_all(self, batches: Sequence[Batch], digests: Sequence[Tensor]) -> None:
         with tqdm(
@@ -139,6 +166,8 @@ class Reader:
                 digests[batch.task][batch.first : batch.first + len(found.digests)] = found.digests
                 self._room -= _n_bytes(found.inputs)
                 batch.inputs = found.inputs if self._room >= 0 else None
+                if self._embed is not None and self.threads > 1 and found.inputs is not None:
+                    self._embed(self._encoder, batch, found.inputs)
                 bar.update(len(found.digests))
 
     def _read(self, batch: Batch) -> _Read:
@@ -146,6 +175,9 @@ class Reader:
         found = _Read(torch.zeros(len(batch.positions), 32, dtype=torch.float64))
         images = {}
         for row, position in enumerate(batch.positions):
+            if (image := self._tried.pop((batch.task, batch.first + row), None)) is not None:
+                images[row] = image
+                continue
             for last_try in (False, True):  # the second where a disk or a network hiccuped
                 try:
                     images[row] = same_image(task, position, self.draws)

@@ -119,6 +119,7 @@ def read_share(
     batch_size: int,
     cache_limit: int,
     progress: bool,
+    embed: Callable[[Encoder, Batch, Any], None] | None = None,
 ) -> Share:
     """Read and preprocess this rank's share of the probe; all ranks do so together.
 
@@ -132,6 +133,7 @@ def read_share(
         batch_size: Images in one forward pass.
         cache_limit: Bytes of preprocessed images kept in memory, on each rank.
         progress: Show a progress bar.
+        embed: As `Reader`.
 
     Raises:
         ValueError: Fewer than two images of a task can be read, or ranks were given other tasks.
@@ -139,7 +141,7 @@ def read_share(
     """
     subsets = _agree_on_subsets(tasks, sizes, batch_size)
     batches = _deal(subsets, batch_size)
-    reader = Reader(tasks, encoder, cache_limit, progress)
+    reader = Reader(tasks, encoder, cache_limit, progress, embed)
     digests = [torch.zeros(len(subset), 32, dtype=torch.float64) for subset in subsets]
 
     ranks.together(lambda: reader.read_all(batches, digests))

@@ -307,3 +307,87 @@ def test_a_draw_from_any_stream_shows():
         assert streams() == before
         draw()
         assert streams() != before
+
+
+# The first look embeds while threads still read
+
+
+def first_look(model, processor, data=None, *, overlaps, **more):
+    probe = Probe(task(data), processor=processor, progress=False, batch_size=4, **more)
+    probe.overlaps = overlaps
+    before = streams()
+    look = probe.look(model, 0, linear_probe=True)
+    assert streams() == before
+    return probe, look
+
+
+def assert_same(one, other):
+    assert one.measurement == other.measurement
+    assert np.array_equal(one.correct["t"], other.correct["t"])
+    assert one.learnable == other.learnable
+
+
+@pytest.mark.parametrize("limit", [0, 2**31])
+def test_a_look_that_embeds_while_it_reads_has_the_same_numbers(
+    tiny_clip, processor, by_threads, limit
+):
+    model = tiny_clip()
+    _, plain = first_look(model, processor, overlaps=False, cache_limit=limit)
+    probe, look = first_look(model, processor, overlaps=True, cache_limit=limit)
+    assert_same(look, plain)
+    torch.nn.init.normal_(model.visual_projection.weight)  # trained: nothing is left of the first
+    later = probe.look(model, 1)
+    assert later.measurement == first_look(model, processor, overlaps=False)[1].measurement
+    assert later.measurement.iimm != look.measurement.iimm
+
+
+def test_batches_that_lose_images_are_embedded_again(tiny_clip, processor, by_threads):
+    pairs = list(PICTURES)
+    pairs[9] = (b"gone", 1)
+    pairs[21] = (pairs[5][0], 1)  # the same picture twice
+    looks = [first_look(tiny_clip(), processor, Pairs(pairs), overlaps=o)[1] for o in (False, True)]
+    assert_same(*looks)
+
+
+def test_reading_and_embedding_take_the_longer_of_both_not_the_sum(
+    tiny_clip, processor, by_threads, monkeypatch
+):
+    reads = processor.image_processor.preprocess
+    model, busy, both = tiny_clip(), [0], [0]
+
+    def slow_reading(*arguments, **settings):
+        busy[0] += 1
+        time.sleep(0.03)
+        found = reads(*arguments, **settings)
+        busy[0] -= 1
+        return found
+
+    monkeypatch.setattr(processor.image_processor, "preprocess", slow_reading)
+
+    def device(module, inputs, output):
+        time.sleep(0.03)
+        both[0] += busy[0] > 0
+
+    model.vision_model.register_forward_hook(device)
+    for overlaps in (False, True):
+        both[0] = 0
+        probe = Probe(task(), processor=processor, progress=False, batch_size=4)
+        probe.overlaps = overlaps
+        probe.look(model, 0)
+        assert (both[0] >= 4) is overlaps
+        assert probe.seconds > 10 * 0.03  # what a later look will take
+    assert threading.active_count() < 10
+
+
+def test_an_error_while_embedding_ahead_is_that_of_the_look(tiny_clip, processor, by_threads):
+    model, calls = tiny_clip(), []
+
+    def fails(module, inputs, output):
+        calls.append(len(output[0]))
+        if len(calls) > 3:
+            raise OSError("the device is gone")
+
+    model.vision_model.register_forward_hook(fails)
+    with pytest.raises(OSError, match="the device is gone"):
+        first_look(model, processor, overlaps=True)
+    assert not [t for t in threading.enumerate() if t.name.startswith("iimm")]
