@@ -80,6 +80,8 @@ SGD = {"optim": "sgd", "learning_rate": 0.1}
 BUSY = {"gradient_accumulation_steps": 2, "dataloader_num_workers": 1, "eval_strategy": "epoch"}
 # Several ranks on a CPU cannot resume the optimizer with transformers 4.
 MODEL_ONLY = {"save_strategy": "steps", "save_steps": 3, "save_only_model": True}
+STREAM = {"accelerator_config": {"dispatch_batches": False, "even_batches": True}}
+DISPATCHED = {"accelerator_config": {"dispatch_batches": True}}
 # name -> (settings of the guard, its probe, arguments of the Trainer); None: no guard
 SCENARIOS = {
     "plain": (None, Probe, BUSY),
@@ -91,6 +93,10 @@ SCENARIOS = {
     "raising": ({"every": 2, "action": raise_on_rank_1}, Probe, {}),
     "unguarded": (None, Probe, MODEL_ONLY),
     "no-base": ({"base_model": base_model_but_on_rank_1}, Probe, {}),  # goes on from unguarded
+    "stream": ({"every": 2}, Probe, STREAM),
+    "dispatched": ({"every": 2}, Probe, DISPATCHED),
+    "saved": ({"every": 2}, Probe, MODEL_ONLY),
+    "resumed-alone": ({"every": 2}, Probe, {}),  # goes on from saved, for one process
     "batch-of-4": (None, Probe, SGD | {"per_device_train_batch_size": 4}),
     "batch-of-8": (None, Probe, SGD | {"per_device_train_batch_size": 8}),  # for one process
 }
@@ -123,16 +129,22 @@ def train(folder, scenario, output):
         "use_cpu": True,
         "disable_tqdm": True,
     } | arguments
+    data = task.dataset
+    if "accelerator_config" in arguments:  # 20 rows: the last batch of an epoch is uneven
+        data = data.select(range(20)).to_iterable_dataset(num_shards=2)
     trainer = Trainer(
         PromptClassifier(model, task, processor),
         TrainingArguments(**arguments),
-        train_dataset=task.dataset,
+        train_dataset=data,
         eval_dataset=task.dataset.select(range(10)),
         data_collator=ImageCollator(processor),
         processing_class=processor,
         callbacks=callbacks,
     )
-    resumed = {"no-base": str(folder / "out-unguarded-0" / "checkpoint-3")}
+    resumed = {
+        "no-base": str(folder / "out-unguarded-0" / "checkpoint-3"),
+        "resumed-alone": str(folder / "out-saved-0" / "checkpoint-3"),
+    }
     trainer.train(resume_from_checkpoint=resumed.get(scenario))
     guard = callbacks[0] if callbacks and callbacks[0].monitor else None  # it may be off
     return {
@@ -142,6 +154,7 @@ def train(folder, scenario, output):
         "world_size": trainer.args.world_size,
         "ended": guard.outcome.ended if guard else "",
         "history": [row["step"] for row in guard.monitor.history] if guard else [],
+        "rows": guard.monitor.history if guard else [],
         "optimizer": trainer.optimizer.state_dict(),
         "dropped": guard.record()["looks_dropped"] if guard else 0,
         "files": sorted(p.name for p in output.glob("*.json*") if p.suffix != ".lock"),

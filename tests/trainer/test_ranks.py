@@ -10,6 +10,7 @@ import torch
 from ranks_worker import SCENARIOS, train
 
 WORKER = Path(__file__).parents[1] / "ranks_worker.py"
+ALONE = ("batch-of-8", "resumed-alone")  # in one process
 
 
 @pytest.fixture(scope="module")
@@ -31,14 +32,15 @@ def ranks(launched, tmp_path_factory, tiny_clip, processor, colours, shapes):
     processor.save_pretrained(folder / "model")
     colours.save_to_disk(folder / "colours")
     shapes.save_to_disk(folder / "shapes")
-    names = [name for name in SCENARIOS if name != "batch-of-8"]
+    names = [name for name in SCENARIOS if name not in ALONE]
     command = [sys.executable, str(WORKER), str(folder), *names]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-4000:]
     for name in names:
         launched[name] = [torch.load(folder / f"{name}-{rank}.pt") for rank in (0, 1)]
-    launched["batch-of-8"] = [train(folder, "batch-of-8", folder / "alone")]
+    for name in ALONE:
+        launched[name] = [train(folder, name, folder / f"alone-{name}")]
     return launched
 
 
@@ -60,7 +62,7 @@ def assert_same_weights(one, other):
     assert all(torch.equal(one[k], other[k]) for k in one)
 
 
-@pytest.mark.parametrize("scenario", [name for name in SCENARIOS if name != "batch-of-8"])
+@pytest.mark.parametrize("scenario", [name for name in SCENARIOS if name not in ALONE])
 def test_both_ranks_log_the_same_and_end_at_the_same_weights(ranks, scenario):
     first, second = ranks[scenario]
     assert first["world_size"] == second["world_size"] == 2
@@ -117,6 +119,26 @@ def test_a_base_model_that_one_rank_cannot_load_turns_the_guard_off_on_both(rank
     for rank in ranks["no-base"]:
         assert rank["steps"] == 6
         assert rank["history"] == []
+
+
+@pytest.mark.parametrize("scenario", ["stream", "dispatched"])
+def test_streams_with_uneven_last_batches_are_looked_at_like_any_run(ranks, scenario):
+    for rank in ranks[scenario]:
+        assert rank["steps"] == 6
+        assert rank["history"] == [0, 2, 4, 6]
+        first, known = looks(rank)[0], looks(ranks["guarded"][0])[0]  # the same untouched model
+        of_training = ("forecast", "linear_probe")  # that learn from the training set, if they can
+        assert {k: v for k, v in first.items() if not any(w in k for w in of_training)} == {
+            k: v for k, v in known.items() if not any(w in k for w in of_training)
+        }
+
+
+def test_a_run_that_goes_on_with_another_number_of_ranks_keeps_baseline_and_record(ranks):
+    saved, (alone,) = ranks["saved"][0], ranks["resumed-alone"]
+    assert (saved["world_size"], alone["world_size"]) == (2, 1)
+    assert [row["step"] for row in alone["rows"]] == [0, 2, 4, 6]
+    assert alone["rows"][:2] == saved["rows"][:2]
+    assert alone["ended"] == "finished"
 
 
 def test_the_first_rank_alone_writes_files(ranks):
