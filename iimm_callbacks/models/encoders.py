@@ -79,12 +79,12 @@ def find_encoder(
         ValueError: The model has no readable joint space, or no processor was to be found.
     """
     if encode is not None:
-        for function in encode:
-            if not callable(function):
-                raise TypeError(
-                    "`encode` must be two functions (encode_images, encode_texts) of (model, "
-                    f"list), got {function!r}"
-                )
+        is_pair = isinstance(encode, tuple | list) and len(encode) == 2
+        if not is_pair or not all(map(callable, encode)):
+            raise TypeError(
+                "`encode` must be two functions (encode_images, encode_texts) of (model, list), "
+                f"got {encode!r}"
+            )
         images, texts = encode
         names = ", ".join(getattr(f, "__qualname__", type(f).__name__) for f in encode)
         return Encoder(list, list, images, texts, lambda m: (1.0, None), f"user functions {names}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -242,10 +243,16 @@ def find_processor(model: nn.Module, processor: Any, takes_pair: bool) -> Any:
         takes_pair: The model is of open_clip, which has pairs.
 
     Raises:
+        TypeError: It is a name.
         ValueError: There is none.
     """
     if is_complete(processor):
         return processor
+    if isinstance(processor, str | Path):
+        raise TypeError(
+            f"`processor` must be a processor, got {str(processor)!r}; load it with "
+            "`AutoProcessor.from_pretrained`"
+        )
     source = getattr(getattr(model, "config", None), "_name_or_path", "")
     problem = "the model does not say where it was loaded from"
     if source:

@@ -71,6 +71,8 @@ class Probe:
         progress: bool = True,
         train: TrainingSet | None = None,
     ) -> None:
+        if not isinstance(batch_size, int) or batch_size < 1:
+            raise ValueError(f"`batch_size` must be a whole number from 1, got {batch_size!r}")
         self.task = task
         self.off_target = list(off_target)
         self.processor = processor

@@ -39,9 +39,14 @@ class Past:
 
         Raises:
             TypeError: `outcomes` holds something else.
+            ValueError: It is an empty text.
         """
         if isinstance(outcomes, Past):
             return outcomes
+        if isinstance(outcomes, str) and not outcomes.strip():
+            raise ValueError(
+                f"`outcomes` must name a store, got {outcomes!r}; None learns and saves nothing"
+            )
         is_store = outcomes is None or isinstance(outcomes, str | Path | Address)
         runs = None if is_store else as_outcomes(outcomes)
         if "store" in former:

@@ -23,6 +23,10 @@ def _say_watching(value: str) -> None:
     logger.warning("%s=%s: guards only watch, no limit applies; unset it to have one", WATCH, value)
 
 
+def _is_number(value: Any) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool)  # True is no 100 points
+
+
 @dataclass(frozen=True)
 class Limits:
     """How much forgetting is too much, and how sure to be before acting.
@@ -44,7 +48,7 @@ class Limits:
 
     def __post_init__(self) -> None:
         limit = self.max_forgetting
-        if limit is not None and not isinstance(limit, Real):
+        if limit is not None and not _is_number(limit):
             raise TypeError(f"`max_forgetting` must be a number or None, got {limit!r}")
         if limit is not None and not 0 < limit <= 1:
             hint = f"; write {limit / 100} for {limit} points" if 1 < limit <= 100 else ""
@@ -54,7 +58,7 @@ class Limits:
             )
         if self.limit_on not in LIMIT_ON:
             raise ValueError(f"`limit_on` must be 'mean' or 'worst', got {self.limit_on!r}")
-        if not isinstance(self.confidence, Real):
+        if not _is_number(self.confidence):
             raise TypeError(f"`confidence` must be a number, got {self.confidence!r}")
         if not 0.5 <= self.confidence < 1:
             raise ValueError(f"`confidence` must lie in [0.5, 1), got {self.confidence}")
@@ -81,8 +85,8 @@ class Verdict:
 
     Attributes:
         level: ``"continue"``, ``"warn"`` (exceeding is more likely than not) or ``"stop"``.
-        exceed_probability: Of exceeding the limit, the larger of forecast and observed, in [0, 1];
-            ``None`` where there is nothing to judge by.
+        exceed_probability: Of exceeding the limit, in [0, 1], see `guard.judging.judge`; ``None``
+            where there is nothing to judge by.
         reason: In words.
     """
 

@@ -108,6 +108,8 @@ def test_a_verdict_is_worse_only_a_step_up(now, before, worse):
             TypeError,
             "`max_forgetting` must be a number or None, got '0",
         ),
+        ({"max_forgetting": True}, TypeError, "must be a number or None, got True"),
+        ({"confidence": True}, TypeError, "must be a number, got True"),
         ({"limit_on": "median"}, ValueError, "'mean' or 'worst', got 'median'"),
         ({"confidence": 0.4}, ValueError, "[0.5, 1), got 0.4"),
         ({"confidence": 1.0}, ValueError, "[0.5, 1), got 1.0"),

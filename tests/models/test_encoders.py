@@ -304,6 +304,14 @@ def test_no_processor_to_be_found_says_what_came_and_what_to_do(tiny_clip, proce
     )
     with pytest.raises(ValueError, match=f"got {type(processor.tokenizer).__name__}, and"):
         find_encoder(tiny_clip(), processor.tokenizer)
+    with pytest.raises(TypeError, match="`processor` must be a processor, got 'openai/clip'; load"):
+        find_encoder(tiny_clip(), "openai/clip")
+
+
+@pytest.mark.parametrize("encode", [len, (len,), (len, len, len), (len, 7), "ab"])
+def test_two_functions_encode_or_it_is_refused(tiny_clip, encode):
+    with pytest.raises(TypeError, match="`encode` must be two functions"):
+        find_encoder(tiny_clip(), encode=encode)
 
 
 def test_a_folder_without_a_processor_is_named(tmp_path, tiny_clip):

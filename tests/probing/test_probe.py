@@ -265,6 +265,12 @@ def test_the_batch_size_changes_nothing(tiny_clip, make_probe, batch_size):
     assert whole.fingerprints == parts.fingerprints
 
 
+@pytest.mark.parametrize("batch_size", [0, -1, 2.5, None])
+def test_a_batch_has_at_least_one_image(make_probe, batch_size):
+    with pytest.raises(ValueError, match=f"`batch_size` must be a whole number .* {batch_size}"):
+        make_probe(batch_size=batch_size)
+
+
 def test_class_texts_are_encoded_anew_at_every_look(tiny_clip, make_probe):
     model, probe = tiny_clip(), make_probe()
     before = probe.look(model, 0).measurement
