@@ -78,13 +78,11 @@ class Run:
     Attributes:
         outcome: The outcome.
         off_target: Its off-target tasks.
-        guarded: These and the task itself: the same set where every task is guarded by all others.
     """
 
     def __init__(self, outcome: Outcome) -> None:
         self.outcome = outcome
         self.off_target = frozenset(outcome.off_target_before)
-        self.guarded = self.off_target | {outcome.task}
         self._looks = sorted(outcome.trajectory, key=lambda look: look["share"])
         self._known: dict[tuple[str, float], float | None] = {}
 
@@ -217,9 +215,13 @@ def of_a_kind(runs: Iterable[Run], ask: Ask, quantity: str) -> list[Run]:
 
 
 def alike(runs: Sequence[Run], ask: Ask) -> list[Run]:
-    """The runs with the off-target tasks that are asked about."""
+    """The runs with the off-target tasks that are asked about, but for the task each learns.
+
+    A set of canaries serves every run, and a run that learns one of them is measured on the others.
+    """
     tasks = frozenset(ask.off_target)
-    return [run for run in runs if run.off_target == tasks or run.guarded == tasks | {ask.task}]
+    sets = tasks, tasks | {ask.task}
+    return [run for run in runs if any(run.off_target == s - {run.outcome.task} for s in sets)]
 
 
 def task_key(run: Outcome | Ask) -> str:
@@ -285,7 +287,8 @@ def _contradictions(record: Sequence[Run], own: Sequence[Run], ask: Ask) -> list
             f"{', '.join(map(repr, mixed))}; such numbers do not compare"
         )
     probed = [run for run in own if run.off_target]
-    n_sets = min(len({run.off_target for run in probed}), len({run.guarded for run in probed}))
+    asked = frozenset[str]().union(*(run.off_target for run in probed))
+    n_sets = len({run.off_target | ({run.outcome.task} & asked) for run in probed})
     if n_sets > 1:
         notes.append(
             f"the saved runs used {n_sets} different sets of off-target tasks: their forgetting "

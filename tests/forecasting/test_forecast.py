@@ -465,6 +465,25 @@ def test_different_off_target_sets_are_said_and_the_like_ones_preferred():
     assert predict(rows).evidence["forgetting"].n_tasks == 10
 
 
+def test_a_run_that_learns_a_canary_and_one_that_learns_another_task_compare():
+    """All are measured on the canaries a to e: five learn one of these, two learn other tasks."""
+    drops = {"a": 0.02, "b": 0.04, "c": 0.06, "d": 0.08, "e": 0.1}
+
+    def learns(task):
+        before = {name: 0.5 for name in drops if name != task}
+        after = {name: 0.5 - drops[name] for name in before}
+        return run(task, off_target_before=before, off_target_after=after)
+
+    rows = [learns(task) for task in [*drops, "x", "y"]]
+    for task in ("new", "y", "a"):
+        rest = [o for o in rows if o.task != task]
+        forecast = predict(rest, task=task, off_target=sorted(set(drops) - {task}))
+        assert forecast.worst is not None
+        assert forecast.evidence["worst"].n_tasks == len(rest)
+        assert not [note for note in forecast.notes if "off-target" in note]
+    assert predict(rows, task="new", off_target=["a", "z"]).worst is None
+
+
 def test_one_set_of_off_target_tasks_for_all_is_one_set():
     assert predict(planted()).notes == ()
 
