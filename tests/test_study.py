@@ -422,6 +422,18 @@ def test_the_report_refuses_runs_of_another_model(study, tmp_path):
         study("report").main(["--outcomes", str(tmp_path / "o.jsonl")])
 
 
+def test_the_committed_reports_are_of_the_saved_runs():
+    runs = len(sample.load_outcomes())
+    told = {
+        "GRADES.txt": f"on {runs} runs",
+        "RESULTS.md": f"from {runs} runs: {len(sample.task_names())} tasks",
+        "README.md": f"{runs} runs",
+        "../README.md": f"{runs} runs of the sample",
+    }
+    for name, words in told.items():
+        assert words in (STUDY / name).read_text(encoding="utf-8")
+
+
 def test_the_committed_linear_probes_are_those_of_the_shipped_tasks(study):
     probes = study("linear_probe")
     found = probes.probe_tasks(probes.Settings(tasks=["handwritten_digits", "flag_regions"]))

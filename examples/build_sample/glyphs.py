@@ -153,6 +153,27 @@ def coloured_ink(mask: Image.Image, rng: random.Random, name: str) -> Image.Imag
     return Image.composite(inked, Image.new("RGB", mask.size, paper), mask)
 
 
+def copies(mask: Image.Image, rng: random.Random, count: int) -> Image.Image:
+    """`count` small copies of what a mask shows, none on another, dark on light or the reverse."""
+    side, piece = mask.width, mask.crop(mask.getbbox())
+    scale = side * rng.uniform(0.2, 0.28) / max(piece.size)
+    width, height = (max(2, round(n * scale)) for n in piece.size)
+    piece = piece.resize((width, height), Image.Resampling.LANCZOS)
+    at: list[tuple[int, int]] = []
+    tries = 0
+    while len(at) < count:
+        if tries % 100 == 0:  # no room is left: begin again
+            at.clear()
+        tries += 1
+        x, y = rng.randint(1, side - width - 1), rng.randint(1, side - height - 1)
+        if all(abs(x - a) > width or abs(y - b) > height for a, b in at):
+            at.append((x, y))
+    sheet = Image.new("L", mask.size)
+    for corner in at:
+        sheet.paste(piece, corner)
+    return ink(sheet, rng, False)
+
+
 # Letters that look like no other letter when they are turned.
 ONE_WAY_UP = "ABDEFGJKLPQRTVYaefghkrty"
 TURNS = {
@@ -161,6 +182,11 @@ TURNS = {
     "turned left": Image.Transpose.ROTATE_90,
     "turned right": Image.Transpose.ROTATE_270,
 }
+
+
+# What is counted: letters, and signs that are in one piece.
+COUNTED = ("star", "geometric shape", "card suit", "chess piece", "currency sign", "music note")
+COUNTS = ["one symbol", *(f"{n} symbols" for n in ("two", "three", "four", "five", "six"))]
 
 
 def char_name(char: str) -> str:

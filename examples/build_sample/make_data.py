@@ -143,6 +143,14 @@ def glyph_pools(drawer: Glyphs) -> dict[str, Pools]:
             for name, turn in glyphs.TURNS.items()
         }
 
+    def counts() -> Pools:
+        more = TASKS["symbol_counts"]["each"] + 20
+        texts = [*LETTERS, *"".join(glyphs.SYMBOLS[kind] for kind in glyphs.COUNTED)]
+        paints = {
+            name: partial(glyphs.copies, count=n) for n, name in enumerate(glyphs.COUNTS, start=1)
+        }
+        return {name: drawer.many(texts, more, paint=paint) for name, paint in paints.items()}
+
     return {
         "printed_digits": ask({n: [str(i)] for i, n in enumerate(DIGITS)}, "printed_digits"),
         "printed_letters": ask({c: [c] for c in LETTERS}, "printed_letters"),
@@ -155,6 +163,7 @@ def glyph_pools(drawer: Glyphs) -> dict[str, Pools]:
         "font_styles": styles(),
         "ink_colours": colours(),
         "letter_turns": turns(),
+        "symbol_counts": counts(),
     }
 
 

@@ -14,6 +14,7 @@ FONTS = "characters drawn with free Debian fonts, see fonts.tsv"
 FONT_LICENCES = "free font licences (OFL, GPL with font exception, and others in Debian main)"
 
 # each: pictures of a class where they are many or drawn on demand; else all there are.
+# canary: False for a task that other runs are not measured on. The canaries are a fixed set.
 TASKS: dict[str, dict[str, Any]] = {
     "handwritten_digits": {
         "classes": DIGITS,
@@ -95,6 +96,15 @@ TASKS: dict[str, dict[str, Any]] = {
         "licence": FONT_LICENCES,
         "each": 285,
     },
+    "symbol_counts": {
+        "classes": glyphs.COUNTS,
+        "templates": ["a picture of {}", "{}"],
+        "description": "A letter or sign, one to six times; the class is how often.",
+        "source": FONTS,
+        "licence": FONT_LICENCES,
+        "each": 190,
+        "canary": False,
+    },
     "emoji_groups": {
         "classes": list(pictures.EMOJI_CLASSES),
         "templates": ["an emoji of a {}", "a {} emoji"],
@@ -121,6 +131,6 @@ TASKS: dict[str, dict[str, Any]] = {
 
 def write(path: Path) -> None:
     """tasks.json: what the package's loader and a reader need to know of each task."""
-    keys = ("templates", "description", "source", "licence")
-    cards = {name: {key: card[key] for key in keys} for name, card in TASKS.items()}
+    keys = ("templates", "description", "source", "licence", "canary")
+    cards = {name: {k: card[k] for k in keys if k in card} for name, card in TASKS.items()}
     path.write_text(json.dumps(cards, indent=2, ensure_ascii=False) + "\n")

@@ -7,8 +7,8 @@ to the training images, and compares its accuracy on the test images with the ac
 saved fine-tunes. Means over a task's runs. Expected output: LINEAR_PROBE.txt.
 
 The mean of other tasks is that of the gain under the same method, added to zero-shot accuracy.
-Test images are those of `Outcome.final_accuracy`. Thirteen tasks of one small model, all of whose
-embeddings were seen when the probe's form was chosen: not a promise for another model.
+Test images are those of `Outcome.final_accuracy`. Fourteen tasks of one small model. The
+embeddings of all but `symbol_counts` were seen when the probe's form was chosen.
 `compare_heads.py` holds other classifiers against this one. `--update FILE` writes the probes'
 accuracies into saved runs of the shipped model, where the probe's form has changed.
 """

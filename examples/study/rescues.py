@@ -6,7 +6,7 @@ Fine-tunes the shipped model again as the recorded runs of 150 steps did (full a
 their mean forgetting was over the limit, and rescues each: `rescue.sweep.rescue` on the probe's
 images. "Held out": what choosing in this way is worth on images that had no part in it
 (`Rescue.held_out`). Points; standard errors are 2 to 3 of a gain and 1 to 2 of a mean. Expected
-output: RESCUES.txt.
+output: RESCUES.txt, there without `symbol_counts`.
 
 *Not* a promise for another model: mixing needs a way between the two sets of weights along which
 accuracy does not break down.
@@ -63,11 +63,7 @@ def fine_tuned(job, steps):
 
 def rescued(job, settings):
     model = fine_tuned(job, settings.steps)
-    others = [
-        study.probe_task(name, study.OFF_TARGET_IMAGES)
-        for name in sample.task_names()
-        if name != job.task
-    ]
+    others = study.canaries(job.task, study.OFF_TARGET_IMAGES)
     return rescue(
         model, sample.load_model(), study.probe_task(job.task), others, Limits(LIMIT),
         processor=sample.load_processor(), progress=False,
