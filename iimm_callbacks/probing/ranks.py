@@ -74,16 +74,29 @@ def world() -> tuple[int, int]:
 
 
 def time_limit() -> float:
-    """Seconds that a rank waits for another: ``$IIMM_CALLBACKS_TIMEOUT``, else 300.
+    """Seconds that a rank waits for another: ``$IIMM_CALLBACKS_TIMEOUT``, else as in training.
+
+    That is the process group's own limit, such as the Trainer's ``ddp_timeout``; 300 where the
+    group does not tell.
 
     Raises:
         ValueError: The variable is not a positive number.
     """
     said = os.environ.get(TIMEOUT, "")
     with suppress(ValueError):
-        if not said or float(said) > 0:
-            return float(said or _DEFAULT_TIMEOUT)
+        if not said:
+            return _limit_of_group()
+        if float(said) > 0:
+            return float(said)
     raise ValueError(f"`{TIMEOUT}` must be seconds, a positive number, got {said!r}")
+
+
+def _limit_of_group() -> float:
+    try:
+        group: Any = distributed.distributed_c10d._get_default_group()
+        return float(group._get_backend(_device()).options._timeout.total_seconds())
+    except (AttributeError, RuntimeError, ValueError):  # there is none, or of another kind
+        return _DEFAULT_TIMEOUT
 
 
 def add_up(values: Tensor, failure: Exception | None = None) -> Tensor:

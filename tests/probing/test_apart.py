@@ -3,11 +3,12 @@
 import os
 import subprocess
 import sys
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
+from torch import distributed, nn
 
 from iimm_callbacks.models.sharded import InStep, OutOfStepError
 from iimm_callbacks.probing import ranks
@@ -80,6 +81,14 @@ def test_a_time_limit_that_is_none_is_refused(monkeypatch, said):
 def test_the_time_limit_is_that_of_the_environment(monkeypatch):
     monkeypatch.delenv(ranks.TIMEOUT, raising=False)
     assert ranks.time_limit() == 300
+    limit = timedelta(seconds=77)
+    distributed.init_process_group(
+        "gloo", store=distributed.HashStore(), rank=0, world_size=1, timeout=limit
+    )
+    try:
+        assert ranks.time_limit() == 77
+    finally:
+        distributed.destroy_process_group()
     monkeypatch.setenv(ranks.TIMEOUT, "12.5")
     assert ranks.time_limit() == 12.5
 
