@@ -3,6 +3,7 @@
     python examples/benchmark.py               # about three minutes on two cores
     python examples/benchmark.py --size b32    # ViT-B/32 on JPEGs; six minutes on two cores
     python examples/benchmark.py --store       # stores of 1,000, 10,000, 100,000 runs; five minutes
+    python examples/benchmark.py --size tasks  # large tasks, see examples/README.md; ten minutes
     python examples/benchmark.py --smoke       # seconds, numbers mean nothing
 
 Everything is a ratio of two things timed in turns in the same process, because machines are noisy;
@@ -10,9 +11,11 @@ the best of several rounds counts. Expected: see "Speed" in README.md.
 """
 
 import io
+import itertools
 import json
 import multiprocessing
 import os
+import resource
 import statistics
 import subprocess
 import sys
@@ -22,6 +25,7 @@ import tracemalloc
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+import datasets
 import numpy as np
 import torch
 from PIL import Image
@@ -55,7 +59,7 @@ from iimm_callbacks.records.objects import name_of as object_name
 
 @dataclass
 class Settings:
-    size: str = field(default="sample", metadata={"help": "sample, or b32"})
+    size: str = field(default="sample", metadata={"help": "sample, b32 or tasks"})
     n_jpegs: int = field(default=0, metadata={"help": "b32: default 512; 3,072 on CUDA"})
     n_images: int = field(default=20_000, metadata={"help": "N"})
     width: int = field(default=512, metadata={"help": "D"})
@@ -350,8 +354,34 @@ def b32_rows(settings):
     yield "later look, against the forward pass", f"{later / passing:.2f}", "1.05"
     yield "first look, against trainer.evaluate()", f"{first / evaluation:.2f} of its time", "1"
     yield "first look, against a zero-shot loop", f"{first / loop:.2f} of its time", "1"
+    yield from overlap_rows(pairs, processor, reading)
     yield "memory of a kept picture", f"{kept / 1e6:.3f} MB", "0.16"
     yield guard_row(settings, model, processor, pairs, first / n, later / n)
+
+
+def overlap_rows(pairs, processor, reading):
+    """A forward pass that only sleeps, as a CPU does before a GPU, for as long as reading takes."""
+    tokenizer = processor.tokenizer
+    layers = {"num_hidden_layers": 1, "hidden_size": 64, "num_attention_heads": 1}
+    layers |= {"intermediate_size": 64}
+    text = {"vocab_size": len(tokenizer), "eos_token_id": tokenizer.eos_token_id}
+    config = CLIPConfig(text_config=text | layers, vision_config={"patch_size": 224} | layers)
+    model = CLIPModel(config).eval()
+    each = reading / len(pairs)
+    model.vision_model.register_forward_hook(
+        lambda module, inputs, output: time.sleep(each * len(output[0]))
+    )
+    task = Task("jpegs", pairs, class_names=["red", "green"], probe_size=len(pairs))
+
+    def look(overlaps):
+        probe = Probe(task, processor=processor, progress=False)
+        probe.overlaps = overlaps
+        probe.look(model, 0)
+
+    over, after = best_of(2, lambda: look(True), lambda: look(False))
+    name = "first look before a device that needs as long, against reading"
+    yield f"{name}: at the same time", f"{over / reading:.2f}", "1.15"
+    yield f"{name}: one after the other", f"{after / reading:.2f}", "-"
 
 
 def guard_row(settings, model, processor, pairs, first, later):
@@ -450,6 +480,88 @@ def store_rows(settings):
             yield "  memory beyond torch and scipy", f"{later[3]:.0f} MB", "300 MB"
 
 
+def in_a_child(function):
+    """What a forked process says that it took, and its peak of memory beyond ours, in MB."""
+    ours, theirs = multiprocessing.Pipe()
+
+    def run():
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        told = function()
+        theirs.send((told, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1e3))
+
+    child = multiprocessing.get_context("fork").Process(target=run)
+    child.start()
+    theirs.close()
+    told = ours.recv()
+    child.join()
+    return told
+
+
+def task_rows(settings):
+    """Large tasks with the shipped model of 2 M parameters, 64 images of the task."""
+    model, processor = sample.load_model(), sample.load_processor()
+    rng = np.random.default_rng(0)
+    pixels = rng.integers(0, 256, (512, 48, 48, 3), dtype=np.uint8)
+    images = [Image.fromarray(image) for image in pixels]
+
+    def task(name, n_images, n_classes, n_templates=1, probe_size=None, first=0):
+        return Task(
+            name,
+            [(images[(i + first) % 512], i % n_classes) for i in range(n_images)],
+            class_names=[f"{name} {c}" for c in range(n_classes)],
+            templates=[f"{t} of a {{}}" for t in range(n_templates)],
+            probe_size=probe_size,
+        )
+
+    def look(make):
+        def run():
+            seconds = [time.perf_counter()]
+            task, *off_target = make()
+            seconds.append(time.perf_counter())
+            probe = Probe(task, off_target, processor=processor, progress=False)
+            probe.prepare(model)
+            seconds.append(time.perf_counter())
+            probe.look(model, 0)
+            seconds.append(time.perf_counter())
+            return [after - before for before, after in itertools.pairwise(seconds)]
+
+        return run
+
+    def ten_million():
+        few = datasets.Dataset.from_dict(
+            {"image": images, "label": [i % 10 for i in range(512)]},
+            features=datasets.Features(
+                image=datasets.Image(), label=datasets.ClassLabel(names=list("abcdefghij"))
+            ),
+        )
+        rows = 10_000 if settings.smoke else 10_000_000
+        few = few.select(np.arange(rows) % 512)
+        return [Task("rows", few, templates="a {}", probe_size=64)]
+
+    many = (10, 100) if settings.smoke else (10, 100, 1_000, 22_000)
+    cases = {f"{c:,} classes": lambda c=c: [task("x", max(c, 512), c, 1, 64)] for c in many}
+    for t in (2,) if settings.smoke else (8, 24):
+        cases[f"1,000 classes, {t} templates"] = lambda t=t: [task("x", 1_000, 1_000, t, 64)]
+    n = 600 if settings.smoke else 5_000
+    cases[f"{n:,} off-target images"] = lambda: [task("x", 512, 10, 1, 64), task("y", n, 10, 1, n)]
+    n_tasks = 3 if settings.smoke else 100
+    cases[f"{n_tasks} off-target tasks of 48 images"] = lambda: [
+        task("x", 512, 10, 1, 64),
+        *(task(f"off {k}", 480, 10, 1, 48, first=k) for k in range(n_tasks)),
+    ]
+    cases["10 million rows"] = ten_million
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ["IIMM_CALLBACKS_TEXTS"] = folder
+        for name, make in cases.items():
+            again = (
+                ["", ", second run"] if name.startswith(("22,000", "1,000 classes, 8")) else [""]
+            )
+            for which in again:
+                (made, read, looked), peak = in_a_child(look(make))
+                text = f"task {made:.1f}, reading {read:.1f}, look {looked:.1f} s"
+                yield name + which, f"{text}; {peak:.0f} MB", "-"
+
+
 def import_rows(settings):
     """Fresh processes in turns: the package has no more to import than the Trainer has anyway."""
     commands = {
@@ -484,15 +596,18 @@ def main(argv=None):
     sizes = f"N = {settings.n_images}, D = {settings.width}, C = {settings.n_classes}"
     if settings.store:
         sizes = f"{len(os.sched_getaffinity(0))} cores"
+    elif settings.size == "tasks":
+        sizes = "the shipped model"
     elif settings.size == "b32":
         sizes = "ViT-B/32, random weights, JPEGs of 640×480"
     table = Table(title=f"{sizes}; {torch.get_num_threads()} threads; torch {torch.__version__}")
     for column in ("what", "measured", "aim"):
         table.add_column(column)
-    if settings.size not in ("sample", "b32"):
-        raise ValueError(f"`--size` must be sample or b32, got {settings.size!r}")
     small = (measure_rows, probe_rows, run_row, import_rows)
-    chosen = (store_rows,) if settings.store else (b32_rows,) if settings.size == "b32" else small
+    kinds = {"sample": small, "b32": (b32_rows,), "tasks": (task_rows,)}
+    if settings.size not in kinds:
+        raise ValueError(f"`--size` must be sample, b32 or tasks, got {settings.size!r}")
+    chosen = (store_rows,) if settings.store else kinds[settings.size]
     for rows in chosen:
         for row in rows(settings):
             table.add_row(*row)

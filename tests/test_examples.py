@@ -343,10 +343,10 @@ def test_the_benchmark_at_real_size_prints_every_ratio(example):
         for name, measured, _ in rows
         if "against" in name[:30]
     ]
-    assert len(rows) == 9
+    assert len(rows) == 11
     assert all(ratio > 0 for ratio in ratios)
     assert rows[-2][1] == "0.151 MB"
-    with pytest.raises(ValueError, match="`--size` must be sample or b32, got 'l14'"):
+    with pytest.raises(ValueError, match="`--size` must be sample, b32 or tasks, got 'l14'"):
         benchmark.main(["--size", "l14"])
 
 
