@@ -86,7 +86,7 @@ _MOVED = {
         "measure": "measures.measure",
         "measurement": "measures.measurement",
         "probe_accuracy": "measures.probe_accuracy",
-        "report": "reports.figures",
+        "report": "reports.terminal",
         "storage": "records",
         "storage.outcomes": "records.outcomes",
         "storage.run_file": "records.run_file",

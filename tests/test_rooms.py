@@ -114,7 +114,7 @@ def test_every_room_says_what_it_is_for_in_twenty_lines(room):
         ("models.tuning", "prepare"),
         ("monitor", "IIMMMonitor"),
         ("probe_accuracy", "LinearProbe linear_probe"),
-        ("report", "plot_run"),
+        ("report", "plot_run preflight_table summary_table"),
         ("storage.outcomes", "Outcome"),
         ("storage.run_file", "save_run"),
         ("storage.store", "append_outcome read_outcomes"),

@@ -178,3 +178,12 @@ def _limit(record: dict[str, Any]) -> tuple[str, str]:
         points(limits["max_forgetting"]).removeprefix("+"),
         f"points of {limits['limit_on']} forgetting; stop from {limits['confidence']:.0%} sure",
     )
+
+
+def __getattr__(name: str) -> Any:
+    """`plot_run`, which stood here: its old import path keeps working."""
+    if name != "plot_run":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from .figures import plot_run
+
+    return plot_run
