@@ -68,9 +68,12 @@ def compared(own, others, choices):
 
 def main(argv=None):
     (settings,) = HfArgumentParser(Settings).parse_args_into_dataclasses(argv)
-    published, shipped = load_base_rates(), sample.load_outcomes()
-    second = read_outcomes(HERE / "second_model.jsonl")
-    table = Table(title=f"As if calibrated on {N_TASKS} of 13 tasks: error on the others, points")
+    published, second = load_base_rates(), read_outcomes(HERE / "second_model.jsonl")
+    known = {o.task for o in second}  # tasks that both models have runs on
+    shipped = [o for o in sample.load_outcomes() if o.task in known]
+    table = Table(
+        title=f"As if calibrated on {N_TASKS} of {len(known)} tasks: error on others, points"
+    )
     for column in ("model", "tasks", "method", "quantity", "borrowed", "calibrated", "covered"):
         table.add_column(column, justify="right" if column[0] in "bc" else "left")
     for model, runs, others in (

@@ -37,7 +37,7 @@ class _HubSource:
         return len(self._dataset)
 
     def labels(self) -> list[Any]:
-        return list(self._dataset[self._label])
+        return list(self._dataset[self._label][:])  # item by item it takes seven times as long
 
     def image(self, position: int) -> Any:
         if self._encoded is not None:

@@ -174,7 +174,7 @@ def test_a_data_set_saved_to_disk_is_measured(tmp_path, colours):
     found = ask("measure", "sample", folder, "--task-name", "colours", "--seed", 3)
     assert (found["task"], found["split"], found["n_images"]) == ("colours", "", 96)
     assert "`--split` must be left out" in fails("measure", "sample", folder, "--split", "test")
-    assert "`label_column`" in fails("measure", "sample", folder, "--label-column", "no")
+    assert "`--label-column`" in fails("measure", "sample", folder, "--label-column", "no")
 
 
 # --- rescue ---
@@ -1298,7 +1298,7 @@ def test_a_column_of_a_folder_of_images_is_refused(model, colours, tmp_path):
         for i in range(2):
             colours[i]["image"].save(tmp_path / "data" / name / f"{i}.png")
     said = fails("measure", model, tmp_path / "data", "--label-column", "nolabel")
-    assert "`label_column` of task 'data' must be left out, got 'nolabel'" in said
+    assert "`--label-column` of task 'data' must be left out, got 'nolabel'" in said
 
 
 def test_the_first_line_of_doctor_comes_before_torch():

@@ -540,7 +540,7 @@ def test_what_plan_tries_is_saved_and_known(folders, tmp_path, monkeypatch):
     ("arguments", "told"),
     [
         (["calibrate", "MODEL", "--budget", "soon"], "`--budget` must be a time"),
-        (["calibrate", "MODEL", "--method", "magic"], "`method` must be one of full"),
+        (["calibrate", "MODEL", "--method", "magic"], "`--method` must be one of full"),
         (["calibrate", "MODEL", "--task", "./nowhere"], "`--task` must be a folder or a name"),
         (["calibrate", "MODEL", "--device", "tpu"], "`--device` must be cpu or left out"),
         (["calibrate", "MODEL", "--task", "FOLDER/warm", "--split", "train"], "held-out images"),
