@@ -272,11 +272,7 @@ def as_outcomes(
         from .as_dataset import from_dataset
 
         return from_dataset(source)
-    if not isinstance(source, Iterable):
-        raise TypeError(
-            f"`outcomes` must be a store's path or address, Outcome records or None, got {source!r}"
-        )
-    outcomes = list(source)
+    outcomes = list(source) if isinstance(source, Iterable) else [source]
     for outcome in outcomes:
         if not isinstance(outcome, Outcome):
             raise TypeError(f"`outcomes` must hold Outcome records, got {type(outcome).__name__}")
