@@ -98,6 +98,7 @@ def test_the_guarded_finetune_writes_its_record_picture_and_model(
     assert set(run["forecast"]) >= {"gain", "forgetting", "worst"}
 
 
+@pytest.mark.whole
 def test_the_guarded_finetune_takes_a_model_and_a_data_set_of_ones_own(
     example, tmp_path, tiny_clip, processor, colours, own_store
 ):
@@ -281,6 +282,7 @@ def test_a_clap_learns_sounds_and_forgets_others(example, tmp_path, capsys):
     assert "Predicted and observed: signals (full)" in capsys.readouterr().out
 
 
+@pytest.mark.whole
 @pytest.mark.once
 def test_the_clap_example_takes_a_model_of_ones_own(example, tmp_path):
     module = example("audio_clap")
@@ -350,6 +352,7 @@ def test_the_benchmark_at_real_size_prints_every_ratio(example):
         benchmark.main(["--size", "l14"])
 
 
+@pytest.mark.whole
 @pytest.mark.once
 def test_the_device_check_keeps_what_it_can_try_here_and_tells_what_it_cannot(example, capsys):
     check = example("device_check")

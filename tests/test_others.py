@@ -181,6 +181,7 @@ def logged(state_file):
     return [row["step"] for row in log if keys.PREFIX in row]
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("name", STAND_INS)
 def test_one_line_guards_a_script_of_this_shape(name, add_guard, place, monkeypatch, capsys):
     if "sentence_transformers" in STAND_INS[name]:

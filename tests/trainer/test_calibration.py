@@ -177,6 +177,7 @@ def test_the_choice_gains_most_of_what_likely_stays_within_the_limit():
     assert seen.risk(Limits(0.08)) == 0.0
 
 
+@pytest.mark.whole
 def test_killed_after_any_run_it_goes_on_to_the_same_outcomes(start, tmp_path, monkeypatch):
     whole = start(store=tmp_path / "whole.jsonl", output=tmp_path / "whole").outcomes
     save = module.append_outcome
@@ -483,6 +484,7 @@ COMMAND = ["--steps", 5, "--train-batch-size", 4, "--template", "a photo of the 
            "--device", "cpu"]  # fmt: skip
 
 
+@pytest.mark.whole
 def test_the_commands_calibrate_and_plan(folders, tmp_path, monkeypatch):
     store = tmp_path / "store.jsonl"
     monkeypatch.setenv("IIMM_CALLBACKS_STORE", str(store))
