@@ -431,6 +431,53 @@ def test_a_script_that_takes_too_long_is_killed_with_what_it_started(tmp_path):
     assert not beside.exists()
 
 
+def test_a_script_is_timed_by_the_looks_of_its_run_file(tmp_path, monkeypatch):
+    script, shares = tmp_path / "train.py", iter([None, 0.0, 0.0, 0.1, 0.2, *[0.4] * 1000])
+    script.write_text("import time; time.sleep(60)")
+    monkeypatch.setattr(runs, "_share", lambda folder: next(shares))
+    monkeypatch.setattr(runs, "_EVERY", 0.2)
+    told, said = [], []
+    pace = module._Pace(3, 20.0, said.append, False)
+
+    def tell(whole, is_sure):
+        told.append((whole, is_sure))
+        pace(whole * 100, is_sure)  # 2 s at 0.2 s a tenth
+
+    with pytest.raises(runs.OutOfTimeError):
+        runs.run_script(script, tmp_path, tmp_path, WATCH, 40.0, tell)
+    assert [sure for _, sure in told] == [False, True]
+    assert 1.0 < told[-1][0] < 20.0
+    assert len(said) == 1
+    assert said[0].endswith("; 0 of 3 fit into 20 s.")
+    pace(0.0, True)  # once is enough
+    assert len(said) == 1
+    module._Pace(3, 20.0, said.append, False)(9.0, True)
+    assert said[-1] == "A run takes about 9 s; 2 of 3 fit into 20 s."
+    module._Pace(3, None, said.append, False)(9.0, True)
+    assert said[-1] == "A run takes about 9 s."
+
+
+def test_a_run_is_not_begun_where_the_last_one_took_longer_than_is_left(
+    start, tmp_path, monkeypatch, capsys
+):
+    clock = iter(np.arange(0, 1e6, 40.0).tolist())
+    monkeypatch.setattr(module, "perf_counter", lambda: next(clock))
+    made = Outcome("m", "fp", "full", "t", "", None, None, None, None, None, None, 0.4, 0.5, {}, {})
+    begun = []
+
+    def fake(self, job, left, tell):
+        begun.append(job)
+        return replace(made, run=self.key(job), task=f"t{job.task}")
+
+    monkeypatch.setattr(work.Work, "run", fake)
+    monkeypatch.setattr(work.Work, "run_files", lambda self, job: [])
+    script = tmp_path / "train.py"
+    script.touch()
+    start(tasks=LESSONS[:3], recipes=[], script=script, budget=300.0, progress=True)
+    assert len(begun) < 3
+    assert "runs were not begun" in capsys.readouterr().out
+
+
 def calibrate_on_rank(rank, folder, batch):
     model, processor = FAMILIES["CLIP"]()
     recipe = Recipe("full", FAST | {"per_device_train_batch_size": batch})
@@ -439,22 +486,48 @@ def calibrate_on_rank(rank, folder, batch):
     calibrate(model, LESSONS[:2], [recipe], store=store, output=output, **fixed)
 
 
+def fail_on_rank(rank, folder):
+    def train(*args, **settings):
+        if rank == 1:
+            raise RuntimeError("the card fell off the bus")
+        return fine_tune(*args, **settings)
+
+    fine_tune, work.fine_tune = work.fine_tune, train
+    model, processor = FAMILIES["CLIP"]()
+    fixed = {"processor": processor, "off_target": KEPT, "use_cpu": True, "progress": False}
+    store = folder / "store.jsonl"
+    calibrate(model, LESSONS[:2], [FULL], store=store, output=folder / "out", **fixed)
+
+
 @pytest.mark.whole
-def test_two_ranks_give_the_outcomes_of_one(tmp_path):
-    program = tmp_path / "ranks.py"
+def test_a_run_that_fails_on_one_rank_ends_all_of_them(tmp_path):
+    done = on_two_ranks(tmp_path, "fail_on_rank(rank, folder)", IIMM_CALLBACKS_TIMEOUT="5")
+    assert done.returncode != 0
+    assert "the card fell off the bus" in done.stderr
+    assert "RanksApartError" in done.stderr
+
+
+def on_two_ranks(folder, call, **environment):
+    program = folder / "ranks.py"
     program.write_text(
         "import sys; from pathlib import Path; from forked import on_ranks\n"
-        "from test_calibration import calibrate_on_rank\n"
+        "from test_calibration import calibrate_on_rank, fail_on_rank\n"
         "world, folder = int(sys.argv[1]), Path(sys.argv[2])\n"
-        "on_ranks(world, lambda rank: calibrate_on_rank(rank, folder, 4 // world), folder)\n"
+        f"on_ranks(world, lambda rank: {call}, folder)\n"
     )
-    calibrate_on_rank(0, tmp_path, 4)  # alone
     paths = [os.path.dirname(__file__), *sys.path]
-    done = subprocess.run(
-        [sys.executable, program, "2", str(tmp_path)],
-        env=os.environ | {"PYTHONPATH": os.pathsep.join(path for path in paths if path)},
+    path = os.pathsep.join(path for path in paths if path)
+    return subprocess.run(
+        [sys.executable, program, "2", str(folder)],
+        env=os.environ | {"PYTHONPATH": path} | environment,
         capture_output=True, text=True, check=False,
     )  # fmt: skip
+
+
+@pytest.mark.whole
+def test_two_ranks_give_the_outcomes_of_one(tmp_path):
+    calibrate_on_rank(0, tmp_path, 4)  # alone
+    done = on_two_ranks(tmp_path, "calibrate_on_rank(rank, folder, 4 // world)")
     assert done.returncode == 0, done.stderr
     alone, shared = (read_outcomes(tmp_path / f"{batch}.jsonl") for batch in (4, 2))
     assert len(alone) == len(shared) == 2
@@ -536,6 +609,33 @@ def test_what_plan_tries_is_saved_and_known(folders, tmp_path, monkeypatch):
     assert row["forecast"]["gain"]["point"] == outcome.gain
     assert row["forecast"]["gain"]["low"] == row["forecast"]["gain"]["high"] == outcome.gain
     assert (outcome.recipe["learning_rate"], outcome.recipe["steps"]) == (0.01, 5)
+
+
+SLOW = """
+import time
+from transformers import TrainerCallback
+
+class Slow(TrainerCallback):
+    def on_step_end(self, *_, **__):
+        time.sleep(2)
+"""
+
+
+@pytest.mark.whole
+def test_the_command_tells_what_a_script_takes_once_it_runs(folders, tmp_path, monkeypatch):
+    monkeypatch.setenv("IIMM_CALLBACKS_STORE", str(tmp_path / "store.jsonl"))
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([path for path in sys.path if path]))
+    script = tmp_path / "train.py"
+    written = SLOW + SCRIPT.replace("FAIL", "0").replace("[guard]", "[Slow(), guard]")
+    script.write_text(written.replace("train=train)", "train=train, max_overhead=None)"))
+    learnt = ["--task", folders / "warm", "--task", folders / "cold", "--script", script]
+    text = run("calibrate", folders / "model", *learnt, "--output", tmp_path / "out",
+               "--budget", "1h", "--template", "a photo of the {} thing", "--device", "cpu",
+               "--off-target", folders / "both").output  # fmt: skip
+    assert "how long one takes is known from its first looks on" in text
+    assert text.count("A run takes about ") == 1
+    assert "; 2 of 2 fit into 1 h" in text or "; 2 of 2 fit into 59 min" in text
+    assert len(read_outcomes(tmp_path / "store.jsonl")) == 2
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,7 @@ from ...records.log import get_logger
 from ...records.objects import Address, as_store
 from ...records.outcomes import Outcome, one_of_each_run
 from ...records.store import append_outcome, default_store, read_outcomes
+from ...reports.words import duration
 from . import learnt
 from .budget import Job
 from .lessons import measure
@@ -164,15 +165,16 @@ def _do(
     """Run what is to do, save it and note it in `done`; run -> why it failed."""
     failed: dict[str, str] = {}
     slower = 1.0  # than planned, in the latest run
+    usual = 0.0  # seconds of a script's latest run
     is_first = ranks.world()[0] == 0
     for n, job in enumerate(to_do):
         rest = ranks.from_first(left)
-        if rest is not None and slower * job.seconds > rest:
+        if rest is not None and max(slower * job.seconds, usual) > rest:
             say(f"Out of time: {len(to_do) - n} runs were not begun.")
             break
         started = perf_counter()
         try:
-            outcome = work.run(job, left)
+            outcome = work.run(job, left, _Pace(len(to_do) - n, rest, say, usual > 0))
         except OSError:
             raise  # a full disk will not be any better for the next run
         except OutOfTimeError:
@@ -185,9 +187,37 @@ def _do(
             done[outcome.run] = outcome
             ranks.together(partial(append_outcome, store, outcome) if is_first else bool)
             say(f"{n + 1} of {len(to_do)}: {_result(work.title(job), outcome)}")
+            usual = 0.0 if job.seconds else perf_counter() - started
         took = perf_counter() - started
         slower = max(took / job.seconds, 1.0) if job.seconds else 1.0
     return failed
+
+
+@dataclass
+class _Pace:
+    """What a script's first looks say of its runs; printed once.
+
+    Attributes:
+        n: Runs that are to do, this one included.
+        rest: Seconds that are left for them; None: no limit.
+        say: Prints.
+        is_told: Whether it was, or need not be.
+    """
+
+    n: int
+    rest: float | None
+    say: Callable[[str], None]
+    is_told: bool
+
+    def __call__(self, whole: float, is_sure: bool) -> None:
+        if self.is_told or not is_sure:
+            return
+        self.is_told = True
+        fit = self.n if self.rest is None else min(int(self.rest // whole), self.n)
+        left = "" if self.rest is None else f"; {fit} of {self.n} fit into {duration(self.rest)}"
+        self.say(f"A run takes about {duration(whole)}{left}.")
+        if not fit:
+            raise OutOfTimeError
 
 
 def _learn(

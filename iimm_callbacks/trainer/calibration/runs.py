@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import math
 import os
 import signal
 import subprocess
@@ -12,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +34,7 @@ from ...data.tasks import Task
 from ...models.classifier import ImageCollator, PromptClassifier
 from ...probing import ranks
 from ...records.outcomes import Outcome
+from ...records.run_file import read_run
 from ...records.store import read_outcomes
 from ..callback import IIMMCallback
 from .recipes import Recipe
@@ -41,6 +44,7 @@ from .recipes import Recipe
 LOOKS = (0.1, 0.2, 0.4)
 _TIMED = 4  # steps; the first one warms up
 _LAST_LINES = 5  # of a script that failed
+_EVERY = 1.0  # seconds between two looks at what a script has done
 
 
 class OutOfTimeError(Exception):
@@ -232,7 +236,12 @@ def trainer_of(
 
 
 def run_script(
-    script: Path, data: Path, folder: Path, watch: str, seconds: float | None = None
+    script: Path,
+    data: Path,
+    folder: Path,
+    watch: str,
+    seconds: float | None = None,
+    tell: Callable[[float, bool], None] = lambda whole, is_sure: None,
 ) -> Outcome:
     """One run of a user's own training script, whose guard finds here that it only watches.
 
@@ -244,13 +253,16 @@ def run_script(
         folder: For what it writes.
         watch: Name of the environment variable that tells guards to watch only.
         seconds: That it may take; None: no limit. Then it and what it started are killed.
+        tell: Is told at each look that its run file in `folder` has how many seconds all of it will
+            take, and whether two looks in training say so. What it raises ends the script.
 
     Raises:
         OutOfTimeError: It took longer.
         RuntimeError: It failed, with its last lines; or its guard saved no complete outcome.
     """
     store = folder / "outcomes.jsonl"
-    store.unlink(missing_ok=True)
+    for path in (store, *folder.glob("iimm_*.json")):  # of an earlier try
+        path.unlink(missing_ok=True)
     command = [sys.executable, str(script), str(data), str(folder)]
     environment = os.environ | {"IIMM_CALLBACKS_STORE": str(store), watch: "1"}
     with (folder / "script.log").open("wb") as log:
@@ -259,7 +271,7 @@ def run_script(
             stderr=subprocess.STDOUT, start_new_session=True,
         )  # fmt: skip
         try:
-            code = process.wait(seconds)
+            code = _wait(process, seconds, partial(_share, folder), tell)
         except BaseException as error:
             with suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
@@ -278,3 +290,36 @@ def run_script(
             "`IIMMCallback` no `outcomes`, and let it train to its last step"
         )
     return found[0]
+
+
+def _wait(
+    process: subprocess.Popen[bytes],
+    seconds: float | None,
+    share: Callable[[], float | None],
+    tell: Callable[[float, bool], None],
+) -> int:
+    """Its exit code, asking all the while what share of the steps is done."""
+    began = time.monotonic()
+    looks: list[tuple[float, float]] = []  # share, and when
+    while True:
+        left = math.inf if seconds is None else seconds - (time.monotonic() - began)
+        try:
+            return process.wait(max(min(left, _EVERY), 0.0))
+        except subprocess.TimeoutExpired:
+            if left <= _EVERY:
+                raise
+        now, done = time.monotonic() - began, share()
+        if done is not None and (not looks or done > looks[-1][0]):
+            looks.append((done, now))
+            (first, then), (last, _) = looks[0], looks[-1]
+            if last > first:
+                tell(now + (1 - last) * (now - then) / (last - first), len(looks) > 2)
+
+
+def _share(folder: Path) -> float | None:
+    """Of the steps that the run file in a folder has; None where there is none."""
+    shares = []
+    for path in folder.glob("iimm_*.json"):
+        with suppress(OSError, ValueError, LookupError):
+            shares.append(float(read_run(path)["looks"][-1]["share"]))
+    return max(shares, default=None)

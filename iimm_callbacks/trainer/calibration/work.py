@@ -156,10 +156,22 @@ class Work:
         if seconds := sum(job.seconds for job in to_do):
             within = "" if budget is None else f" of {duration(budget)} allowed"
             parts.append(f"about {duration(seconds)}{within}")
+        elif to_do:
+            parts.append("how long one takes is known from its first looks on")
         return f"Calibration: {'; '.join(parts)}."
 
-    def run(self, job: Job, left: Callable[[], float | None]) -> Outcome:
+    def run(
+        self,
+        job: Job,
+        left: Callable[[], float | None],
+        tell: Callable[[float, bool], None],
+    ) -> Outcome:
         """A run's outcome, known by its key; not saved yet.
+
+        Args:
+            job: Which.
+            left: Seconds.
+            tell: As `run_script`; only a script's run calls it.
 
         Raises:
             OutOfTimeError: None of the seconds in `left` is left before its end.
@@ -177,7 +189,7 @@ class Work:
             data = self.output / "data" / self._stem(job)
             write_folder(lesson.train, data / "train")
             write_folder(lesson.task, data / "test")
-            outcome = run_script(Path(self.script), data, folder, WATCH, left())
+            outcome = run_script(Path(self.script), data, folder, WATCH, left(), tell)
         outcome = replace(outcome, run=self.key(job))
         if ranks.world()[0] == 0:  # so that a report knows the run's own outcome
             for path in self.run_files(job):
