@@ -65,8 +65,8 @@ def pytest_collection_modifyitems(config, items):
 
 # What a fixture of these takes long to make, one worker makes once.
 IN_ONE_PLACE = (
-    "test_demo.py", "test_kill.py", "test_package.py", "test_paper.py", "test_probe_ranks.py",
-    "test_public_api.py", "test_ranks.py", "test_rescue.py",
+    "test_apart.py", "test_demo.py", "test_kill.py", "test_package.py", "test_paper.py",
+    "test_probe_ranks.py", "test_public_api.py", "test_ranks.py", "test_rescue.py",
 )  # fmt: skip
 
 

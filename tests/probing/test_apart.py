@@ -18,7 +18,7 @@ LIMIT = 1.0  # the worker's
 TAIL = "within 1 s: it has failed, has died or is slow, see its output; `IIMM_CALLBACKS_TIMEOUT`"
 
 
-@pytest.fixture(scope="module", params=[2, pytest.param(4, marks=pytest.mark.whole)])
+@pytest.fixture(scope="module", params=[pytest.param(n, marks=pytest.mark.whole) for n in (2, 4)])
 def apart(request, tmp_path_factory):
     """The number of ranks, and what each came back with but the last, which died."""
     folder = tmp_path_factory.mktemp("apart")

@@ -500,6 +500,7 @@ def fail_on_rank(rank, folder):
 
 
 @pytest.mark.whole
+@pytest.mark.once
 def test_a_run_that_fails_on_one_rank_ends_all_of_them(tmp_path):
     done = on_two_ranks(tmp_path, "fail_on_rank(rank, folder)", IIMM_CALLBACKS_TIMEOUT="5")
     assert done.returncode != 0
@@ -622,6 +623,7 @@ class Slow(TrainerCallback):
 
 
 @pytest.mark.whole
+@pytest.mark.once
 def test_the_command_tells_what_a_script_takes_once_it_runs(folders, tmp_path, monkeypatch):
     monkeypatch.setenv("IIMM_CALLBACKS_STORE", str(tmp_path / "store.jsonl"))
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([path for path in sys.path if path]))
