@@ -437,7 +437,7 @@ print(opened - begun, done - opened, time.perf_counter() - done, most - before, 
 
 
 def saved_runs(n):
-    """Lines of a store: the sample's runs, as of 40 models on 65 tasks."""
+    """Lines of a store: the sample's runs, as of 40 models on 70 tasks."""
     shipped = [asdict(outcome) for outcome in sample.load_outcomes()]
     for i in range(n):
         row = shipped[i % len(shipped)]

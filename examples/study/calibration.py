@@ -1,6 +1,6 @@
 """What calibrating is worth: forecasts from four tasks' runs, against those borrowed, as if.
 
-    python examples/study/calibration.py                 # some ten minutes on two cores
+    python examples/study/calibration.py                 # a minute or two
 
 Reads recorded runs only. The gentle runs of a model on four tasks are its calibration; those on its
 other nine tasks are forecast from them and from other models' runs, and from these alone. Two test

@@ -185,7 +185,7 @@ def tidy(outcome):
     """The outcome as it ships: rounded, and without a word about the machine."""
     row = json.loads(json.dumps(asdict(outcome)), parse_float=lambda text: round(float(text), 6))
     name = "/".join(Path(outcome.model).parts[-2:])
-    return replace(parse_outcome(row), model=name, run="")
+    return replace(parse_outcome(row), model=name, run="", provenance={})
 
 
 def start_worker():
