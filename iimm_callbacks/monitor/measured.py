@@ -35,7 +35,7 @@ from ..records.objects import Address
 from ..records.outcomes import Outcome
 from ..records.store import as_catalog
 from ..records.verdict import Limits
-from ..rescue.mixing import begins_trained
+from ..rescue.mixing import trained_before
 from ..rescue.rescuer import Rescuer, is_exceeded
 from ..rescue.sweep import Rescue
 from .telling import Forgiving, Warned
@@ -291,13 +291,15 @@ class Measured(Journaled):
             recipe=recipe | ({"metrics": metrics} if metrics else {}),
             run=ranks.from_first(lambda: uuid.uuid4().hex),
         )
+        if trained := trained_before(model):
+            self._warned.of_adapters(trained[0])
         return Journal(
             start,
             look,
             self.probe.fingerprints,
             n_outcomes=0,  # until `_learn` has counted them
             off_target_size=self.probe.off_target_size,
-            is_later_phase=begins_trained(model)
+            is_later_phase=bool(trained)
             or untouched not in (None, before)
             or (untouched is before and fingerprint != model_fingerprint(model)),
         )

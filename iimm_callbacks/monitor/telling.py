@@ -66,6 +66,15 @@ class Warned:
             error,
         )
 
+    def of_adapters(self, name: str) -> None:
+        """That a weight of an adapter is not as adapters begin."""
+        self._once(
+            "adapters",
+            "%r and other adapters were trained before this run, or begin at random: it counts as "
+            "a later phase of a training, from which no forecast learns",
+            name,
+        )
+
     def of_length(self, step: int, total_steps: int) -> None:
         """That the run goes on beyond the steps it was said to have."""
         if step > total_steps:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from typing import Any
 
@@ -103,7 +103,7 @@ def check_rows(embeds: Tensor, n: int, kind: str) -> None:
         )
 
 
-class Kept:
+class Sharded:
     """Runs batches of a sharded model in one piece; a failure is kept, as all ranks must go on.
 
     Args:
@@ -139,7 +139,7 @@ class Kept:
         self._steps.skip(self._order)
 
 
-Run = Halving | Kept
+Run = Halving | Sharded
 
 
 @contextmanager
@@ -161,8 +161,10 @@ def runs(
     encoder = share.encoder
     with InStep(model, core).kept() as steps:
         with autocast(model, dtype):
-            texts = Kept(steps, partial(encoder.embed_texts, model), move(share.prompt, model))
-            images = Kept(steps, partial(encoder.embed_backbone, model), move(share.image, model))
+            texts = Sharded(steps, partial(encoder.embed_texts, model), move(share.prompt, model))
+            images = Sharded(
+                steps, partial(encoder.embed_backbone, model), move(share.image, model)
+            )
         yield texts, images
 
 
@@ -199,15 +201,13 @@ class Early:
         if not self._overlaps:
             return
         start = time.perf_counter()
-        try:
+        with suppress(Exception):  # the look embeds it again, and tells
             if isinstance(inputs, Packed):
                 inputs = inputs.inputs(next((p.device for p in self._model.parameters()), None))
             with autocast(self._model, self._dtype):
                 found = embed_images(self._model, encoder, inputs, self._halving)
             found[:1].cpu()  # until it is done, for the clock; threads read on
             self._found[id(batch)] = found
-        except Exception:
-            pass
         self.seconds += time.perf_counter() - start
 
     def holds(self, batch: Batch) -> bool:

@@ -344,6 +344,6 @@ def waiting_for(address: Address, there: Container[str]) -> list[Found]:
 
 
 def _scan_file(path: Path) -> Iterator[Found]:
-    with path.open("rb") as file:  # as in `facts`, a bare carriage return ends no line
+    with path.open("rb") as file:  # as in `scan`, a bare carriage return ends no line
         lines = ((f"line {n}", line) for n, line in enumerate(file, start=1) if line.strip())
         yield from parse_each(lines, decode_line)

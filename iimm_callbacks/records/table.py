@@ -26,12 +26,12 @@ from pyarrow import parquet
 
 from . import objects
 from .catalog import LEARNT_FROM, Catalog, Listed, matcher, thin_cells
-from .facts import DAMAGED, OUTCOME, RETIRED, SCHEMA, read_facts
 from .lines import Found, name_of, parse_line, report
 from .log import get_logger
 from .objects import Address
 from .outcomes import Outcome, Retired
 from .run_file import write_whole
+from .scan import DAMAGED, OUTCOME, RETIRED, SCHEMA, scan_lines
 
 logger = get_logger(__name__)
 
@@ -186,7 +186,7 @@ def of_file(path: Path) -> pa.Table:
     """The table of a JSON-lines file, in its order.
 
     Returns:
-        Columns as `facts.read_facts`.
+        Columns as `scan.scan_lines`.
 
     Raises:
         OSError: The file cannot be read.
@@ -201,7 +201,7 @@ def of_file(path: Path) -> pa.Table:
     with path.open("rb") as file:
         if state.st_size <= end or told.get(b"sample") != _sample(file, end):
             end = 0
-        new = read_facts(path, end, state.st_size)
+        new = scan_lines(path, end, state.st_size)
         whole = _whole(file, new) or end
         sample = _sample(file, whole)
     saved = saved.filter(pc.less(saved["start"], end))

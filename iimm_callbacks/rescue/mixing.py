@@ -12,10 +12,7 @@ from torch import Tensor, nn
 from ..models.heads import ClipAdapter
 from ..models.sharded import check_measurable, is_sharded
 from ..models.wrappers import adapter_ids, core_of, find_head, find_own_head, zero_shot_twin
-from ..records.log import get_logger
 from .counterparts import Kept, counterparts, weights_of
-
-logger = get_logger(__name__)
 
 # Adapter weights -> what they are where the adapter does nothing, and so before training. Its
 # effect is linear in them.
@@ -165,8 +162,8 @@ def check_starts_untouched(model: nn.Module) -> None:
             )
 
 
-def begins_trained(model: nn.Module) -> bool:
-    """Whether adapters or a CLIP-Adapter on an untouched encoder do something already; tells so.
+def trained_before(model: nn.Module) -> list[str]:
+    """Names of the weights by which adapters on an untouched encoder do something already.
 
     Looked into are LoRA and its variants, IA3, ``modules_to_save`` and CLIP-Adapter.
 
@@ -174,16 +171,8 @@ def begins_trained(model: nn.Module) -> bool:
         model: Before its first step.
     """
     if is_sharded(model) or not _has_untouched(model):
-        return False
-    trained = [part.name for part in _own_parts(model, strict=False) if part.differs()]
-    if not trained:
-        return False
-    logger.warning(
-        "%r and other adapters were trained before this run, or begin at random: it counts as a "
-        "later phase of a training, from which no forecast learns",
-        trained[0],
-    )
-    return True
+        return []
+    return [part.name for part in _own_parts(model, strict=False) if part.differs()]
 
 
 def keep_untouched(model: nn.Module) -> Kept:

@@ -14,7 +14,7 @@ from test_outcomes import RUN
 from iimm_callbacks.forecasting.forecaster import Forecaster
 from iimm_callbacks.forecasting.runs import about, measured
 from iimm_callbacks.records import catalog as catalogs
-from iimm_callbacks.records import facts, objects, store, table
+from iimm_callbacks.records import objects, scan, store, table
 from iimm_callbacks.records.catalog import LEARNT_FROM, Listed, thin
 from iimm_callbacks.records.lines import name_of, to_line
 from iimm_callbacks.records.store import (
@@ -335,18 +335,18 @@ def test_several_processes_read_what_one_does(tmp_path, monkeypatch, caplog):
     lines = [*map(to_line, many(60)), b"{\n", b"\n", to_line(replace(RUN, task="ü\r"))]
     path.write_bytes(b"".join(lines) + b'{"torn')
     size = path.stat().st_size
-    whole = facts.read_facts(path, 0, size)
-    assert whole["kind"].to_pylist() == [facts.OUTCOME] * 60 + [
-        facts.DAMAGED, facts.OUTCOME, facts.DAMAGED,
+    whole = scan.scan_lines(path, 0, size)
+    assert whole["kind"].to_pylist() == [scan.OUTCOME] * 60 + [
+        scan.DAMAGED, scan.OUTCOME, scan.DAMAGED,
     ]  # fmt: skip
-    monkeypatch.setattr(facts, "_n_cores", lambda: 3)
-    monkeypatch.setattr(facts, "_PIECE", size // 4)
+    monkeypatch.setattr(scan, "_n_cores", lambda: 3)
+    monkeypatch.setattr(scan, "_PIECE", size // 4)
     with caplog.at_level("DEBUG", "iimm_callbacks"):
-        assert facts.read_facts(path, 0, size).equals(whole)
+        assert scan.scan_lines(path, 0, size).equals(whole)
     assert "could not read" not in caplog.text
-    monkeypatch.setattr(facts.sys, "executable", "/nowhere")  # as where Python is embedded
+    monkeypatch.setattr(scan.sys, "executable", "/nowhere")  # as where Python is embedded
     with caplog.at_level("DEBUG", "iimm_callbacks"):
-        assert facts.read_facts(path, len(lines[0]), size).equals(whole.slice(1))
+        assert scan.scan_lines(path, len(lines[0]), size).equals(whole.slice(1))
     assert caplog.text.count("could not read") == 2
 
 

@@ -437,7 +437,7 @@ def test_a_script_is_timed_by_the_looks_of_its_run_file(tmp_path, monkeypatch):
     monkeypatch.setattr(runs, "_share", lambda folder: next(shares))
     monkeypatch.setattr(runs, "_EVERY", 0.2)
     told, said = [], []
-    pace = module._Pace(3, 20.0, said.append, False)
+    pace = module._ScriptTime(3, 20.0, said.append, False)
 
     def tell(whole, is_sure):
         told.append((whole, is_sure))
@@ -451,9 +451,9 @@ def test_a_script_is_timed_by_the_looks_of_its_run_file(tmp_path, monkeypatch):
     assert said[0].endswith("; 0 of 3 fit into 20 s.")
     pace(0.0, True)  # once is enough
     assert len(said) == 1
-    module._Pace(3, 20.0, said.append, False)(9.0, True)
+    module._ScriptTime(3, 20.0, said.append, False)(9.0, True)
     assert said[-1] == "A run takes about 9 s; 2 of 3 fit into 20 s."
-    module._Pace(3, None, said.append, False)(9.0, True)
+    module._ScriptTime(3, None, said.append, False)(9.0, True)
     assert said[-1] == "A run takes about 9 s."
 
 

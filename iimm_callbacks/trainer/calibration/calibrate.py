@@ -174,7 +174,7 @@ def _do(
             break
         started = perf_counter()
         try:
-            outcome = work.run(job, left, _Pace(len(to_do) - n, rest, say, usual > 0))
+            outcome = work.run(job, left, _ScriptTime(len(to_do) - n, rest, say, usual > 0))
         except OSError:
             raise  # a full disk will not be any better for the next run
         except OutOfTimeError:
@@ -194,7 +194,7 @@ def _do(
 
 
 @dataclass
-class _Pace:
+class _ScriptTime:
     """What a script's first looks say of its runs; printed once.
 
     Attributes:

@@ -1,6 +1,6 @@
 """Lines of a store -> a table of what they hold, read by several processes where there are many.
 
-python -m iimm_callbacks.records.facts FILE START END > table.arrow
+python -m iimm_callbacks.records.scan FILE START END > table.arrow
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _PIECE = 50_000_000  # bytes at least for each process, which takes half a secon
 _MOST = 8  # processes
 
 
-def read_facts(path: Path, start: int, end: int) -> pa.Table:
+def scan_lines(path: Path, start: int, end: int) -> pa.Table:
     """The facts of the lines between two places in a file, in their order.
 
     Args:
