@@ -51,7 +51,7 @@ from iimm_callbacks import (
     linear_probe,
     sample,
 )
-from iimm_callbacks.data.sources import as_image
+from iimm_callbacks.data.images import as_image
 from iimm_callbacks.models.tuning import prepare
 from iimm_callbacks.probing.probe import Probe
 from iimm_callbacks.records.objects import name_of as object_name

@@ -145,7 +145,7 @@ def load_task(
     """
     no_bars_in_a_log()
     from ..data import hub
-    from ..data.folders import has_class_folders
+    from ..data.sources import has_class_folders
     from ..data.tasks import Task
 
     own = task_name_of(name)

@@ -57,12 +57,17 @@ def load(
             return datasets.load_dataset(
                 name, config, split=split, revision=revision, streaming=streaming
             )
-        saved = _load_saved(folder)
+        check_names(folder)
+        saved: Any = datasets.load_from_disk(name)
     except Exception as error:  # of whatever kind: it is told
         raise _refusal(name, split, config, revision, argument, error) from error
     if split is not None:
         saved = _part(saved, split, name)
-    return _as_stream(saved) if streaming else saved
+    if not streaming:
+        return saved
+    if isinstance(saved, dict):
+        return {split: part.to_iterable_dataset() for split, part in saved.items()}
+    return saved.to_iterable_dataset()
 
 
 def _check_place(
@@ -73,7 +78,8 @@ def _check_place(
     revision: str | None,
     argument: str,
 ) -> None:
-    if not folder.is_dir() and _is_builder(name):  # which reads the working directory
+    is_format = name.isidentifier() and find_spec(f"datasets.packaged_modules.{name}") is not None
+    if is_format and not folder.is_dir():  # it would read the working directory
         raise ValueError(
             f"`{argument}` must be a data set, got {name!r}, which is a file format; pass the "
             "folder that the files are in"
@@ -177,13 +183,6 @@ def local_name(name: str | os.PathLike[str], argument: str) -> str:
     return str(name)
 
 
-def _load_saved(folder: Path) -> Any:
-    import datasets
-
-    check_names(folder)
-    return datasets.load_from_disk(str(folder))
-
-
 def _part(saved: Any, split: Any, name: str) -> Any:
     """A split of what was saved, or what `datasets.load_dataset` would read as slices of some."""
     import datasets
@@ -202,16 +201,6 @@ def _part(saved: Any, split: Any, name: str) -> Any:
         ) from error
     parts = [saved[one.splitname].select(range(one.from_, one.to)) for one in wanted]
     return datasets.concatenate_datasets(parts)
-
-
-def _as_stream(saved: Any) -> Any:
-    if isinstance(saved, dict):
-        return {name: part.to_iterable_dataset() for name, part in saved.items()}
-    return saved.to_iterable_dataset()
-
-
-def _is_builder(name: str) -> bool:
-    return name.isidentifier() and find_spec(f"datasets.packaged_modules.{name}") is not None
 
 
 def _told(error: BaseException) -> str:

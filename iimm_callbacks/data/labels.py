@@ -11,11 +11,13 @@ import numpy as np
 
 from ..records.log import get_logger
 from .class_names import check_utf8, checked_class_names, own_names, some
-from .folders import SPLITS
 
 _IMAGES = ("Image", "Audio")  # features of `datasets`
 # Names of a column of labels, or of captions, in the order of preference.
 _CALLED_LABEL = ("label", "labels", "class", "target", "caption", "captions", "text")
+
+# Words of names of splits: a folder of each, or a "train" beside folders that are all such.
+SPLITS = ("train", "training", "test", "testing", "val", "valid", "validation", "dev", "eval")
 
 logger = get_logger(__name__)
 

@@ -1,23 +1,32 @@
-"""A user's data set -> its labels without decoding, and its images one by one, by one decoder."""
+"""A user's data set or folder -> its labels without decoding, and its images one by one."""
 
 from __future__ import annotations
 
-import io
 import os
-import threading
-import warnings
+import re
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import replace
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 
-from .labels import pick_columns
-from .pixels import as_array, picture_of
-from .streams import STREAM_SIZE, is_stream, read_stream
+from ..records.log import get_logger
+from .labels import SPLITS, pick_columns
+from .streams import is_stream, read_stream
 
-_READING = threading.RLock()  # a data set may be made of another task
+logger = get_logger(__name__)
+
+_BESIDE_SPLITS = (
+    "set", "data", "dataset", "images", "seg", "pred", "predict", "prediction", "predictions",
+    "sample", "samples", "extra", "unlabeled", "unlabelled", "holdout",
+)  # fmt: skip
+
+# Told by Pillow, but not read; and EPS by another program only, which it would start.
+_UNREAD = ("BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF")
 _COMPARED = 16  # items of a data set that also has `.targets`
 
 
@@ -137,17 +146,7 @@ def _open_stream(
     return source
 
 
-def open_source(
-    name: str,
-    dataset: Any,
-    image: str | None,
-    label: str | None,
-    *,
-    size: int,
-    first: int = STREAM_SIZE,
-    seed: int = 0,
-    given: Any = None,
-) -> Any:
+def open_source(name: str, dataset: Any, image: str | None, label: str | None, **draw: Any) -> Any:
     """The source for a data set.
 
     It has ``len``, ``labels()``, ``image(position)``, ``class_names``, and ``strings`` as
@@ -158,17 +157,13 @@ def open_source(
         dataset: As `Task`.
         image: Name of the image column, or None.
         label: Name of the label column, or None.
-        size: Of the draw from a stream, see `streams.read_stream`.
-        first: Likewise.
-        seed: Likewise.
-        given: Likewise.
+        draw: Of a stream: `size`, `first`, `seed` and `given` of `streams.read_stream`.
 
     Raises:
         TypeError: The data set is of another kind.
         ValueError: A column is missing or ambiguous, or a stream cannot be read.
     """
     if is_stream(dataset):
-        draw = {"size": size, "first": first, "seed": seed, "given": given}
         return _open_stream(name, dataset, image, label, **draw)
     if hasattr(dataset, "features") and hasattr(dataset, "with_format"):
         return _HubSource(name, dataset, image, label)
@@ -204,136 +199,142 @@ def open_source(
     )
 
 
-class _ReadLargeImages:
-    """Inside, what Pillow only warns of it reads, whatever the filters of warnings say.
+class ImageFolder:
+    """(path, label) pairs of the images in `path/CLASS/**`, classes in sorted order.
 
-    Those are of the whole process: the first thread that comes sets them, the last restores them.
-    """
+    The `imagefolder` builder of `datasets` writes a cache, hashes every file, takes sub-folders
+    called `train` or `test` for splits, and follows links out of the folder: not so here.
 
-    def __init__(self) -> None:
-        self._lock, self._inside = threading.Lock(), 0
-
-    def __enter__(self) -> None:
-        with self._lock:
-            self._inside += 1
-            if self._inside == 1:
-                self._filters = warnings.catch_warnings()
-                self._filters.__enter__()
-                warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-
-    def __exit__(self, *_: Any) -> None:
-        with self._lock:
-            self._inside -= 1
-            if self._inside == 0:
-                self._filters.__exit__(None, None, None)
-
-
-_LARGE_IMAGES = _ReadLargeImages()
-
-
-def read_image(source: Any, position: int) -> Any:
-    """An image of a source, as `as_image`; threads may call it together.
-
-    Data sets, which tasks may share, and what is open already are read by one at a time; encoded
-    images are decoded by all.
-
-    Raises:
-        Exception: It cannot be read.
-    """
-    with _LARGE_IMAGES:
-        with _READING:
-            item = source.image(position)
-            if not isinstance(item, bytes | str | os.PathLike) and not _is_undecoded(item):
-                return as_image(item)
-        return as_image(item)
-
-
-def _is_undecoded(item: Any) -> bool:
-    return isinstance(item, dict) and "bytes" in item
-
-
-def as_image(item: Any) -> Any:
-    """What a model's processor reads, from what a data set holds.
-
-    Pictures are turned as their EXIF orientation says. Levels of uint16, and of files of 16 bits,
-    are from 0 to 65535, as in torchvision and scikit-image, however dark a picture is; those of all
-    other integers from 0 to 255; floats from 0 to 1 or 255, and a thousandth over, as after a
-    resize.
+    Every file whose extension Pillow reads is an image; nothing is opened here. Of a class all
+    images below its folder count, in sorted order. What is hidden (its name starts with a dot) is
+    passed over. Other files, links to folders, and links that lead out of the folder are skipped,
+    and a warning is logged that counts them.
 
     Args:
-        item: An image (PIL image, path, encoded bytes, an open file; or an array, a tensor or lists
-            [H, W], [H, W, 1 or 3 or 4] or [1 or 3 or 4, H, W] of integers, booleans, or floats in
-            [0, 1] or [0, 255]), a sound (floats [n], ``{"array", "sampling_rate"}`` or a decoded
-            `datasets.Audio`) or a video (list of images, array [T, H, W, 3]).
+        path: The folder.
 
-    Returns:
-        An RGB PIL image; ``{"array": [n] float32, "sampling_rate": int or None}``; or a list of RGB
-        PIL images.
+    Attributes:
+        path: The folder, its own links resolved.
+        folders: Names of the class folders, in label order.
+        classes: The same; see `class_names.checked_class_names` for what prompts have.
+        targets: Label of every image.
+        skipped: How many files and links were skipped.
 
     Raises:
-        TypeError: It is none of these.
-        ValueError: A sound has several channels, or integers; a picture has another shape, or
-            values of another range.
+        TypeError: `path` is no path.
+        ValueError: There is no such folder, it has fewer than two class folders, they are splits,
+            or one of them has no image.
     """
-    if hasattr(item, "get_all_samples"):  # what `datasets.Audio` decodes to
-        samples = item.get_all_samples()
-        item = {"array": samples.data.mean(0).numpy(), "sampling_rate": samples.sample_rate}
-    if hasattr(item, "detach") and hasattr(item, "numpy"):  # a tensor
-        item = as_array(item)
-    if isinstance(item, list) and item and isinstance(item[0], float | list):
-        item = np.asarray(item)
-    if isinstance(item, np.ndarray) and item.ndim == 1 and item.dtype.kind == "f":
-        item = {"array": item, "sampling_rate": None}
-    if isinstance(item, dict) and "array" in item:
-        array = np.asarray(item["array"])
-        if array.ndim != 1 or array.dtype.kind != "f":
-            raise ValueError(
-                "expected a sound of one channel, [n] floats in [-1, 1], got shape "
-                f"{array.shape} of {array.dtype}; average its channels, scale its integers"
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        if not isinstance(path, str | os.PathLike):
+            raise TypeError(
+                f"`path` must be a folder of class folders, got {path!r:.80} "
+                f"({type(path).__name__}); pass its path as a string or pathlib.Path"
             )
-        return {"array": array.astype(np.float32), "sampling_rate": item.get("sampling_rate")}
-    if isinstance(item, list | tuple) or (isinstance(item, np.ndarray) and item.ndim == 4):
-        return [_as_rgb(frame) for frame in item]
-    return _as_rgb(item)
+        self.path = Path(path).expanduser().resolve()
+        if not self.path.is_dir():
+            got = "which is a file" if self.path.exists() else "which does not exist"
+            raise ValueError(f"`path` must be a folder of class folders, got {str(path)!r}, {got}")
+        self.folders = [entry.name for entry in _visible(self.path) if _is_folder(entry)]
+        self.classes = self.folders
+        self._check_folders(path)
+        self.skipped = sum(entry.is_symlink() for entry in _visible(self.path))
+        self._paths: list[Path] = []
+        self.targets: list[int] = []
+        for label, name in enumerate(self.folders):
+            found = list(self._images(self.path / name))
+            if not found:
+                raise ValueError(
+                    f"`path` must have images in every class folder, got none in "
+                    f"{str(self.path / name)!r} that Pillow reads; remove it, or name it with a "
+                    "dot in front"
+                )
+            self._paths += found
+            self.targets += [label] * len(found)
+        if self.skipped:
+            logger.warning(
+                "%d files or links in %s are skipped: no images, or links out of it or to folders",
+                self.skipped,
+                self.path,
+            )
+
+    def __len__(self) -> int:
+        return len(self._paths)
+
+    def __getitem__(self, position: int) -> tuple[str, int]:
+        return str(self._paths[position]), self.targets[position]
+
+    def __repr__(self) -> str:
+        return f"ImageFolder({str(self.path)!r}, {len(self)} images, {len(self.folders)} classes)"
+
+    def _check_folders(self, path: str | os.PathLike[str]) -> None:
+        if _are_splits(self.folders):
+            raise ValueError(
+                f"`path` must be the folder of one split, got {str(path)!r} with "
+                f"{', '.join(self.folders)} in it; pass e.g. "
+                f"{str(Path(path) / self.folders[-1])!r}"
+            )
+        if len(self.folders) < 2:
+            raise ValueError(
+                f"`path` must hold at least 2 folders, one per class, got {str(path)!r} with "
+                f"{', '.join(self.folders) or 'none'} (hidden ones and links do not count)"
+            )
+
+    def _images(self, folder: Path) -> Iterator[Path]:
+        for entry in _visible(folder):
+            if _is_folder(entry):
+                yield from self._images(folder / entry.name)
+            elif _is_image(entry.name) and self._is_inside(entry):
+                yield folder / entry.name
+            else:
+                self.skipped += 1
+
+    def _is_inside(self, entry: os.DirEntry[str]) -> bool:
+        """Whether it is a file, and if by a link then one of this folder."""
+        if not entry.is_symlink():
+            return entry.is_file()
+        target = Path(entry.path).resolve()
+        return target.is_file() and target.is_relative_to(self.path)
 
 
-def kind(image: Any) -> str:
-    """What `as_image` returned: ``"image"``, ``"sound"`` or ``"video"``."""
-    if isinstance(image, list):
-        return "video"
-    return "sound" if isinstance(image, dict) else "image"
+def _are_splits(folders: list[str]) -> bool:
+    """Whether folders are splits of a data set: words for splits, and nothing but such words."""
+    words = [set(re.split(r"[\W_\d]+", name.lower())) - {""} for name in folders]
+    splits, beside = set(SPLITS), {*SPLITS, *_BESIDE_SPLITS}
+    return any(w & splits for w in words) and all(w and w <= beside for w in words)
 
 
-def content(image: Any) -> bytes:
-    """What `as_image` returned, as bytes to be hashed."""
-    if isinstance(image, list):
-        return b"".join(map(content, image))
-    if isinstance(image, dict):
-        return repr(image["sampling_rate"]).encode() + bytes(image["array"].tobytes())
-    return repr(image.size).encode() + bytes(image.tobytes())
+def has_class_folders(path: Path) -> bool:
+    """Whether a folder has two or more folders with images right in them, and no other data."""
+    if not path.is_dir():
+        return False
+    entries = _visible(path)
+    folders = [path / entry.name for entry in entries if _is_folder(entry)]
+    files = [entry.name for entry in entries if not _is_folder(entry)]
+    return (
+        len(folders) > 1
+        and all(any(_is_image(inner.name) for inner in _visible(folder)) for folder in folders)
+        and all(os.path.splitext(name)[1].lower() in ("", ".md", ".txt") for name in files)
+    )
 
 
-def _as_rgb(image: Any) -> Image.Image:
-    if isinstance(image, dict):  # an undecoded `datasets.Image`
-        held = image.get("bytes")
-        image = image.get("path") if held is None else held
-    if hasattr(image, "detach") and hasattr(image, "numpy"):
-        image = as_array(image)
-    if isinstance(image, bytes | bytearray | memoryview):
-        image = Image.open(io.BytesIO(image))
-    elif isinstance(image, np.ndarray):
-        return picture_of(image)
-    elif isinstance(image, str | os.PathLike) or hasattr(image, "read"):
-        image = Image.open(image)
-    elif not isinstance(image, Image.Image):
-        raise TypeError(
-            f"expected a PIL image, path, bytes or array, got {type(image).__name__}; pass the "
-            "data set without its transform"
-        )
-    # Pillow opens files of 16 bits as 32 where it has no mode for them.
-    is_wide = image.mode == "I" and image.format in ("PNG", "PPM")
-    image = ImageOps.exif_transpose(image)
-    if image.mode == "F" or image.mode.startswith("I"):  # which `convert` would clip
-        return picture_of(np.asarray(image, np.uint16 if is_wide else None))
-    rgb: Image.Image = image.convert("RGB")
-    return rgb
+def _is_image(name: str) -> bool:
+    """Whether Pillow reads files of this extension."""
+    return os.path.splitext(name)[1].lower() in _extensions()
+
+
+@cache
+def _extensions() -> frozenset[str]:
+    found = Image.registered_extensions()  # loads Pillow's plugins
+    readable = set(Image.OPEN) - set(_UNREAD)
+    return frozenset(extension for extension, kind in found.items() if kind in readable)
+
+
+def _visible(folder: Path) -> list[os.DirEntry[str]]:
+    with os.scandir(folder) as entries:
+        return sorted((e for e in entries if not e.name.startswith(".")), key=lambda e: e.name)
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    return entry.is_dir(follow_symlinks=False)

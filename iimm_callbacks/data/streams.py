@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence, Sized
+from collections.abc import Iterator, Sequence, Sized
 from contextlib import closing
 from dataclasses import replace
 from typing import Any
@@ -82,7 +82,7 @@ def read_stream(
         (_column(name, example, image), _label(name, _column(name, example, label), position))
         for position, example in _read(name, plain, first)
     )
-    draws = [_Draw(size, seed, captions=captions) for captions in (True, False)]
+    draws = [Draw(size, seed, captions=captions) for captions in (True, False)]
     strings: Counter[str] = Counter()
     n_read = 0
     for x, y in examples:
@@ -96,9 +96,7 @@ def read_stream(
     return [(_fetched(name, x), y) for x, y in drawn], strings
 
 
-def draw_balanced(
-    examples: Iterable[tuple[Any, Label]], size: int, seed: int, *, captions: bool = True
-) -> list[tuple[Any, Any]]:
+class Draw:
     """A seeded, class-balanced draw from examples that pass by once, in their order.
 
     Every example gets a random number. Its turn is how many of its class have a lower one, and the
@@ -108,24 +106,12 @@ def draw_balanced(
     never more than twice its size is in memory.
 
     Args:
-        examples: Pairs of anything and a class.
-        size: Pairs drawn at most.
+        size: Examples drawn at most.
         seed: Of the numbers.
         captions: Whether of strings the first of each only may be drawn.
-
-    Returns:
-        The pairs drawn, in the order they came.
     """
-    draw = _Draw(size, seed, captions=captions)
-    for item, label in examples:
-        draw.add(item, label)
-    return draw.drawn()
 
-
-class _Draw:
-    """`draw_balanced`, to be given one example after another."""
-
-    def __init__(self, size: int, seed: int, *, captions: bool) -> None:
+    def __init__(self, size: int, seed: int, *, captions: bool = True) -> None:
         self._size, self._captions = size, captions
         self._rng = np.random.default_rng(seed)
         self._kept: list[tuple[float, int, Any, Label]] = []
@@ -133,6 +119,7 @@ class _Draw:
         self._position = 0
 
     def add(self, item: Any, label: Label) -> None:
+        """The next example: anything, and its class."""
         position, self._position = self._position, self._position + 1
         if self._captions and isinstance(label, str | tuple):
             captions = {label} if isinstance(label, str) else set(label)
@@ -144,6 +131,7 @@ class _Draw:
             self._kept = _first(self._kept, self._size)
 
     def drawn(self) -> list[tuple[Any, Any]]:
+        """The examples drawn and their classes, in the order they came."""
         first = sorted(_first(self._kept, self._size), key=lambda row: row[1])
         return [(item, label) for _, _, item, label in first]
 

@@ -11,11 +11,10 @@ import numpy as np
 
 from . import hub
 from .class_names import check_utf8
-from .folders import ImageFolder
+from .images import kind, random_streams_kept, read_image
 from .labels import read_labels
 from .metrics import as_metric
-from .randomness import random_streams_kept
-from .sources import kind, open_source, read_image
+from .sources import ImageFolder, open_source
 from .streams import STREAM_SIZE
 from .templates import given_templates
 
@@ -40,7 +39,7 @@ class Task:
               and kept as encoded bytes; see `streams.read_stream`. Each rank reads the stream
               itself, so all must be given the same, unsplit stream.
             Of several columns the one called "label" or similar is used, or none. One decoder,
-            `sources.as_image`, reads images (PIL, paths, bytes, arrays), sounds and videos. A
+            `images.as_image`, reads images (PIL, paths, bytes, arrays), sounds and videos. A
             transform of a `datasets.Dataset` is not applied: the model's own processor is.
         templates: One or several prompt templates with one ``{}`` for the class name; embeddings of
             several are averaged as in CLIP. ``"clip:imagenet"`` and so on name the templates that
@@ -189,7 +188,7 @@ class Task:
         """The task in a folder that has one folder of images per class.
 
         Labels go by the sorted names of the class folders. Nothing is copied, and an image is
-        opened only when the probe shows it. Which files count is told in `folders.ImageFolder`.
+        opened only when the probe shows it. Which files count is told in `sources.ImageFolder`.
 
         Args:
             path: The folder.
@@ -245,7 +244,7 @@ class Task:
         return [int(i) for i in rng.permutation(chosen)]
 
     def images(self, positions: Sequence[int]) -> list[Any]:
-        """The images at these positions, as `sources.as_image` returns them.
+        """The images at these positions, as `images.as_image` returns them.
 
         Raises:
             ValueError: An image cannot be read; names the task and the position.

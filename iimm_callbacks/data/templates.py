@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable
 from difflib import get_close_matches
 from functools import cache
 from pathlib import Path
@@ -59,29 +58,6 @@ def get(name: str) -> tuple[str, ...]:
     )
 
 
-def expand(templates: str | Iterable[str]) -> tuple[str, ...]:
-    """Templates with names replaced by what they stand for; all else is left as it is.
-
-    A template has a ``{}`` and a name has none, so neither is taken for the other.
-
-    Args:
-        templates: One or several, names among them or not.
-
-    Raises:
-        ValueError: As `get`.
-
-    Example:
-        >>> expand(["clip:stl10", "{}"])
-        ('a photo of a {}.', 'a photo of the {}.', '{}')
-    """
-    given = (templates,) if isinstance(templates, str) else tuple(templates)
-    return tuple(one for entry in given for one in (get(entry) if _is_name(entry) else (entry,)))
-
-
-def _is_name(entry: object) -> bool:
-    return isinstance(entry, str) and entry.startswith(_PREFIX) and "{}" not in entry
-
-
 def _plain(name: str) -> str:
     return re.sub(r"[\W_]", "", name).lower()
 
@@ -95,7 +71,9 @@ def _lists() -> dict[str, tuple[str, tuple[str, ...]]]:
 
 
 def given_templates(name: str, templates: Any) -> tuple[str, ...]:
-    """The templates that a task was given, checked; the name of a set is expanded.
+    """The templates that a task was given, checked, with names replaced by what they stand for.
+
+    A template has a ``{}`` and a name has none, so neither is taken for the other.
 
     Args:
         name: Of the task, for errors.
@@ -104,16 +82,23 @@ def given_templates(name: str, templates: Any) -> tuple[str, ...]:
     Raises:
         TypeError: They are no strings.
         ValueError: One has no place for the class name, or there is no set of this name.
+
+    Example:
+        >>> given_templates("digits", ["clip:stl10", "{}"])
+        ('a photo of a {}.', 'a photo of the {}.', '{}')
     """
     what = f"`templates` of task {name!r}"
-    if not isinstance(templates, str):
-        templates = as_listed(what, "a template or a list of them", templates)
-    expanded = expand(templates)
-    for template in expanded or ("",):
+    if isinstance(templates, str):
+        templates = [templates]
+    expanded: list[Any] = []
+    for entry in as_listed(what, "a template or a list of them", templates):
+        is_name = isinstance(entry, str) and entry.startswith(_PREFIX) and "{}" not in entry
+        expanded += get(entry) if is_name else [entry]
+    for template in expanded or [""]:
         if not isinstance(template, str) or template.count("{}") != 1:
             raise ValueError(
                 f"{what} must each have exactly one '{{}}' for the class name, got {template!r}; "
                 "write e.g. 'a photo of a {}.', or 'clip:imagenet'"
             )
         check_utf8(what, template)
-    return expanded
+    return tuple(expanded)

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from contextlib import suppress
 from copy import copy
 from typing import Any
 
-from .class_names import own_names
+from .class_names import own_names, some
 from .labels import pick_columns
 from .streams import is_stream
 from .tasks import Task
@@ -101,14 +100,13 @@ def _named_as(train: Task, task: Task) -> Task:
         return named
     what = "the classes of `task` in another order" if same else "other classes than `task`"
     raise NoTrainingSetError(
-        f"`train` has {what}: {_short(train.class_names)} against {_short(task.class_names)}; give "
-        "both the same `class_names`, in label order"
+        f"`train` has {what}: [{some(train.class_names)}] against [{some(task.class_names)}]; "
+        "give both the same `class_names`, in label order"
     )
 
 
 def _check_cheap(train: Any) -> None:
-    known = hasattr(train, "features") or hasattr(train, "targets") or isinstance(train, list)
-    if not known:
+    if not (hasattr(train, "features") or hasattr(train, "targets") or isinstance(train, list)):
         raise NoTrainingSetError(
             f"the labels of the training set ({type(train).__name__}) cannot be read without "
             "reading every image; pass `train=`"
@@ -121,8 +119,3 @@ def _own_names(train: Any, task: Task) -> tuple[str, ...] | None:
         return own_names(task.name, getattr(train, "classes", None), task.class_names)
     label = pick_columns(task.name, features, *task.columns)[1]
     return own_names(task.name, getattr(features[label], "names", None))
-
-
-def _short(names: Sequence[str]) -> str:
-    shown = ", ".join(map(repr, names[:8]))
-    return f"[{shown}{', ...' if len(names) > 8 else ''}]"

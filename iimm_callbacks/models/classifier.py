@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..data.images import as_image
 from ..data.labels import as_integer
-from ..data.sources import as_image
 from ..data.tasks import Task
 from .encoders import TEXT_BATCH, Encoder, class_embeddings, find_encoder, move
 from .frozen import FrozenPart

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..data.sources import kind
+from ..data.images import kind
 from .families import Family, encoder_inside, exponential_scale, family_of, is_registered
 from .processors import describe, find_processor, is_complete, keeps_case, read_images, read_prompts
 from .wrappers import adapt, breadth_first, core_of, find_dual_encoder

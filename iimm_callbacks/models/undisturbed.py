@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..data.randomness import random_streams_kept
+from ..data.images import random_streams_kept
 
 
 @contextmanager

@@ -14,8 +14,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ..data.randomness import seed_all, streams
-from ..data.sources import content
+from ..data.images import content, seed_all, streams
 from ..data.tasks import Task
 from ..models.encoders import Encoder
 from .ahead import ahead, n_threads

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..data.randomness import seed_all
+from ..data.images import seed_all
 from ..data.tasks import Task
 from ..models.encoders import TEXT_BATCH, Encoder
 from ..records.log import get_logger

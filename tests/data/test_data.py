@@ -27,8 +27,8 @@ from PIL import Image as PILImage
 
 from iimm_callbacks import IIMMCallback, Task
 from iimm_callbacks.data import templates
-from iimm_callbacks.data.folders import ImageFolder, has_class_folders
-from iimm_callbacks.data.streams import draw_balanced
+from iimm_callbacks.data.sources import ImageFolder, has_class_folders
+from iimm_callbacks.data.streams import Draw
 from iimm_callbacks.probing.probe import Probe
 
 FEATURES = Features({"image": Image(), "label": ClassLabel(names=["cat", "dog", "owl"])})
@@ -513,6 +513,13 @@ def test_a_short_stream_is_all_of_it(colours, tiny_clip, processor):
 rows_of_a_stream = st.lists(st.integers(0, 5), max_size=80)
 
 
+def draw_all(examples, size, seed):
+    draw = Draw(size, seed)
+    for item, label in examples:
+        draw.add(item, label)
+    return draw.drawn()
+
+
 @settings(max_examples=200, deadline=None)
 @given(labels=rows_of_a_stream, size=st.integers(1, 30), seed=st.integers(0, 9))
 def test_a_draw_in_passing_is_that_from_all_at_once(labels, size, seed):
@@ -522,7 +529,7 @@ def test_a_draw_in_passing_is_that_from_all_at_once(labels, size, seed):
         for i in range(len(labels))
     ]
     order = sorted(range(len(labels)), key=lambda i: (turn[i], numbers[i]))
-    drawn = draw_balanced(list(enumerate(labels)), size, seed)
+    drawn = draw_all(enumerate(labels), size, seed)
     assert drawn == [(i, labels[i]) for i in sorted(order[:size])]
     counts, there = Counter(y for _, y in drawn), Counter(labels)
     for a in counts:  # balanced, but for a class that ran out
@@ -546,7 +553,7 @@ def test_never_more_than_twice_the_probe_is_in_memory():
             del picture
 
     gc.collect()
-    assert len(draw_balanced(examples(), 20, seed=0)) == 20
+    assert len(draw_all(examples(), 20, seed=0)) == 20
     assert most <= 41
 
 

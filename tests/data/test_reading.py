@@ -18,8 +18,8 @@ from typer.testing import CliRunner
 
 from iimm_callbacks import ImageCollator, Task
 from iimm_callbacks.cli import app
-from iimm_callbacks.data import pixels
-from iimm_callbacks.data.sources import as_image
+from iimm_callbacks.data import images
+from iimm_callbacks.data.images import as_image
 from iimm_callbacks.models.encoders import find_encoder
 from iimm_callbacks.probing.probe import Probe
 
@@ -205,7 +205,7 @@ def test_floats_a_hair_over_their_range_are_clipped(picture, level):
 
 @pytest.mark.parametrize("most", [200, 255, 256, 4000, 4095, 4096, 65535])
 def test_sixteen_bits_are_read_on_one_scale_however_dark_a_picture_is(most, caplog):
-    pixels._tell_dark.cache_clear()
+    images._tell_dark.cache_clear()
     levels = np.linspace(0, most, 256).astype(np.uint16).reshape(16, 16)
     for picture in (levels, Image.fromarray(levels), encoded(Image.fromarray(levels), "PNG")):
         read = np.asarray(as_image(picture))[..., 0]

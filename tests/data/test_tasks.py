@@ -14,7 +14,7 @@ from datasets import ClassLabel, Dataset, Features, Image, Value
 from PIL import Image as PILImage
 
 from iimm_callbacks import Task
-from iimm_callbacks.data.randomness import streams
+from iimm_callbacks.data.images import streams
 
 RED = PILImage.new("RGB", (4, 4), (255, 0, 0))
 

@@ -26,7 +26,7 @@ from iimm_callbacks import (
     Task,
     register_encoder,
 )
-from iimm_callbacks.data.sources import as_image
+from iimm_callbacks.data.images import as_image
 from iimm_callbacks.models import families as families_module
 from iimm_callbacks.models.encoders import find_encoder, move
 from iimm_callbacks.models.families import family_of

@@ -16,7 +16,7 @@ from datasets import Image as ImageFeature
 from PIL import Image
 
 from iimm_callbacks import Task
-from iimm_callbacks.data.randomness import streams
+from iimm_callbacks.data.images import streams
 from iimm_callbacks.models.encoders import Encoder, find_encoder
 from iimm_callbacks.probing import kept, reading
 from iimm_callbacks.probing.ahead import ahead, n_threads

@@ -10,7 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from ...data.sources import content
+from ...data.images import content
 from ...data.tasks import Task
 from ...models.wrappers import model_fingerprint
 from ...probing import ranks

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from ...data import hub
-from ...data.folders import has_class_folders
+from ...data.sources import has_class_folders
 from ...data.tasks import Task
 from .published import MOST_VALIDATION, VALIDATION_SHARE, PaperTask
 
