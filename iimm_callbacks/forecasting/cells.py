@@ -183,4 +183,4 @@ def _budget(seen: float) -> float:
 
 
 def _mean(values: Sequence[float]) -> float:
-    return float(np.mean(values))
+    return math.fsum(values) / len(values)

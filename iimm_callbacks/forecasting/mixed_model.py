@@ -74,21 +74,19 @@ def predict(known: Rows, asked: Rows, effects: Sequence[Effect]) -> tuple[Floats
         [m] prediction, and [m] standard deviation of a new observation about it. Time is
         ``O(n³)``: for a few hundred rows, after runs of one cell are averaged.
     """
-    own = asked.numbers["noise"] ** 2 + np.diag(_covariance(asked, asked, effects))
+    own = asked.numbers["noise"] ** 2 + np.diag(covariance(asked, asked, effects))
     if not len(known):
         return np.zeros(len(asked)), np.sqrt(own)
-    among = _covariance(known, known, effects) + np.diag(known.numbers["noise"] ** 2 + _odd(known))
-    return _solve(among, _covariance(asked, known, effects), own, known.target)
+    among = covariance(known, known, effects) + np.diag(known.numbers["noise"] ** 2 + _odd(known))
+    return _solve(among, covariance(asked, known, effects), own, known.target)
 
 
-def left_out(
-    known: Rows, effects: Sequence[Effect], rows: NDArray[np.bool_], by: str
-) -> tuple[Floats, Floats]:
+def left_out(known: Rows, among: Floats, rows: NDArray[np.bool_], by: str) -> tuple[Floats, Floats]:
     """Prediction of some of the rows from those of all other groups.
 
     Args:
         known: [n] rows with their targets.
-        effects: Of the mixed model.
+        among: [n, n] `covariance` of `known` with itself.
         rows: [n] which to predict.
         by: Column of the groups, such as "task".
 
@@ -96,47 +94,39 @@ def left_out(
         [n] predictions and [n] standard deviations as `predict`, of a row that is not known to be
         odd; NaN for the other rows.
     """
-    if not rows.any():
-        return np.full(len(known), np.nan), np.full(len(known), np.nan)
-    return _left_out(known, _covariance(known, known, effects), rows, by)
-
-
-def _left_out(
-    known: Rows, among: Floats, rows: NDArray[np.bool_], by: str
-) -> tuple[Floats, Floats]:
     points, scales = np.full(len(known), np.nan), np.full(len(known), np.nan)
     odd = _odd(known)
     precision = np.linalg.inv(among + np.diag(known.numbers["noise"] ** 2 + odd))
     weighted = precision @ known.target
-    names, codes = np.unique(known.groups[by], return_inverse=True)
-    for group in range(len(names)):
-        # Of normal variables with precision Q, those in b given all others have covariance Q_bb⁻¹
-        # and lie Q_bb⁻¹ (Q y)_b below what was seen: no fit of its own for each group.
-        own = np.flatnonzero(codes == group)
-        if not rows[own].any():
-            continue
-        covariance = np.linalg.inv(precision[np.ix_(own, own)])
-        asked = rows[own]
-        points[own[asked]] = (known.target[own] - covariance @ weighted[own])[asked]
-        variance = np.diag(covariance) - odd[own]
-        scales[own[asked]] = np.sqrt(np.maximum(variance, 1e-12))[asked]
+    # Of normal variables with precision Q, those in b given all others have covariance Q_bb⁻¹ and
+    # lie Q_bb⁻¹ (Q y)_b below what was seen: no fit of its own for each group, and one inverse for
+    # all groups of a size.
+    _, codes, sizes = np.unique(known.groups[by], return_inverse=True, return_counts=True)
+    for size in np.unique(sizes[codes[rows]]):
+        of_size = np.flatnonzero(sizes[codes] == size)
+        own = of_size[np.argsort(codes[of_size], kind="stable")].reshape(-1, size)
+        covariance = np.linalg.inv(precision[own[:, :, None], own[:, None, :]])
+        points[own] = known.target[own] - np.einsum("gij,gj->gi", covariance, weighted[own])
+        variance = np.diagonal(covariance, axis1=1, axis2=2) - odd[own]
+        scales[own] = np.sqrt(np.maximum(variance, 1e-12))
+    points[~rows] = scales[~rows] = np.nan
     return points, scales
 
 
-def heavy_tailed(known: Rows, effects: Sequence[Effect], by: str, dof: float) -> Rows:
+def heavy_tailed(known: Rows, among: Floats, by: str, dof: float) -> Rows:
     """The rows with the noise of odd groups widened, so that they count less for all others.
 
     Args:
         known: [n] rows with their targets.
-        effects: Of the mixed model.
+        among: [n, n] `covariance` of `known` with itself.
         by: Column of the groups.
         dof: ν, of the tails: 1 lets an odd group count for almost nothing, infinite as any other.
     """
-    every, among = np.ones(len(known), bool), _covariance(known, known, effects)
+    every = np.ones(len(known), bool)
     _, codes = np.unique(known.groups[by], return_inverse=True)
     rows, odd = known, np.zeros(len(known))
     for _ in range(_ROUNDS):
-        points, scales = _left_out(rows, among, every, by)
+        points, scales = left_out(rows, among, every, by)
         squares = surprises(rows, points, scales, every, by)[codes]
         # One over its weight; none counts for more than a task.
         more = np.maximum(1 + (squares - 1) / (dof + 1), 1.0)
@@ -168,7 +158,7 @@ def _solve(among: Floats, across: Floats, own: Floats, target: Floats) -> tuple[
     return across @ solved[:, 0], np.sqrt(np.maximum(own - explained, 1e-12))
 
 
-def _covariance(one: Rows, other: Rows, effects: Sequence[Effect]) -> Floats:
+def covariance(one: Rows, other: Rows, effects: Sequence[Effect]) -> Floats:
     """[n, m] covariance of the rows' targets, their own noise apart."""
     same: dict[tuple[str, ...], NDArray[np.bool_]] = {(): np.ones((len(one), len(other)), bool)}
     for by in sorted({effect.by for effect in effects}, key=len):

@@ -28,7 +28,16 @@ from scipy import special
 
 from ..records.forecast import COVERAGE, Evidence, Prediction
 from .cells import Extra, as_rows, describe, describe_ask, group
-from .mixed_model import Effect, Floats, Rows, heavy_tailed, left_out, predict, surprises
+from .mixed_model import (
+    Effect,
+    Floats,
+    Rows,
+    covariance,
+    heavy_tailed,
+    left_out,
+    predict,
+    surprises,
+)
 from .runs import Ask, Run
 
 _DOF = 3  # of the intervals before any run of the model is saved
@@ -312,14 +321,15 @@ def _learn(
 ) -> Learnt:
     known = as_rows([describe(cell, quantity, target, more) for cell in cells])
     expected = known.numbers["way"] if effects is _GAIN else np.zeros(len(known))
-    known = heavy_tailed(replace(known, target=known.target - expected), effects, "lesson", _DOF)
+    among = covariance(known, known, effects)
+    known = heavy_tailed(replace(known, target=known.target - expected), among, "lesson", _DOF)
     whole = np.ones(len(cells), bool)
-    points, scales = left_out(known, effects, whole, "task")
+    points, scales = left_out(known, among, whole, "task")
     start = 1.0
     if more is not None:  # a line of other models: as good as it was on them
         start = float(surprises(known, points, scales, whole, "task").mean())
     own = known.groups["model"] == model
-    elsewhere = left_out(known, effects, ~own, "world")
+    elsewhere = left_out(known, among, ~own, "world")
     squares = np.append(
         surprises(known, points, scales, own, "task"), surprises(known, *elsewhere, ~own, "world")
     )

@@ -6,6 +6,7 @@ import pytest
 from iimm_callbacks.forecasting.mixed_model import (
     Effect,
     Rows,
+    covariance,
     heavy_tailed,
     left_out,
     predict,
@@ -39,7 +40,7 @@ def rows(n, seed):
 def test_what_is_left_out_is_predicted_from_all_other_groups(by, seed):
     known = rows(40, seed)
     asked = np.random.default_rng(seed).random(40) < 0.7
-    points, scales = left_out(known, EFFECTS, asked, by)
+    points, scales = left_out(known, covariance(known, known, EFFECTS), asked, by)
     assert np.isnan(points[~asked]).all()
     assert np.isnan(scales[~asked]).all()
     for group in set(known.groups[by][asked]):
@@ -52,7 +53,7 @@ def test_what_is_left_out_is_predicted_from_all_other_groups(by, seed):
 def test_the_only_group_is_predicted_from_nothing():
     known = rows(6, 0)
     known.groups["task"][:] = "a"
-    points, scales = left_out(known, EFFECTS, np.ones(6, bool), "task")
+    points, scales = left_out(known, covariance(known, known, EFFECTS), np.ones(6, bool), "task")
     nothing = predict(known.take(np.zeros(6, bool)), known, EFFECTS)
     np.testing.assert_allclose(points, nothing[0], atol=1e-12)
     np.testing.assert_allclose(scales, nothing[1], rtol=1e-9)
@@ -87,10 +88,10 @@ def test_an_odd_task_hardly_moves_the_forecast_of_another():
     usual, odd = of_tasks(0.05, 0.04, 0.06), of_tasks(0.05, 0.04, 0.06, 0.45)
     without = predict(usual, asked(), TASKS)[0][0]
     assert predict(odd, asked(), TASKS)[0][0] > without + 0.08
-    rows = heavy_tailed(odd, TASKS, "task", 3)
+    rows = heavy_tailed(odd, covariance(odd, odd, TASKS), "task", 3)
     assert abs(predict(rows, asked(), TASKS)[0][0] - without) < 0.02
     assert not rows.numbers["odd"][:3].any()
-    points, scales = left_out(rows, TASKS, np.ones(4, bool), "task")
+    points, scales = left_out(rows, covariance(rows, rows, TASKS), np.ones(4, bool), "task")
     squares = surprises(rows, points, scales, np.ones(4, bool), "task")
     # What it weighs is the weight of a Student-t likelihood: 4 / (3 + s²).
     weight = scales[3] ** 2 / (scales[3] ** 2 + rows.numbers["odd"][3] ** 2)
@@ -99,19 +100,24 @@ def test_an_odd_task_hardly_moves_the_forecast_of_another():
 
 def test_tasks_that_do_as_expected_count_as_before():
     known = of_tasks(0.05, 0.04, 0.06)
-    rows = heavy_tailed(known, TASKS, "task", 3)
+    rows = heavy_tailed(known, covariance(known, known, TASKS), "task", 3)
     assert predict(rows, asked(), TASKS) == predict(known, asked(), TASKS)
 
 
 def test_with_normal_tails_no_task_counts_less():
     known = of_tasks(0.05, 0.04, 0.06, 0.45)
-    assert not heavy_tailed(known, TASKS, "task", np.inf).numbers["odd"].any()
+    assert (
+        not heavy_tailed(known, covariance(known, known, TASKS), "task", np.inf)
+        .numbers["odd"]
+        .any()
+    )
 
 
 def test_what_is_left_out_of_an_odd_task_is_as_wide_as_of_a_new_one():
-    rows = heavy_tailed(of_tasks(0.05, 0.04, 0.06, 0.45), TASKS, "task", 3)
+    odd = of_tasks(0.05, 0.04, 0.06, 0.45)
+    rows = heavy_tailed(odd, covariance(odd, odd, TASKS), "task", 3)
     others = rows.take(np.arange(4) < 3)
-    points, scales = left_out(rows, TASKS, np.ones(4, bool), "task")
+    points, scales = left_out(rows, covariance(rows, rows, TASKS), np.ones(4, bool), "task")
     expected = predict(others, asked(), TASKS)
     assert points[3] == pytest.approx(expected[0][0])
     assert scales[3] == pytest.approx(expected[1][0])
