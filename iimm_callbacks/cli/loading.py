@@ -250,7 +250,7 @@ def _device(device: str | None) -> torch.device:
 
 
 def _load_transformers(name: str, argument: str) -> Any:
-    from ..models.pretrained import check_complete, load_pretrained
+    from ..models.untouched import check_complete, load_pretrained
 
     try:
         model, missing = load_pretrained(name)

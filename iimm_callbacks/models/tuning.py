@@ -11,17 +11,22 @@ from torch import Tensor, nn
 
 from ..data.tasks import Task
 from ..records.log import get_logger
-from .blocks import block_names, in_attention, inside, is_bias, is_input_projection, towers
 from .encoders import TEXT_BATCH, Encoder, class_embeddings, find_encoder, move
-from .families import encoder_inside
-from .heads import ClipAdapter, LinearProbe
+from .families import encoder_inside, family_of
 from .sharded import full_parameters
 from .undisturbed import undisturbed
-from .wrappers import adapter_ids, core_of, find_dual_encoder, find_head, freeze
+from .untouched import freeze
+from .wrappers import ClipAdapter, LinearProbe, adapter_ids, core_of, find_dual_encoder, find_head
 
 logger = get_logger(__name__)
 
 _SCALES = re.compile(r"(^|\.)(logit_scale(_[at])?|logit_bias|temperature)$")
+_ATTENTION = re.compile(r"(^|[._])(attn|attention)([._]|$)")
+# A text decoder inside the text tower reads images through these; a dual encoder never runs them.
+_UNUSED = re.compile(r"cross_?att")
+_INPUT_PROJECTION = re.compile(
+    r"\.(in_proj|[qkv]_proj)_weight$|\.([qkv]_proj|query|key|value|q|k|v|kv|qkv)\.weight$"
+)
 
 
 def prepare(model: nn.Module, method: str, **options: Any) -> nn.Module:
@@ -36,8 +41,8 @@ def prepare(model: nn.Module, method: str, **options: Any) -> nn.Module:
             ``"bitfit"``       the biases inside the transformer blocks
             ``"attention"``    the attention input-projection weights of both towers
             ``"lora"``         low-rank adapters on the attention of both towers, by peft
-            ``"clip_adapter"`` a bottleneck on the image embeddings, see `heads.ClipAdapter`
-            ``"linear_probe"`` a linear classifier on them, see `heads.LinearProbe`
+            ``"clip_adapter"`` a bottleneck on the image embeddings, see `wrappers.ClipAdapter`
+            ``"linear_probe"`` a linear classifier on them, see `wrappers.LinearProbe`
             =================  ============================================================
         **options: Of the method:
 
@@ -52,7 +57,7 @@ def prepare(model: nn.Module, method: str, **options: Any) -> nn.Module:
             model.
 
     Returns:
-        The model itself, a `peft.PeftModel` or a `heads.Head`, for the plain Trainer: inside a
+        The model itself, a `peft.PeftModel` or a `wrappers.Head`, for the plain Trainer: inside a
         `PromptClassifier`, or as it is where it has a loss of its own. To load it again, prepare a
         fresh model in the same way and load the state dict, as the Trainer does when it resumes;
         `trainable_share` tells how much of it trains.
@@ -109,7 +114,8 @@ def detect(model: nn.Module) -> str:
         return "partial" if any(_what_trains(head.dual_encoder).values()) else head.method
     everything = len(tuned) == len(trains)
     config = next((c for m in model.modules() if (c := _active_config(m)) is not None), None)
-    adapters = _adapter_names(model)
+    ids = adapter_ids(model)  # none of prompts, which peft adds to no layer
+    adapters = {name for name, p in model.named_parameters() if id(p) in ids}
     if config is not None and (not adapters or not adapters.isdisjoint(tuned)):
         beside = [n for n in tuned if n not in adapters and not _asks_for(config, n)]
         return "partial" if everything or (adapters and beside) else _peft_type(config)
@@ -117,9 +123,9 @@ def detect(model: nn.Module) -> str:
         return "full"
     if not tuned:
         return "frozen"
-    if all(map(is_bias, tuned)):
+    if all(map(_is_bias, tuned)):
         return "bitfit"
-    return "attention" if all(map(is_input_projection, tuned)) else "partial"
+    return "attention" if all(map(_is_input_projection, tuned)) else "partial"
 
 
 def _what_trains(model: nn.Module) -> dict[str, bool]:
@@ -140,16 +146,10 @@ def _active_config(module: nn.Module) -> Any:
     return configs[active] if isinstance(active, str) else next(iter(configs.values()))
 
 
-def _adapter_names(model: nn.Module) -> set[str]:
-    """Names of the adapters' parameters; none of prompts, which peft adds to no layer."""
-    ids = adapter_ids(model)
-    return {name for name, p in model.named_parameters() if id(p) in ids}
-
-
 def _asks_for(config: Any, name: str) -> bool:
     """Whether a peft config makes this parameter of the encoder train."""
     bias = getattr(config, "bias", "none")
-    return is_bias(name) and bias != "none" and (bias == "all" or ".base_layer." in name)
+    return _is_bias(name) and bias != "none" and (bias == "all" or ".base_layer." in name)
 
 
 def _peft_type(config: Any) -> str:
@@ -164,11 +164,11 @@ def _full(model: nn.Module) -> nn.Module:
 
 
 def _bitfit(model: nn.Module, *, n_blocks: int | None = None) -> nn.Module:
-    return _train_only(model, "bias", is_bias, n_blocks)
+    return _train_only(model, "bias", _is_bias, n_blocks)
 
 
 def _attention(model: nn.Module, *, n_blocks: int | None = None) -> nn.Module:
-    return _train_only(model, "attention input projection", is_input_projection, n_blocks)
+    return _train_only(model, "attention input projection", _is_input_projection, n_blocks)
 
 
 def _lora(
@@ -208,7 +208,7 @@ def _lora(
 
 def _lora_targets(model: nn.Module, mlp: bool, n_blocks: int | None) -> tuple[list[str], list[str]]:
     """Names of the linear modules, and of the weights of fused attention, that LoRA adapts."""
-    in_blocks = inside(block_names(model, n_blocks))
+    in_blocks = _inside(_block_names(model, n_blocks))
     modules, parameters, fused = [], [], []
     for name, module in model.named_modules():
         parent: Any = model.get_submodule(name.rpartition(".")[0])
@@ -221,7 +221,7 @@ def _lora_targets(model: nn.Module, mlp: bool, n_blocks: int | None) -> tuple[li
             isinstance(module, nn.Linear)
             and not isinstance(parent, nn.MultiheadAttention)
             and in_blocks(name)
-            and (mlp or in_attention(name))
+            and (mlp or _ATTENTION.search(name))
         ):
             modules.append(name)
             if name.endswith(".qkv") and getattr(parent, "q_bias", None) is not None:
@@ -273,7 +273,7 @@ def _embed_texts(model: nn.Module, encoder: Encoder, prompts: list[str]) -> Tens
 def _train_only(
     model: nn.Module, what: str, wanted: Callable[[str], bool], n_blocks: int | None
 ) -> nn.Module:
-    in_blocks = inside(block_names(model, n_blocks))
+    in_blocks = _inside(_block_names(model, n_blocks))
     names = [name for name, _ in model.named_parameters() if in_blocks(name) and wanted(name)]
     if not names:
         raise ValueError(f"`model` {type(model).__name__} has no {what} inside its blocks to tune")
@@ -285,8 +285,8 @@ def _train_only(
 
 
 def _warn_of_untouched_towers(model: nn.Module, what: str, names: list[str]) -> None:
-    for tower in towers(model):
-        if not any(map(inside([tower]), names)):
+    for tower in _towers(model):
+        if not any(map(_inside([tower]), names)):
             logger.warning("%r has no %s: it stays as it is", tower, what)
 
 
@@ -294,6 +294,50 @@ def _check_at_least_1(**arguments: int) -> None:
     for name, value in arguments.items():
         if not isinstance(value, int) or value < 1:
             raise ValueError(f"`{name}` must be an integer of at least 1, got {value!r}")
+
+
+def _towers(model: nn.Module) -> list[str]:
+    """Names of the submodules that embed images and texts."""
+    family = family_of(model)
+    assert family is not None
+    return [tower for tower in family.towers if isinstance(getattr(model, tower, None), nn.Module)]
+
+
+def _block_names(model: nn.Module, n_blocks: int | None) -> list[str]:
+    """Names of the blocks of every tower: what has a number for a name, and attention inside.
+
+    Of such modules inside one another the innermost counts. In a tower without attention all with
+    a number are blocks.
+    """
+    if n_blocks is not None:
+        _check_at_least_1(n_blocks=n_blocks)
+    chosen = []
+    for tower in _towers(model):
+        numbered = {
+            name: found[0]
+            for name, _ in model.get_submodule(tower).named_parameters(prefix=tower)
+            if (found := re.findall(r"^.*\.\d+(?=\.)", name))
+        }
+        attention = {block for name, block in numbered.items() if _is_input_projection(name)}
+        blocks = [b for b in dict.fromkeys(numbered.values()) if not attention or b in attention]
+        innermost = [b for b in blocks if not any(o.startswith(f"{b}.") for o in blocks)]
+        chosen += innermost[-(n_blocks or 0) :]
+    return chosen
+
+
+def _inside(names: list[str]) -> Callable[[str], bool]:
+    """A function of a name: whether it lies in one of these modules, and is used there."""
+    starts = tuple(f"{name}." for name in names)
+    return lambda name: name.startswith(starts) and not _UNUSED.search(name)
+
+
+def _is_bias(name: str) -> bool:
+    return name.endswith("bias")
+
+
+def _is_input_projection(name: str) -> bool:
+    """Whether it is a weight that makes queries, keys or values."""
+    return all(pattern.search(name) for pattern in (_ATTENTION, _INPUT_PROJECTION))
 
 
 _METHODS: dict[str, Callable[..., nn.Module]] = {

@@ -1,20 +1,18 @@
-"""The dual encoder in whatever training puts around it; the untouched model under adapters."""
+"""The dual encoder in whatever training puts on top of it and around it."""
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import re
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from .families import family_of, why_not
-from .heads import Head
-from .pretrained import check_complete, load_pretrained
 from .sharded import full_parameters
 
 # One of them may be around another one of its kind.
@@ -22,6 +20,128 @@ _WRAPPERS = re.compile(
     r"(?<![^.])(module|_orig_mod|_fsdp_wrapped_module|base_model\.model|base_layer|original_module"
     r"|token_adapter)\."
 )
+_FILE = "head.safetensors"
+
+
+class Head(nn.Module):
+    """A frozen dual encoder with a small trained part on its image embeddings.
+
+    The encoder stays in eval mode whatever the training loop says: neither dropout nor the running
+    statistics of a batch norm act in it, so its embeddings are the same at every step.
+
+    Args:
+        dual_encoder: Frozen in place, reachable as ``.dual_encoder``.
+    """
+
+    method = ""  # what `tuning.detect` calls it
+
+    def __init__(self, dual_encoder: nn.Module) -> None:
+        super().__init__()
+        self.dual_encoder = dual_encoder.requires_grad_(False).eval()
+
+    def train(self, mode: bool = True) -> Head:
+        """Train or eval mode, of the head alone."""
+        super().train(mode)
+        self.dual_encoder.eval()
+        return self
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write the head's own weights, ``head.safetensors``; the encoder has not changed."""
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        save_file(self._own_weights(), Path(folder) / _FILE)
+
+    def load_pretrained(self, folder: str | Path) -> None:
+        """Read what `save_pretrained` wrote into a head that was prepared in the same way.
+
+        Raises:
+            FileNotFoundError: There is no such file.
+            ValueError: It is of another kind of head, or of other sizes.
+        """
+        weights, own = load_file(Path(folder) / _FILE), self._own_weights()
+        theirs, ours = ({k: list(v.shape) for k, v in w.items()} for w in (weights, own))
+        if theirs != ours:
+            raise ValueError(f"`folder` must hold a head of {ours}, got {theirs}")
+        self.load_state_dict(weights, strict=False)
+
+    def _own_weights(self) -> dict[str, Tensor]:
+        return {k: v for k, v in self.state_dict().items() if not k.startswith("dual_encoder.")}
+
+    def adapt(self, image_embeds: Tensor) -> Tensor:
+        """Image embeddings [n, D] of the encoder -> those of the tuned model."""
+        return image_embeds
+
+    def classify(self, image_embeds: Tensor) -> Tensor | None:
+        """Image embeddings [n, D] -> logits [n, C] on the task being learnt; None: by prompts."""
+        return None
+
+
+class ClipAdapter(Head):
+    """CLIP-Adapter (arXiv 2110.04544): a bottleneck on the image embeddings.
+
+    ``x' = r · W₂ relu(W₁ x) + (1 - r) · x`` with ``W₁`` [D/k, D] and ``W₂`` [D, D/k]. ``W₂``
+    starts at zero, so training starts from the zero-shot model exactly.
+
+    Args:
+        dual_encoder: As `Head`.
+        width: D.
+        reduction: k, 4 to 32 in arXiv 2407.15731.
+        residual_ratio: r.
+    """
+
+    method = "clip_adapter"
+
+    def __init__(
+        self,
+        dual_encoder: nn.Module,
+        width: int,
+        *,
+        reduction: int = 4,
+        residual_ratio: float = 0.2,
+    ) -> None:
+        super().__init__(dual_encoder)
+        self.residual_ratio = residual_ratio
+        self.down = nn.Linear(width, max(width // reduction, 1), bias=False)
+        self.up = nn.Linear(self.down.out_features, width, bias=False)
+        nn.init.zeros_(self.up.weight)
+
+    def adapt(self, image_embeds: Tensor) -> Tensor:
+        """See the class."""
+        wide = image_embeds.to(self.up.weight.dtype)
+        bottleneck: Tensor = self.up(self.down(wide).relu())
+        return self.residual_ratio * bottleneck + (1 - self.residual_ratio) * wide
+
+
+class LinearProbe(Head):
+    """A linear classifier on normalised image embeddings, started from the zero-shot one.
+
+    ``logits = s · (W x/‖x‖ + b)``, ``W`` [C, D] starting at the class embeddings of the prompts and
+    ``b`` at zero, ``s`` the model's logit scale, fixed. It classifies the task being learnt; other
+    tasks are classified by prompts, so nothing is forgotten.
+
+    Args:
+        dual_encoder: As `Head`.
+        class_embeds: [C, D], normalised.
+        logit_scale: s.
+    """
+
+    method = "linear_probe"
+    logit_scale: Tensor
+
+    def __init__(
+        self, dual_encoder: nn.Module, class_embeds: Tensor, logit_scale: Any = 100.0
+    ) -> None:
+        super().__init__(dual_encoder)
+        self.classifier = nn.Linear(class_embeds.shape[1], len(class_embeds))
+        with torch.no_grad():
+            self.classifier.weight.copy_(class_embeds)
+            self.classifier.bias.zero_()
+        self.register_buffer("logit_scale", torch.as_tensor(logit_scale).detach().float().clone())
+
+    def classify(self, image_embeds: Tensor) -> Tensor | None:
+        """See the class."""
+        unit = nn.functional.normalize(image_embeds.to(self.classifier.weight.dtype), dim=1)
+        logits: Tensor = self.logit_scale * self.classifier(unit)
+        return logits
 
 
 def find_dual_encoder(model: nn.Module) -> Any:
@@ -39,7 +159,7 @@ def find_dual_encoder(model: nn.Module) -> Any:
         ValueError: There is none; says why, where the model is of a kind that cannot be one. Or
             there are several, of which none or more than one trains.
     """
-    found = _outermost(model, lambda module: family_of(module) is not None)
+    found = outermost(model, lambda module: family_of(module) is not None)
     training = [m for m in found if len(found) == 1 or any(p.requires_grad for p in m.parameters())]
     if len(training) == 1:
         return training[0]
@@ -83,35 +203,6 @@ def adapt(model: nn.Module, backbone_embeds: Tensor) -> Tensor:
     return backbone_embeds if head is None else head.adapt(backbone_embeds)
 
 
-def zero_shot_twin(model: nn.Module) -> AbstractContextManager[None] | None:
-    """Inside it, a model with adapters is the untouched model again, at any step.
-
-    Args:
-        model: Any module.
-
-    Returns:
-        A context in which the adapters of peft are switched off; None where that is not exactly the
-        model before fine-tuning: no adapters, a merged one, tuned biases, weights that train beside
-        them, an initialisation that changed the base weights (PiSSA and the like), or batch norms
-        whose statistics move (those that `freeze` stopped do not). Weights that trained and were
-        frozen again are not noticed. What adapters learnt before the present run counts as learnt.
-    """
-    adapted = _outermost(model, _has_adapters)
-    if not adapted:
-        return None
-    configs = [config for part in adapted for config in part.peft_config.values()]
-    parts = nn.ModuleList([core_of(model), *adapted])  # a tower may have adapters, and another not
-    adapters = adapter_ids(parts)
-    exact = (
-        all(getattr(c, "bias", "none") == "none" for c in configs)
-        and all(isinstance(getattr(c, "init_lora_weights", True), bool) for c in configs)
-        and not any(getattr(m, "merged", False) for m in parts.modules())
-        and all(map(_is_still, parts.modules()))
-        and all(id(p) in adapters for p in parts.parameters() if p.requires_grad)
-    )
-    return _without_adapters(adapted) if exact else None
-
-
 def find_own_head(model: nn.Module) -> Any:
     """A classifier of the user's own around the dual encoder; None where there is none.
 
@@ -136,71 +227,6 @@ def trains_outside(model: nn.Module) -> list[str]:
     if isinstance(head, nn.Module):
         inside |= {id(p) for p in head.parameters()}
     return [n for n, p in model.named_parameters() if p.requires_grad and id(p) not in inside]
-
-
-def find_untouched(
-    model: nn.Module, base: nn.Module | str | Path | Callable[[], nn.Module] | None
-) -> nn.Module | AbstractContextManager[None]:
-    """The untouched model of one that has been trained already.
-
-    Args:
-        model: The model that trains.
-        base: See `load_untouched`; None: not given.
-
-    Returns:
-        `base` loaded; else, see `zero_shot_twin`, the context in which `model` is untouched.
-
-    Raises:
-        OSError, TypeError: See `load_untouched`.
-        ValueError: It is not available, or see there.
-    """
-    if base is not None:
-        return load_untouched(base, model)
-    twin = zero_shot_twin(model)
-    if twin is None:
-        raise ValueError(
-            "the checkpoint was written without the guard, so the untouched model was never "
-            "measured; give it as `base_model`"
-        )
-    return twin
-
-
-def load_untouched(
-    base: nn.Module | str | Path | Callable[[], nn.Module], like: nn.Module
-) -> nn.Module:
-    """The untouched model, where the model that is training is.
-
-    Args:
-        base: The model, its Hub name or folder, or a function that returns it.
-        like: The model that trains: device and dtype of its encoder are taken over.
-
-    Returns:
-        It; of a model that is given and has another device or dtype a copy.
-
-    Raises:
-        OSError: There is no model of that name.
-        TypeError: It is no model.
-        ValueError: The model of that name lacks weights, which would stay random.
-    """
-    if isinstance(base, str | Path):
-        model, missing = load_pretrained(base)
-        check_complete(base, model, missing, "base_model")
-    else:
-        model = base if isinstance(base, nn.Module) else base()
-    if not isinstance(model, nn.Module):
-        raise TypeError(
-            "`base_model` must be a model, its Hub name or folder, or a function that returns it, "
-            f"got {type(model).__name__}"
-        )
-    parts = core_of(like), like
-    first = next(p for m in parts for p in m.parameters() if p.is_floating_point())
-    device, dtype = first.device, first.dtype
-    if model is base and any(
-        t.device != device or (t.is_floating_point() and t.dtype != dtype)
-        for t in (*model.parameters(), *model.buffers())
-    ):
-        model = copy.deepcopy(model)
-    return model.to(device, dtype)
 
 
 def model_fingerprint(model: nn.Module) -> str:
@@ -231,54 +257,7 @@ def model_fingerprint(model: nn.Module) -> str:
     return digest.hexdigest()[:16]
 
 
-def freeze(model: nn.Module) -> None:
-    """No parameter trains, and no batch norm moves by its running statistics.
-
-    For that it must be in eval mode, out of which every ``model.train()`` takes it: each goes back
-    at its next forward pass, unless its weight is made to train later.
-
-    Args:
-        model: Changed in place.
-    """
-    model.requires_grad_(False)
-    for module in model.modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm):
-            module.register_forward_pre_hook(_stay_in_eval_mode)
-
-
-def _stay_in_eval_mode(module: nn.Module, inputs: Any) -> None:
-    if not getattr(module.weight, "requires_grad", False):
-        module.eval()
-
-
-def _is_still(module: nn.Module) -> bool:
-    moves = isinstance(module, nn.modules.batchnorm._BatchNorm) and module.track_running_stats
-    return not moves or _stay_in_eval_mode in module._forward_pre_hooks.values()
-
-
-def _has_adapters(module: nn.Module) -> bool:
-    configs = getattr(module, "peft_config", None)
-    return isinstance(configs, dict) and bool(configs)
-
-
-@contextmanager
-def _without_adapters(modules: Sequence[Any]) -> Iterator[None]:
-    trains = [(p, p.requires_grad) for module in modules for p in module.parameters()]
-    try:
-        with ExitStack() as stack:
-            for module in modules:
-                if hasattr(module, "disable_adapter"):  # a PeftModel
-                    stack.enter_context(module.disable_adapter())
-                else:  # a transformers model after `add_adapter`
-                    module.disable_adapters()
-                    stack.callback(module.enable_adapters)
-            yield
-    finally:
-        for parameter, flag in trains:  # peft wakes all adapters, frozen ones too
-            parameter.requires_grad_(flag)
-
-
-def _outermost(model: nn.Module, wanted: Callable[[nn.Module], bool]) -> list[Any]:
+def outermost(model: nn.Module, wanted: Callable[[nn.Module], bool]) -> list[Any]:
     """The modules that are wanted and lie inside of none that is; the outermost first."""
     found: dict[int, nn.Module] = {}
     queue = [model]

@@ -155,7 +155,7 @@ class IIMMMonitor(Measured):
             model: The model before its first training step.
             recipe: ``learning_rate``, ``steps``, optimizer and so on: for forecast and record.
             untouched: Where `model` has been trained already: the model as it was before; or a
-                context inside which `model` is that, see `wrappers.zero_shot_twin`. If they
+                context inside which `model` is that, see `untouched.zero_shot_twin`. If they
                 differ, the outcome is that of several trainings, and none to learn from.
 
         Returns:

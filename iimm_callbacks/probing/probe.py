@@ -15,9 +15,8 @@ from ..data.tasks import OFF_TARGET_PROBE_SIZE, TASK_PROBE_SIZE, Task
 from ..data.training import SAMPLE_SIZE
 from ..measures.embeddings import NotFiniteError, autocast_off
 from ..models.encoders import EncodePair, find_encoder, move
-from ..models.frozen import FrozenPart
 from ..models.sharded import check_measurable, inside_forward
-from ..models.undisturbed import autocast, undisturbed
+from ..models.undisturbed import FrozenPart, autocast, undisturbed
 from ..models.wrappers import adapt, find_dual_encoder
 from ..records.log import get_logger
 from ..records.look import Learnable, Look
@@ -36,8 +35,8 @@ class Probe:
 
     Of several ranks each shows its model a share of the images; only sums travel, in one
     all-reduce per look, and all ranks have the same `Look`. All of them must look together. Towers
-    that are frozen are run once: see `frozen.FrozenPart`. A task's own metric is computed by the
-    first rank, which tells the others.
+    that are frozen are run once: see `undisturbed.FrozenPart`. A task's own metric is computed by
+    the first rank, which tells the others.
 
     Args:
         task: The task being learnt; its IIMM and accuracy are measured.

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..models.heads import ClipAdapter
 from ..models.sharded import check_measurable, is_sharded
-from ..models.wrappers import adapter_ids, core_of, find_head, find_own_head, zero_shot_twin
+from ..models.untouched import zero_shot_twin
+from ..models.wrappers import ClipAdapter, adapter_ids, core_of, find_head, find_own_head
 from .counterparts import Kept, counterparts, weights_of
 
 # Adapter weights -> what they are where the adapter does nothing, and so before training. Its

@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 
 from ..data.tasks import Task, check_tasks
 from ..models.encoders import EncodePair
-from ..models.wrappers import load_untouched
+from ..models.untouched import load_untouched
 from ..probing import ranks
 from ..probing.probe import Probe
 from ..records.look import Look

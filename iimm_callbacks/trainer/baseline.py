@@ -9,11 +9,11 @@ from torch import nn
 from transformers import TrainerState
 
 from ..models.undisturbed import undisturbed
+from ..models.untouched import load_untouched
 from ..models.wrappers import (
     adapter_ids,
     find_head,
     find_own_head,
-    load_untouched,
     model_fingerprint,
     trains_outside,
 )
@@ -35,7 +35,7 @@ def other_baseline(
         base_model: As `IIMMCallback`.
 
     Raises:
-        Exception: As `wrappers.load_untouched`.
+        Exception: As `untouched.load_untouched`.
     """
     if base_model is None:
         return None

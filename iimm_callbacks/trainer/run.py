@@ -14,7 +14,8 @@ from tqdm.auto import tqdm
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from ..models.undisturbed import undisturbed
-from ..models.wrappers import find_untouched, model_fingerprint
+from ..models.untouched import find_untouched
+from ..models.wrappers import model_fingerprint
 from ..monitor import IIMMMonitor
 from ..monitor.telling import Forgiving
 from ..probing import ranks

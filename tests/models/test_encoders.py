@@ -18,7 +18,8 @@ from transformers import (
 
 from iimm_callbacks import IIMMCallback, PromptClassifier
 from iimm_callbacks.models.encoders import class_embeddings, find_encoder, move
-from iimm_callbacks.models.wrappers import find_dual_encoder, load_untouched, model_fingerprint
+from iimm_callbacks.models.untouched import load_untouched
+from iimm_callbacks.models.wrappers import find_dual_encoder, model_fingerprint
 
 PROMPTS = ["a red thing", "a photo of a blue circle", "grey"]
 LORA = {"r": 2, "target_modules": ["q_proj", "v_proj"], "init_lora_weights": False}

@@ -10,7 +10,7 @@ from iimm_callbacks import IIMMCallback
 from iimm_callbacks.measures.accuracy import zero_shot_correct
 from iimm_callbacks.models.encoders import class_embeddings, find_encoder, move
 from iimm_callbacks.models.tuning import detect, prepare
-from iimm_callbacks.models.wrappers import zero_shot_twin
+from iimm_callbacks.models.untouched import zero_shot_twin
 from iimm_callbacks.probing import scoring as probe_module
 from iimm_callbacks.probing.probe import Probe
 

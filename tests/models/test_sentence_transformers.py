@@ -17,7 +17,7 @@ from sentence_transformers.sentence_transformer.losses import MultipleNegativesR
 from iimm_callbacks import IIMMCallback
 from iimm_callbacks.models.encoders import find_encoder
 from iimm_callbacks.models.tuning import detect
-from iimm_callbacks.models.wrappers import zero_shot_twin
+from iimm_callbacks.models.untouched import zero_shot_twin
 
 
 @pytest.fixture

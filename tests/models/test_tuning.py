@@ -19,9 +19,9 @@ from transformers import Trainer, TrainingArguments
 
 from iimm_callbacks import ImageCollator, PromptClassifier, Task
 from iimm_callbacks.models.encoders import class_embeddings, find_encoder, move
-from iimm_callbacks.models.heads import ClipAdapter, LinearProbe
 from iimm_callbacks.models.tuning import detect, prepare, trainable_share
-from iimm_callbacks.models.wrappers import bare_name, model_fingerprint, zero_shot_twin
+from iimm_callbacks.models.untouched import zero_shot_twin
+from iimm_callbacks.models.wrappers import ClipAdapter, LinearProbe, bare_name, model_fingerprint
 from iimm_callbacks.probing.probe import Probe
 
 FAMILIES = dict(tiny.FAMILIES)

@@ -21,8 +21,8 @@ from transformers import TrainerCallback
 from iimm_callbacks import PromptClassifier
 from iimm_callbacks.data.tasks import Task
 from iimm_callbacks.measures.measure import Measurement
-from iimm_callbacks.models.heads import ClipAdapter
 from iimm_callbacks.models.tuning import prepare
+from iimm_callbacks.models.wrappers import ClipAdapter
 from iimm_callbacks.probing.probe import Probe
 from iimm_callbacks.records.look import Look
 from iimm_callbacks.records.run_file import check_rescue
@@ -304,7 +304,7 @@ def probe_head(model):
 
 
 def prepare_probe(model):
-    from iimm_callbacks.models.heads import LinearProbe
+    from iimm_callbacks.models.wrappers import LinearProbe
 
     return LinearProbe(model, torch.eye(3, 24))
 
