@@ -72,17 +72,21 @@ class Rescuer:
             weights = self._base.weights
             ranks.from_first(lambda: save_weights(weights, self.kept_file))
 
-    def resume(self, model: nn.Module) -> None:
+    def resume(self, model: nn.Module) -> Rescuer:
         """Find the untouched weights again; call it where a run goes on from a checkpoint.
 
         Args:
             model: The model as the checkpoint has it.
+
+        Returns:
+            Itself.
 
         Raises:
             ValueError: They are not available; or see `mixing.needs_untouched`.
         """
         if ranks.together(lambda: needs_untouched(model)) and not self._given:
             self._base = ranks.from_first(self._read)
+        return self
 
     def _read(self) -> Kept:
         try:

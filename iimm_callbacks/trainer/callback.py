@@ -24,10 +24,18 @@ from ..records.log import get_logger
 from ..records.outcomes import Outcome
 from ..records.verdict import Limits
 from . import host
-from .run import GuardedRun
-from .settings import FORMER, Action, check_action
+from .run import Action, GuardedRun
 
 logger = get_logger(__name__)
+
+FORMER = {
+    "limit_on": "use `max_forgetting=Limits(0.05, limit_on=...)`",
+    "confidence": "use `max_forgetting=Limits(0.05, confidence=...)`",
+    "on_exceed": "use `action='rescue'`",
+    "store": "name the file as `outcomes`, or call `append_outcome` with `guard.outcome`",
+    "run_file": "the file is always `iimm_<task>.json` in the output folder",
+    "method": "it is recognized from the model",
+}
 
 
 class IIMMCallback(GuardedRun, TrainerCallback):  # type: ignore[misc]  # transformers is untyped here
@@ -289,10 +297,8 @@ class IIMMCallback(GuardedRun, TrainerCallback):  # type: ignore[misc]  # transf
     ) -> None:
         """Look at the model that the user is left with, and print predicted versus observed."""
         self._step_back()
-        monitor, model = self.monitor, kwargs["model"]
-        if monitor is None:
-            return
-        self._end(args, state, control, monitor, model)
+        if self.monitor is not None:
+            self._end(args, state, control, kwargs["model"])
 
     def record(self) -> dict[str, Any]:
         """The run as JSON-ready data, for `run_file.save_run` and `figures.plot_run`.
@@ -303,3 +309,29 @@ class IIMMCallback(GuardedRun, TrainerCallback):  # type: ignore[misc]  # transf
         if self.monitor is None:
             raise RuntimeError("no guarded run has begun; call `trainer.train()` first")
         return self.monitor.record()
+
+
+def check_action(
+    action: Action,
+    limits: Limits,
+    off_target: Sequence[Task] | None,
+    on_exceed: str | None = None,
+    **_: Any,
+) -> bool:
+    """Whether a run over its limit is rescued; raises where there is nothing to act on."""
+    if action not in ("warn", "stop", "rescue") and not callable(action):
+        raise TypeError(
+            f"`action` must be 'warn', 'stop', 'rescue' or a callable of the verdict, got "
+            f"{action!r}"
+        )
+    if on_exceed not in (None, "rescue"):
+        raise ValueError(f"`on_exceed` must be 'rescue' or None, got {on_exceed!r}")
+    unguarded = off_target is not None and len(off_target) == 0
+    rescues = on_exceed == "rescue" or action == "rescue"
+    if (limits.max_forgetting is None or unguarded) and (rescues or action == "stop"):
+        missing = "`max_forgetting`" if limits.max_forgetting is None else "`off_target` task"
+        raise ValueError(
+            f"`action={'rescue' if rescues else 'stop'!r}` needs a limit to keep to, got no "
+            f"{missing}; give one, or use 'warn'"
+        )
+    return rescues

@@ -191,15 +191,23 @@ class HeldStep:
         control.should_save = control.should_evaluate = control.should_log = False
 
 
-def can_hold_step(args: TrainingArguments) -> bool:
-    """Whether taking the gradients away in `on_pre_optimizer_step` keeps the weights as they are.
+def check_can_hold(args: TrainingArguments, stop_reason: str) -> None:
+    """Raise unless taking gradients away in `on_pre_optimizer_step` leaves the weights as they are.
 
     DeepSpeed steps in backward, and so do layerwise optimizers and LOMO; a GradScaler that has seen
     no gradient refuses to step, unless clipping has unscaled them before.
+
+    Raises:
+        RuntimeError: It does not; `stop_reason` says why the run was to stop.
     """
     optimizer = _name(args.optim)
     in_backward = args.deepspeed is not None or "layerwise" in optimizer or "lomo" in optimizer
-    return not in_backward and not (args.fp16 and not args.max_grad_norm)
+    if in_backward or (args.fp16 and not args.max_grad_norm):
+        raise RuntimeError(
+            f"{stop_reason}. It ends with this error because DeepSpeed, optimizers that step in "
+            "backward, and fp16 without gradient clipping cannot be stopped otherwise before the "
+            "first step"
+        )
 
 
 def autocast_dtype(args: TrainingArguments) -> torch.dtype | None:

@@ -6,38 +6,64 @@ import weakref
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from torch import nn
 from tqdm.auto import tqdm
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
+from ..data.tasks import Task
+from ..guard.schedule import Every
+from ..models.encoders import EncodePair
 from ..models.undisturbed import undisturbed
 from ..models.untouched import find_untouched
 from ..models.wrappers import model_fingerprint
 from ..monitor import IIMMMonitor
+from ..monitor.measured import Verbose
 from ..monitor.telling import Forgiving
 from ..probing import ranks
 from ..records.catalog import of_model
 from ..records.former import pick
+from ..records.ledger import Past
 from ..records.log import get_logger
 from ..records.outcomes import Outcome
 from ..records.run_file import file_name
-from ..records.verdict import LEVELS, Verdict
+from ..records.verdict import LEVELS, Limits, Verdict
 from ..reports.card import update_card
 from ..reports.tables import rescue_table
 from ..reports.words import page
 from ..rescue.rescuer import Rescuer, rescue_at_end
-from . import alerts, baseline, host
-from .amended import amend_cards
-from .settings import Settings
+from . import baseline, host
+from .outlets import alerts_due, amend_cards
 
 logger = get_logger(__name__)
 
+Action = Literal["warn", "stop", "rescue"] | Callable[[Verdict], Any]
 
-class GuardedRun(Settings):
-    """What the hooks of `IIMMCallback` call."""
+
+class GuardedRun:
+    """What the hooks of `IIMMCallback` call, which has and documents these settings."""
+
+    task: Task
+    off_target: list[Task] | None
+    limits: Limits
+    action: Action
+    rescues: bool
+    every: Every
+    past: Past
+    max_overhead: float | None
+    train: Any
+    base_model: nn.Module | str | Path | Callable[[], nn.Module] | None
+    processor: Any
+    encode: EncodePair | None
+    batch_size: int
+    cache_limit: int
+    report: bool
+    card: bool
+    strict: bool
+    verbose: Verbose
+    former: dict[str, Any]
 
     def __init__(self) -> None:
         self.monitor: IIMMMonitor | None = None
@@ -61,8 +87,7 @@ class GuardedRun(Settings):
     ) -> None:
         """Measure the untouched model, or take its numbers from where it was measured.
 
-        `first_try` is the monitor of a run of this model that failed, `before` of one that
-        has ended.
+        That is `first_try`, a run of this model that failed, or `before`, one that has ended.
         """
         model = kwargs["model"]
         # `auto_find_batch_size` tries again with the model as it was when memory ran out, and so
@@ -81,9 +106,8 @@ class GuardedRun(Settings):
         rescuer = self._new_rescuer(args)
         if rescuer is not None:
             rescuer.begin(model, will_save=args.save_strategy != "no", kept=kept)
-        untouched = None
-        if first_try is None:
-            untouched = baseline.other_baseline(model, self.base_model)
+        base = self.base_model if first_try is None else None
+        untouched = baseline.other_baseline(model, base)
         recipe = host.recipe(args, state, kwargs.get("optimizer"))
         counts_from = baseline.counts_from(untouched, monitor)
         verdict = monitor.begin(model, recipe=recipe, untouched=untouched)
@@ -100,20 +124,15 @@ class GuardedRun(Settings):
         self._hold_if_stopped(args, state, model)
 
     def _end(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        monitor: IIMMMonitor,
-        model: Any,
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any
     ) -> None:
         """Look at the model that the user is left with, rescue it, record and show the run."""
-        step = self._step(state)
+        step, monitor = self._step(state), self.monitor
+        assert monitor is not None
         swapped = args.load_best_model_at_end and state.best_model_checkpoint is not None
         if swapped or not monitor.has_seen(step):
             self._look(state, control, model, may_stop=False)
-        rescuer = self._rescuer
-        if rescuer is not None and monitor.is_exceeded():
+        if (rescuer := self._rescuer) is not None and monitor.is_exceeded():
             rescue_at_end(lambda: monitor.rescue(model, rescuer), rescuer, strict=self.strict)
         if swapped and (best := host.best_step(state)) != step:
             monitor.loaded(best)
@@ -193,15 +212,9 @@ class GuardedRun(Settings):
 
     def _hold_if_stopped(self, args: TrainingArguments, state: TrainerState, model: Any) -> None:
         """Stopped in `on_train_begin`: the Trainer still does a step, which must change nothing."""
-        if not self._stop_reason:
-            return
-        self._held = host.HeldStep(state, model)
-        if not host.can_hold_step(args):
-            raise RuntimeError(
-                f"{self._stop_reason}. It ends with this error because DeepSpeed, optimizers that "
-                "step in backward, and fp16 without gradient clipping cannot be stopped otherwise "
-                "before the first step"
-            )
+        if self._stop_reason:
+            self._held = host.HeldStep(state, model)
+            host.check_can_hold(args, self._stop_reason)
 
     def _step(self, state: TrainerState) -> int:
         """Steps done; the Trainer also counts a held one, and one after the last checkpoint."""
@@ -210,18 +223,22 @@ class GuardedRun(Settings):
         return min(int(state.global_step), int(state.max_steps))
 
     def _resume(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        **kwargs: Any,
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Go on as if the run had never been interrupted, or switch the guard off and say so."""
         model, saved = kwargs["model"], state.stateful_callbacks.get(self._state_key)
-        self.monitor = monitor = self._resumed_monitor(args, state, saved, **kwargs)
-        if monitor is None:
+        warning = (
+            f"The IIMM guard is off: this run resumes at step {state.global_step} and cannot be "
+            "compared with the untouched model (%s)"
+        )
+        self.monitor = self._resumed(
+            state, lambda: self._resumed_monitor(args, state, saved, **kwargs), warning
+        )
+        if self.monitor is None:
             return
-        self._rescuer = self._resumed_rescuer(args, state, model)
+        if (rescuer := self._new_rescuer(args)) is not None:
+            warning = "This run cannot be rescued at its end: %s"
+            self._rescuer = self._resumed(state, lambda: rescuer.resume(model), warning)
         if saved is None:
             self._look(state, control, model)  # the untouched model's numbers are not of this step
         elif (
@@ -237,48 +254,31 @@ class GuardedRun(Settings):
             event = "evaluate" if args.eval_strategy == "epoch" else None
             self._look_if_due(state, control, model, "epoch" if self.every == "epoch" else event)
 
+    def _resumed(self, state: TrainerState, find: Callable[[], Any], warning: str) -> Any:
+        """What `find` finds; None, with a warning, where it raises."""
+        try:
+            return find()
+        except Exception as error:
+            if self.strict:
+                raise
+            if state.is_world_process_zero:
+                logger.warning(warning, error)
+            return None
+
     def _resumed_monitor(
         self, args: TrainingArguments, state: TrainerState, saved: Any, **kwargs: Any
-    ) -> IIMMMonitor | None:
-        model = kwargs["model"]
-        try:
-            monitor = self._new_monitor(args, state, **kwargs)
-            untouched = None
-            if saved is not None:
-                monitor.load_state_dict(saved["attributes"])
-            else:
-                with undisturbed(model):  # a user's function may draw, or fail on some ranks
-                    untouched = ranks.together(lambda: find_untouched(model, self.base_model))
-            recipe = host.recipe(args, state, kwargs.get("optimizer"))
-            monitor.begin(model, recipe=recipe, untouched=untouched)
-            monitor.is_later_phase &= saved is not None  # its steps count from the base model
-        except Exception as error:
-            if self.strict:
-                raise
-            if state.is_world_process_zero:
-                logger.warning(
-                    "The IIMM guard is off: this run resumes at step %d and cannot be compared "
-                    "with the untouched model (%s)",
-                    state.global_step,
-                    error,
-                )
-            return None
+    ) -> IIMMMonitor:
+        model, untouched = kwargs["model"], None
+        monitor = self._new_monitor(args, state, **kwargs)
+        if saved is not None:
+            monitor.load_state_dict(saved["attributes"])
+        else:
+            with undisturbed(model):  # a user's function may draw, or fail on some ranks
+                untouched = ranks.together(lambda: find_untouched(model, self.base_model))
+        recipe = host.recipe(args, state, kwargs.get("optimizer"))
+        monitor.begin(model, recipe=recipe, untouched=untouched)
+        monitor.is_later_phase &= saved is not None  # its steps count from the base model
         return monitor
-
-    def _resumed_rescuer(
-        self, args: TrainingArguments, state: TrainerState, model: Any
-    ) -> Rescuer | None:
-        rescuer = self._new_rescuer(args)
-        try:
-            if rescuer is not None:
-                rescuer.resume(model)
-        except Exception as error:
-            if self.strict:
-                raise
-            if state.is_world_process_zero:
-                logger.warning("This run cannot be rescued at its end: %s", error)
-            return None
-        return rescuer
 
     def _look_if_due(
         self, state: TrainerState, control: TrainerControl, model: Any, event: str | None = None
@@ -289,10 +289,9 @@ class GuardedRun(Settings):
     def _look(
         self, state: TrainerState, control: TrainerControl, model: Any, *, may_stop: bool = True
     ) -> None:
-        monitor = self.monitor
+        step, monitor = self._step(state), self.monitor
         assert monitor is not None
         last, alarm = monitor.history[-1], monitor.alarm
-        step = self._step(state)
         verdict = monitor.check(model, step, state.max_steps, host.training_loss(state, step))
         if monitor.history[-1] is not last:
             self._forgiving("a tracker", lambda: host.log(state, control, monitor.row()))
@@ -320,7 +319,7 @@ class GuardedRun(Settings):
             logger.warning("IIMM guard, step %d: %s", step, verdict.reason)
         if state.is_world_process_zero and self.monitor is not None:
             before = [row["level"] for row in self.monitor.history[-2:-1]] or ["continue"]
-            for tracker, alert in alerts.due(self.task.name, verdict, before[0]):
+            for tracker, alert in alerts_due(self.task.name, verdict, before[0]):
                 self._forgiving(f"an alert to {tracker}", alert)
         stop = ranks.any_rank(stop, what=f"the verdict at step {step}")
         if stop and may_stop and step < state.max_steps:

@@ -5,7 +5,7 @@ import pytest
 from iimm_callbacks import IIMMCallback, IIMMMonitor, Limits
 from iimm_callbacks.records.ledger import Past
 from iimm_callbacks.records.verdict import Verdict
-from iimm_callbacks.trainer.settings import FORMER
+from iimm_callbacks.trainer.callback import FORMER
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ from transformers import Trainer
 from iimm_callbacks import IIMMCallback, IIMMMonitor, PromptClassifier
 from iimm_callbacks.records.run_file import check_run
 from iimm_callbacks.reports.card import HEADING, update_card, update_outcomes_card
-from iimm_callbacks.trainer.amended import amend_cards
+from iimm_callbacks.trainer.outlets import amend_cards
 
 TEMPLATES = {"digits": ["the number {}"], "letters": ["the letter {}", "a big {}"]}
 

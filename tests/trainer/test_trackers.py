@@ -367,13 +367,13 @@ def test_trackio_has_the_alerts(tracked, scripted, folder):
 
 
 def test_a_title_is_no_longer_than_weights_and_biases_takes(monkeypatch):
-    from iimm_callbacks.trainer import alerts
+    from iimm_callbacks.trainer import outlets
 
     trainer = SimpleNamespace(callback_handler=SimpleNamespace(callbacks=[Wandb()]))
-    monkeypatch.setattr(alerts.host, "find_trainer", lambda: trainer)
-    ((name, send),) = alerts.due("x" * 100, Verdict("stop", 0.9, "why"), "warn")
+    monkeypatch.setattr(outlets.host, "find_trainer", lambda: trainer)
+    ((name, send),) = outlets.alerts_due("x" * 100, Verdict("stop", 0.9, "why"), "warn")
     assert (name, len(send.args[0])) == ("Weights & Biases", 63)
-    assert alerts.due("x", Verdict("stop", 0.9, "why"), "stop") == []
+    assert outlets.alerts_due("x", Verdict("stop", 0.9, "why"), "stop") == []
 
 
 def test_readback_notices_a_key_that_is_missing(tracked, folder):
