@@ -42,8 +42,7 @@ def report(
 
     where, known = open_record(outcomes, "--outcomes")
     found = of_model(known, record)
-    from ..reports.page import PICTURES, write_report
-    from ..reports.past import past_runs
+    from ..reports.page import PICTURES, past_runs, write_report
     from ..reports.terminal import summary_table
     from ..reports.words import page
 

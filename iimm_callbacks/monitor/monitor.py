@@ -28,8 +28,13 @@ from ..records.ledger import Ledger, Past
 from ..records.log import get_logger
 from ..records.outcomes import Outcome
 from ..records.verdict import Limits, Verdict
-from ..reports.lines import look_line, preflight_lines, saved_lines
-from ..reports.terminal import preflight_table, summary_table
+from ..reports.terminal import (
+    look_line,
+    preflight_lines,
+    preflight_table,
+    saved_lines,
+    summary_table,
+)
 from .measured import Measured, Verbose
 from .telling import Forgiving, as_loss, ended_as, has_moved
 

@@ -18,10 +18,11 @@ from .drawing import (
     in_points,
     label,
     new_figure,
+    render,
     require_matplotlib,
     save_picture,
+    shown,
 )
-from .page import render, shown
 from .tables import mixed
 from .terminal import is_complete
 from .words import points, standard_error

@@ -1,4 +1,4 @@
-"""A picture once: as a PNG file, and as SVG inside a page, in the page's colours."""
+"""A picture once: as a PNG file, and as SVG inside a page, in the page's colours; that page."""
 
 from __future__ import annotations
 
@@ -8,14 +8,18 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
 import numpy as np
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
 from numpy.typing import ArrayLike, NDArray
 
-from .words import printable
+from .. import __version__
+from .words import level_words, printable
 
 LIGHT = {
     "paper": "#ffffff", "panel": "#f3f5f8", "ink": "#1b1f24", "quiet": "#565d66",
@@ -53,6 +57,9 @@ _STYLE = {
 _NAMES = {colour: name for name, colour in LIGHT.items()}
 _SVG = "{http://www.w3.org/2000/svg}"
 _HREF = "{http://www.w3.org/1999/xlink}href"
+
+_SIGNS = {"continue": "●", "warn": "▲", "stop": "■"}
+_HERE = Path(__file__).parent
 
 
 @dataclass(frozen=True)
@@ -185,3 +192,42 @@ def _variable(found: re.Match[str]) -> str:
 def variables(colours: dict[str, str]) -> str:
     """CSS declarations: each colour under its name."""
     return "; ".join(f"--{name}: {colour}" for name, colour in colours.items())
+
+
+def render(template: str, context: dict[str, Any]) -> str:
+    """A page from one of our templates: whatever `context` holds is shown as text.
+
+    Args:
+        template: Name of its file.
+        context: Its variables; only `shown` pictures are markup.
+    """
+    colours = {"light": Markup(variables(LIGHT)), "dark": Markup(variables(DARK))}
+    style = Markup((_HERE / "style.css").read_text(encoding="utf-8"))
+    page = _environment().get_template(template)
+    return page.render(
+        context, colours=colours, style=style, signs=_SIGNS, level_colours=LEVEL,
+        level_words=level_words, version=__version__,
+    )  # fmt: skip
+
+
+def shown(picture: Picture) -> dict[str, Any]:
+    """A picture as the templates take it."""
+    # ElementTree wrote it: text and attributes are escaped.
+    svg = Markup(as_svg(picture))
+    return {"name": picture.name, "title": picture.title, "caption": picture.caption, "svg": svg}
+
+
+@cache
+def _environment() -> Environment:
+    return Environment(
+        loader=FileSystemLoader(_HERE),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        finalize=_as_text,
+    )
+
+
+def _as_text(value: Any) -> Any:
+    return printable(value) if isinstance(value, str) and not isinstance(value, Markup) else value

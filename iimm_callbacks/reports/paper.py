@@ -16,10 +16,10 @@ from .drawing import (
     in_points,
     legend_above,
     new_figure,
+    render,
     require_matplotlib,
 )
-from .page import render
-from .page import shown as as_shown
+from .drawing import shown as as_shown
 from .tables import new_table, or_nothing
 from .words import page, percent
 

@@ -9,8 +9,7 @@ from test_cli import RUNNER
 from iimm_callbacks import cli
 from iimm_callbacks.cli import demo
 from iimm_callbacks.records.run_file import read_run
-from iimm_callbacks.reports.lines import look_line
-from iimm_callbacks.reports.terminal import summary_table
+from iimm_callbacks.reports.terminal import look_line, summary_table
 
 pytestmark = pytest.mark.whole
 

@@ -16,7 +16,7 @@ from test_report import make_record
 from iimm_callbacks.monitor import IIMMMonitor
 from iimm_callbacks.records.run_file import file_name, process, read_run, save_run, sweep
 from iimm_callbacks.reports import terminal as report
-from iimm_callbacks.reports.lines import look_line
+from iimm_callbacks.reports.terminal import look_line
 
 
 @pytest.fixture

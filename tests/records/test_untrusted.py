@@ -27,8 +27,12 @@ from iimm_callbacks.records.run_file import read_run, save_run
 from iimm_callbacks.records.saved import check_names
 from iimm_callbacks.records.store import append_outcome, check_store, read_outcomes
 from iimm_callbacks.reports.figures import plot_run
-from iimm_callbacks.reports.lines import look_line, preflight_lines
-from iimm_callbacks.reports.terminal import preflight_table, summary_table
+from iimm_callbacks.reports.terminal import (
+    look_line,
+    preflight_lines,
+    preflight_table,
+    summary_table,
+)
 from iimm_callbacks.reports.words import printable
 
 pytestmark = pytest.mark.once

@@ -34,8 +34,7 @@ from iimm_callbacks.reports.drawing import (
     new_figure,
 )
 from iimm_callbacks.reports.figures import run_pictures
-from iimm_callbacks.reports.page import PICTURES, write_report
-from iimm_callbacks.reports.past import fit_line, past_runs
+from iimm_callbacks.reports.page import PICTURES, fit_line, past_runs, write_report
 from iimm_callbacks.reports.terminal import summary_table
 from iimm_callbacks.reports.words import printable
 
@@ -97,7 +96,7 @@ def report(record, tmp_path, outcomes=(), drawn=False):
     with pytest.MonkeyPatch.context() as patch:
         if not drawn:
             patch.setattr("iimm_callbacks.reports.page.save_picture", lambda picture, path: None)
-            patch.setattr("iimm_callbacks.reports.page.as_svg", undrawn)
+            patch.setattr("iimm_callbacks.reports.drawing.as_svg", undrawn)
         written = write_report(record, tmp_path / "out", outcomes)
     return Page(written.read_text(encoding="utf-8"))
 

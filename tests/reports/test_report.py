@@ -6,8 +6,13 @@ from pathlib import Path
 import pytest
 
 from iimm_callbacks.reports.figures import plot_run
-from iimm_callbacks.reports.lines import look_line, preflight_lines, saved_lines
-from iimm_callbacks.reports.terminal import preflight_table, summary_table
+from iimm_callbacks.reports.terminal import (
+    look_line,
+    preflight_lines,
+    preflight_table,
+    saved_lines,
+    summary_table,
+)
 from iimm_callbacks.reports.words import page, printable
 
 FIRST = {
