@@ -29,10 +29,9 @@ from iimm_callbacks.records.run_file import check_rescue
 from iimm_callbacks.records.verdict import Limits
 from iimm_callbacks.reports.tables import rescue_table
 from iimm_callbacks.rescue.counterparts import save_weights
-from iimm_callbacks.rescue.curve import Mix, choose, held_out, measure_mixes
 from iimm_callbacks.rescue.mixing import Mixture, keep_untouched, needs_untouched
 from iimm_callbacks.rescue.rescuer import Rescuer, is_exceeded
-from iimm_callbacks.rescue.sweep import rescue, sweep
+from iimm_callbacks.rescue.sweep import Mix, choose, held_out, measure_mixes, rescue, sweep
 
 WORKER = Path(__file__).parents[1] / "rescue_worker.py"
 LORA = {"r": 2, "target_modules": ["q_proj", "v_proj"]}
