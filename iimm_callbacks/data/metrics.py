@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -224,6 +224,24 @@ def as_metric(
     ready = Metric(_name(made, given, key), task, function, n_classes, key)
     ready.check()
     return ready
+
+
+def check_by_images(tasks: Iterable[Any]) -> None:
+    """Raise unless the score of each of these `Task`s is a share of its images: it can be rescued.
+
+    A rescue scores held-out images, each under the mix that the others choose. Of a metric that is
+    no mean over images that would be another number.
+
+    Raises:
+        ValueError: One has a metric other than accuracy and recall@k.
+    """
+    for task in tasks:
+        if isinstance(task.metric, Metric):
+            raise ValueError(
+                f"`metric` of task {task.name!r} must be accuracy or recall@k for a rescue, got "
+                f"{task.metric.name!r}, which is no mean over images; leave `metric` out, or use "
+                "`action='stop'`"
+            )
 
 
 def _load(name: str, task: str) -> Any:

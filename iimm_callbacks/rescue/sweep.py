@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from ..data.metrics import check_by_images
 from ..data.tasks import Task, check_tasks
 from ..measures.accuracy import forgetting, paired_drop
 from ..models.encoders import EncodePair
@@ -149,10 +150,10 @@ def rescue(
     Raises:
         OSError: There is no `base` of that name.
         TypeError: `base`, or a task, is of another type.
-        ValueError: Two tasks have one name, one of `off_target` is the task, an α is out of range,
-            there is no limit or no off-target task to choose by, the model cannot be measured, or
-            `base` is not the model before fine-tuning; and for what cannot be mixed, see
-            `mixing.Mixture`.
+        ValueError: Two tasks have one name, one of `off_target` is the task, a task has a metric
+            other than accuracy and recall@k, an α is out of range, there is no limit or no
+            off-target task to choose by, the model cannot be measured, or `base` is not the model
+            before fine-tuning; and for what cannot be mixed, see `mixing.Mixture`.
         RuntimeError: Another rank failed.
     """
     from ..sample import off_target_tasks
@@ -205,7 +206,7 @@ def sweep(
     """
     limits, start = limits or Limits(), time.perf_counter()
     grid = _grid(alphas)
-    _check_limit(limits, probe)
+    _check_choice(limits, probe)
     mixture = ranks.together(lambda: Mixture(model, _load(base)))
     probe.prepare(model)
     final = 1.0
@@ -229,7 +230,8 @@ def sweep(
     return Rescue(mixes, alpha, reason, honest, limits, mixture.n_tensors, apply, notes, runtime)
 
 
-def _check_limit(limits: Limits, probe: Probe) -> None:
+def _check_choice(limits: Limits, probe: Probe) -> None:
+    check_by_images([probe.task, *probe.off_target])
     if limits.max_forgetting is None or not probe.off_target:
         missing = "`max_forgetting`" if limits.max_forgetting is None else "off-target task"
         raise ValueError(
@@ -291,8 +293,7 @@ def measure_mixes(looks: Mapping[float, Look], limits: Limits) -> list[Mix]:
         looks: α -> what was seen of that mix; 0 among them.
         limits: What `inside` is judged by.
     """
-    before = looks[0].correct
-    return [_mix(alpha, before, look.correct, limits) for alpha, look in looks.items()]
+    return [_mix(a, looks[0].correct, look.correct, limits) for a, look in looks.items()]
 
 
 def held_out(looks: Mapping[float, Look], limits: Limits) -> Mix:

@@ -11,6 +11,7 @@ from typing import Any
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from ..data.metrics import check_by_images
 from ..data.tasks import Task, as_tasks, check_tasks
 from ..guard.pace import Budget
 from ..guard.schedule import Every, check_every
@@ -122,8 +123,9 @@ class IIMMCallback(GuardedRun, TrainerCallback):  # type: ignore[misc]  # transf
 
     Raises:
         TypeError: A task is not a `Task`, or `action` is neither a known word nor callable.
-        ValueError: A setting is out of its range, tasks that cannot guard one another, or
-            ``action="stop"`` with nothing to judge by.
+        ValueError: A setting is out of its range, tasks that cannot guard one another,
+            ``action="stop"`` with nothing to judge by, or ``"rescue"`` with a task whose metric is
+            neither accuracy nor recall@k.
     """
 
     def __init__(
@@ -155,6 +157,8 @@ class IIMMCallback(GuardedRun, TrainerCallback):  # type: ignore[misc]  # transf
         Budget(max_overhead)
         self.limits = Limits.of(max_forgetting, **pick(former, "limit_on", "confidence"))
         self.rescues = check_action(action, self.limits, self.off_target, **former)
+        if self.rescues:
+            check_by_images([task, *(self.off_target or ())])
         if report:  # better told now than at the end of a run
             from ..reports.drawing import require_matplotlib
 

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import TrainerCallback
 
-from iimm_callbacks import PromptClassifier
+from iimm_callbacks import IIMMCallback, PromptClassifier
 from iimm_callbacks.data.tasks import Task
 from iimm_callbacks.measures.measure import Measurement
 from iimm_callbacks.models.tuning import prepare
@@ -546,6 +546,34 @@ def test_arguments_are_checked(tiny_clip, processor, colour_task, shape_task):
             rescue(model, base, colour_task, [shape_task], processor=processor, alphas=[alpha])
     with pytest.raises(ValueError, match=r"`alpha` must lie in \[0, 1\], got 2"):
         Mixture(model, base).set(2)
+
+
+def test_a_metric_that_is_no_mean_over_images_is_refused(
+    tiny_clip, processor, colour_task, shape_task
+):
+    def half(predictions, references):
+        return (predictions == references).mean() / 2
+
+    by_half, by_recall = (
+        Task("colours", colour_task.dataset, templates="a {} thing", probe_size=32, metric=metric)
+        for metric in (half, "recall@1")
+    )
+    model, base = stir(tiny_clip()), tiny_clip()
+    for task, off_target in ((by_half, shape_task), (shape_task, by_half)):
+        for refused in (
+            lambda: rescue(model, base, task, [off_target], processor=processor),  # noqa: B023
+            lambda: IIMMCallback(task, off_target, action="rescue"),  # noqa: B023
+        ):
+            with pytest.raises(ValueError, match=r"'colours' must be accuracy or recall@k .*'half"):
+                refused()
+    IIMMCallback(by_half, shape_task, action="stop")
+    found, plain = (
+        rescue(
+            model, base, task, [shape_task], ANY, processor=processor, progress=False, apply=False
+        )
+        for task in (by_recall, colour_task)
+    )
+    assert [m.accuracy for m in found.mixes] == [m.accuracy for m in plain.mixes]
 
 
 def test_tasks_of_one_name_and_the_task_itself_are_refused(tiny_clip, colour_task, shape_task):
