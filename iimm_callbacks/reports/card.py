@@ -8,7 +8,6 @@ and nothing else on the card is touched.
 from __future__ import annotations
 
 import re
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -59,10 +58,10 @@ def update_card(
     """
     if not record.get("looks"):
         raise ValueError("`record` must hold a look, got none; a run has one once it has begun")
-    templates = record.get("templates", {}) if templates is None else templates
-    metrics = record.get("metrics", {}) if metrics is None else metrics
+    given = {"templates": templates, "metrics": metrics}
+    record = {**record, **{key: value for key, value in given.items() if value is not None}}
     if isinstance(card, ModelCard):
-        _amend(card, record, templates, metrics)
+        _amend(card, record)
         return card
     path = Path(card)
     if path.is_dir() or not (path.is_file() or path.suffix.lower() == ".md"):
@@ -70,26 +69,18 @@ def update_card(
     found = ModelCard.load(path) if path.exists() else ModelCard("---\n{}\n---\n")
     data: Any = found.data  # a `ModelCardData`, which its type does not say
     data.model_name = data.model_name or path.absolute().parent.name
-    _amend(found, record, templates, metrics)
+    _amend(found, record)
     found.save(path)
     return found
 
 
-def eval_results(
-    record: Mapping[str, Any],
-    templates: Mapping[str, Sequence[str]],
-    metrics: Mapping[str, str],
-) -> list[EvalResult]:
-    """Every task after and before fine-tuning, for `ModelCardData.eval_results`.
+def _eval_results(record: Mapping[str, Any]) -> list[EvalResult]:
+    """Every task after and before fine-tuning.
 
     Results of one `dataset_type` become one entry of the `model-index`, so each task has its own.
-
-    Args:
-        record: As `update_card`.
-        templates: Task name -> its prompt templates.
-        metrics: Task name -> what stands in for accuracy.
     """
     learnt, fingerprints = record["task"], record.get("fingerprints", {})
+    templates, metrics = record.get("templates", {}), record.get("metrics", {})
     results = []
     for name, before, after in _scores(record):
         metric, score = metrics.get(name, "accuracy"), score_name(metrics, name)
@@ -116,20 +107,11 @@ def eval_results(
     return results
 
 
-def section(
-    record: Mapping[str, Any],
-    templates: Mapping[str, Sequence[str]],
-    metrics: Mapping[str, str],
-) -> str:
-    """The section for people, in points, between the two comments that mark it as ours.
-
-    Args:
-        record: As `update_card`.
-        templates: Task name -> its prompt templates.
-        metrics: Task name -> what stands in for accuracy.
-    """
+def _section(record: Mapping[str, Any]) -> str:
+    """The section for people, in points, between the two comments that mark it as ours."""
     first, last = record["looks"][0], record["looks"][-1]
     learnt, fingerprints = record["task"], record.get("fingerprints", {})
+    templates, metrics = record.get("templates", {}), record.get("metrics", {})
     lines = [
         f"## {HEADING}",
         "",
@@ -159,14 +141,9 @@ def section(
     return "\n".join([begin, *lines, end])
 
 
-def _amend(
-    card: ModelCard,
-    record: Mapping[str, Any],
-    templates: Mapping[str, Sequence[str]],
-    metrics: Mapping[str, str],
-) -> None:
+def _amend(card: ModelCard, record: Mapping[str, Any]) -> None:
     data: Any = card.data
-    new = eval_results(record, templates, metrics)
+    new = _eval_results(record)
     measured = {(r.dataset_type, r.metric_name) for r in new}
     kept = [
         old
@@ -176,7 +153,7 @@ def _amend(
     ]
     data.model_name = data.model_name or str(record.get("model") or "model")
     data.eval_results = kept + new
-    _put(card, section(record, templates, metrics), record["task"])
+    _put(card, _section(record), record["task"])
 
 
 def _put(card: RepoCard, text: str, name: str) -> None:
@@ -204,14 +181,12 @@ def update_outcomes_card(
     data.license = license_name or data.license
     data.tags = sorted({*(data.get("tags") or []), "iimm", "fine-tuning"})
     data.pretty_name = data.pretty_name or "Fine-tuning runs"
-    cells = Counter((o.model, o.model_fingerprint, o.method) for o in outcomes)
-    tasks: dict[tuple[str, str, str], set[str]] = {}
+    cells: dict[tuple[str, str, str], list[str]] = {}
     for o in outcomes:
-        tasks.setdefault((o.model, o.model_fingerprint, o.method), set()).add(o.task)
+        cells.setdefault((o.model, o.model_fingerprint, o.method), []).append(o.task)
     rows = [
-        f"| {_shown(model)} | {_shown(fingerprint)} | {_shown(method)} | "
-        f"{len(tasks[model, fingerprint, method])} | {n} |"
-        for (model, fingerprint, method), n in sorted(cells.items())
+        f"| {' | '.join(map(_shown, cell))} | {len(set(tasks))} | {len(tasks)} |"
+        for cell, tasks in sorted(cells.items())
     ]
     n_models = len({o.model_fingerprint or o.model for o in outcomes})
     begin, end = _markers(_RUNS)
@@ -249,8 +224,7 @@ def _scores(record: Mapping[str, Any]) -> Iterator[tuple[str, float, float | Non
 
 
 def _facts(record: Mapping[str, Any], first: Any, last: Any) -> Iterator[str]:
-    forecast = record["forecast"] or {}
-    predicted = forecast
+    predicted = record["forecast"] or {}
     rescue = mixed(record)
     if rescue is not None:
         held = rescue["held_out"]
@@ -268,8 +242,8 @@ def _facts(record: Mapping[str, Any], first: Any, last: Any) -> Iterator[str]:
     for name, key in observed.items():
         error = standard_error(last, name)
         spread = "" if error is None else f" ± {points(error).removeprefix('+')}"
-        told = f"{words[name]}: {points(last[key])}{spread} points (standard error)"
-        told = told if spread else told.removesuffix(" (standard error)")
+        told = f"{words[name]}: {points(last[key])}{spread} points"
+        told += " (standard error)" if spread else ""
         if name in predicted:
             told += f"; forecast before training {interval(predicted[name])}, 90 % interval"
         yield f"- {told}"

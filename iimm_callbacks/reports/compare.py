@@ -127,11 +127,8 @@ def _groups(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
             values = [v for end in ends if (v := facts.observed(end, q)) is not None]
             row[q] = None
             if values:
-                row[q] = {
-                    "mean": sum(values) / len(values),
-                    "low": min(values),
-                    "high": max(values),
-                }
+                mean = sum(values) / len(values)
+                row[q] = {"mean": mean, "low": min(values), "high": max(values)}
         groups.append(row)
     return groups
 
@@ -217,19 +214,8 @@ def _draw_run(axis: Any, record: dict[str, Any], colour: str, mark: str) -> None
     axis.plot(x, y, "-", marker=".", ms=4, color=colour, lw=1, alpha=0.5)
     dx, dy = (in_points(standard_error(looks[-1], q) or 0.0) for q in ("forgetting", "gain"))
     face = colour if is_complete(record) else LIGHT["paper"]
-    axis.errorbar(
-        x[-1],
-        y[-1],
-        dy,
-        dx,
-        fmt=mark,
-        ms=8,
-        color=colour,
-        mfc=face,
-        mew=1.6,
-        elinewidth=1,
-        zorder=4,
-    )
+    looks_like = {"fmt": mark, "ms": 8, "color": colour, "mfc": face, "mew": 1.6}
+    axis.errorbar(x[-1], y[-1], dy, dx, **looks_like, elinewidth=1, zorder=4)
 
 
 def _as_words(
