@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from ..records.log import get_logger
-from .class_names import check_utf8, checked_class_names, own_names, some
+from .templates import check_utf8, checked_class_names, own_names, some
 
 _IMAGES = ("Image", "Audio")  # features of `datasets`
 # Names of a column of labels, or of captions, in the order of preference.
@@ -107,7 +107,7 @@ def read_labels(
         labels: One for each image.
         given: Names of the classes by the user: in the order of the labels, or a mapping from the
             data set's names.
-        classes: The data set's names, as `class_names.own_names` takes them.
+        classes: The data set's names, as `templates.own_names` takes them.
         strings: How often each string is a label, where `labels` are a part of what was read.
 
     Raises:

@@ -10,13 +10,12 @@ from typing import Any
 import numpy as np
 
 from . import hub
-from .class_names import check_utf8
 from .images import kind, random_streams_kept, read_image
 from .labels import read_labels
 from .metrics import as_metric
 from .sources import ImageFolder, open_source
 from .streams import STREAM_SIZE
-from .templates import given_templates
+from .templates import check_utf8, given_templates
 
 TASK_PROBE_SIZE = 512
 OFF_TARGET_PROBE_SIZE = 256

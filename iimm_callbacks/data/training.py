@@ -6,10 +6,10 @@ from contextlib import suppress
 from copy import copy
 from typing import Any
 
-from .class_names import own_names, some
 from .labels import pick_columns
 from .streams import is_stream
 from .tasks import Task
+from .templates import own_names, some
 
 SAMPLE_SIZE = 1024
 

@@ -18,8 +18,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor, nn
 
-from ..data.class_names import tell_doubles
 from ..data.tasks import Task
+from ..data.templates import tell_doubles
 from ..records.run_file import write_whole
 
 FOLDER = "IIMM_CALLBACKS_TEXTS"  # environment variable: a folder, or "off"
@@ -39,7 +39,7 @@ def tell_one_text(task: Task, prompts: list[str], tokenized: list[Any]) -> None:
         tokenized: The same, in batches of model inputs.
 
     Raises:
-        ValueError: As `class_names.tell_doubles`.
+        ValueError: As `templates.tell_doubles`.
     """
     if not all(isinstance(batch, Mapping) and "input_ids" in batch for batch in tokenized):
         return  # a user's `encode` reads strings
