@@ -232,27 +232,25 @@ class Pace:
             n_images: In the look before training.
             off_target_size: Of each off-target task, as `first_look` gave it.
         """
-        return _plan(self.every, self.budget.max_overhead, n_images, off_target_size)
-
-
-def _plan(every: Every, max_overhead: float | None, n_images: int, off_target_size: int) -> str:
-    if isinstance(every, str):
-        when = {"epoch": "after each epoch", "evaluate": "at each evaluation"}[every]
-    elif not isinstance(every, int | float):
-        *early, last = (f"{100 * share:g}" for share in sorted({*(every or DEFAULT_SHARES), 1.0}))
-        when = f"at {', '.join(early)} and {last} % of the steps"
-    else:
-        when = f"every {every} steps" if isinstance(every, int) else f"every {100 * every:g} %"
-    if max_overhead is None:
-        return f"{when}, all {n_images} images each"
-    few = math.ceil(PARTS[-1] * n_images)
-    text = (
-        f"{when}, {few} to {n_images} images each to stay within {100 * max_overhead:g} % of the "
-        "run time; the last look has all"
-    )
-    if off_target_size < OFF_TARGET_PROBE_SIZE:
-        text += (
-            f"; {off_target_size} images of each off-target task instead of "
-            f"{OFF_TARGET_PROBE_SIZE}, as the run is short (`max_overhead=None`: all)"
+        every, max_overhead = self.every, self.budget.max_overhead
+        if isinstance(every, str):
+            when = {"epoch": "after each epoch", "evaluate": "at each evaluation"}[every]
+        elif not isinstance(every, int | float):
+            shares = sorted({*(every or DEFAULT_SHARES), 1.0})
+            *early, last = (f"{100 * share:g}" for share in shares)
+            when = f"at {', '.join(early)} and {last} % of the steps"
+        else:
+            when = f"every {every} steps" if isinstance(every, int) else f"every {100 * every:g} %"
+        if max_overhead is None:
+            return f"{when}, all {n_images} images each"
+        few = math.ceil(PARTS[-1] * n_images)
+        text = (
+            f"{when}, {few} to {n_images} images each to stay within {100 * max_overhead:g} % of "
+            "the run time; the last look has all"
         )
-    return text
+        if off_target_size < OFF_TARGET_PROBE_SIZE:
+            text += (
+                f"; {off_target_size} images of each off-target task instead of "
+                f"{OFF_TARGET_PROBE_SIZE}, as the run is short (`max_overhead=None`: all)"
+            )
+        return text

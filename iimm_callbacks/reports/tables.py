@@ -38,13 +38,10 @@ def measured(data: dict[str, Any]) -> str:
     accuracy = percent(data["zero_shot_accuracy"])
     table.add_row("zero-shot accuracy", accuracy, f"{data['dataset']}{split}")
     probe = data["linear_probe_accuracy"]
-    value = "none" if probe is None else f"{percent(probe)} ± {_error(data)}"
-    table.add_row("linear probe", value, data["linear_probe_note"])
+    spread = "" if probe is None else f" ± {100 * data['linear_probe_standard_error']:.1f}"
+    value = "none" if probe is None else percent(probe)
+    table.add_row("linear probe", f"{value}{spread}", data["linear_probe_note"])
     return page(table, data["pairing"])
-
-
-def _error(data: dict[str, Any]) -> str:
-    return f"{100 * data['linear_probe_standard_error']:.1f}"
 
 
 def forecasts(data: dict[str, Any]) -> str:
@@ -55,7 +52,7 @@ def forecasts(data: dict[str, Any]) -> str:
     """
     rows, limits = data["forecasts"], data["limits"]
     names = {method: named(method, row) for method, row in rows.items()}
-    limit = f"{points(limits['max_forgetting']).removeprefix('+')} points"
+    limit = f"{size(limits['max_forgetting'])} points"
     table = new_table("Forecast in points, 90 % interval", "method", *WORDS.values(), "P(exceed)")
     for method, row in rows.items():
         above = row["exceed_probability"]
@@ -297,7 +294,7 @@ def _cells(mix: dict[str, Any], mark: str) -> list[str]:
         f"{mix['alpha']:.2f}",
         percent(mix["accuracy"]),
         *(
-            f"{points(mix[key])} ± {points(mix[f'{key}_se']).removeprefix('+')}"
+            f"{points(mix[key])} ± {size(mix[f'{key}_se'])}"
             for key in ("gain", "forgetting", "worst")
         ),
         mix["worst_task"],

@@ -236,7 +236,7 @@ def _limit(record: dict[str, Any]) -> tuple[str, str]:
     if limits["max_forgetting"] is None:
         return "none", "only measuring"
     return (
-        points(limits["max_forgetting"]).removeprefix("+"),
+        size(limits["max_forgetting"]),
         f"points of {limits['limit_on']} forgetting; stop from {limits['confidence']:.0%} sure",
     )
 
@@ -260,8 +260,8 @@ def _accuracies(record: dict[str, Any], row: dict[str, Any]) -> str:
 def _limit_line(limits: dict[str, Any], row: dict[str, Any]) -> str:
     if limits["max_forgetting"] is None:
         return "none, only measuring"
-    size = points(limits["max_forgetting"]).removeprefix("+")
-    text = f"{size} points of {limits['limit_on']} forgetting; verdict: {level_words(row['level'])}"
+    most, level = size(limits["max_forgetting"]), level_words(row["level"])
+    text = f"{most} points of {limits['limit_on']} forgetting; verdict: {level}"
     if keys.EXCEED not in row:
         return f"{text}, nothing to judge by yet"
     return f"{text}, P(over limit) {row[keys.EXCEED]:.2f}"

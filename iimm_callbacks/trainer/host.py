@@ -102,18 +102,20 @@ def best_step(state: TrainerState) -> int | None:
 
 def searches_by_own_objective() -> bool:
     """Whether the Trainer that is calling searches hyperparameters by an objective of the user."""
-    trainer = find_trainer()
-    if trainer is None or getattr(trainer, "hp_search_backend", None) is None:
-        return False
-    return getattr(trainer, "compute_objective", None) is not default_compute_objective
+    trainer = _searching()
+    return trainer is not None and trainer.compute_objective is not default_compute_objective
 
 
 def output_dir(args: TrainingArguments) -> Path:
     """The folder of the run: within a search over hyperparameters, that of the trial."""
+    trainer = _searching()
+    return Path(args.output_dir if trainer is None else trainer._get_output_dir(trainer._trial))
+
+
+def _searching() -> Any:
+    """The Trainer that is calling, where it searches hyperparameters; else None."""
     trainer = find_trainer()
-    if trainer is None or getattr(trainer, "hp_search_backend", None) is None:
-        return Path(args.output_dir)
-    return Path(trainer._get_output_dir(getattr(trainer, "_trial", None)))
+    return None if trainer is None or trainer.hp_search_backend is None else trainer
 
 
 def check_alone(callback: TrainerCallback) -> None:
@@ -226,7 +228,7 @@ def recipe(args: TrainingArguments, state: TrainerState, optimizer: Any = None) 
         optimizer: That steps; it may be the user's own, to which `args` do not apply.
     """
     # `auto_find_batch_size` may have come to another one than was asked for.
-    batch_size = getattr(state, "train_batch_size", None) or args.train_batch_size
+    batch_size = state.train_batch_size or args.train_batch_size
     return {
         "optimizer": _optimizer_name(args, optimizer),
         "learning_rate": _learning_rate(args, optimizer),
