@@ -162,23 +162,13 @@ def _open(subject: Subject) -> Opened:
         split=subject.split,
         task_name=subject.task_name,
         templates=subject.template,
-        image_column=subject.image_column,
-        label_column=subject.label_column,
-        probe_size=subject.probe_size,
-        seed=subject.seed,
+        **subject.of_task(),
     )
     model, processor = load_model(subject.model, processor=subject.processor, device=subject.device)
     train = None
     if subject.train is not None:
-        train = load_training(
-            subject.train,
-            task_name=task.name,
-            templates=subject.template,
-            image_column=subject.image_column,
-            label_column=subject.label_column,
-            probe_size=SAMPLE_SIZE,
-            seed=subject.seed,
-        )
+        settings = subject.of_task() | {"probe_size": SAMPLE_SIZE, "templates": subject.template}
+        train = load_training(subject.train, task_name=task.name, **settings)
     probe = Probe(
         task,
         processor=processor,

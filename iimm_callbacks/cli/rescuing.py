@@ -69,7 +69,7 @@ def rescue(
     with nullcontext() if to is None else folder_to_write(to, "--to"):
         others = None if off_target is None else _off_target(off_target, dataset, reading)
         model, untouched, processor, save = _load(base, tuned, reading)
-        task = _task(dataset, reading, reading.template, reading.task_name)
+        task = _task(dataset, reading, templates=reading.template, task_name=reading.task_name)
         found = rescue_model(
             model, untouched, task, others, limits,
             processor=processor, batch_size=reading.batch_size,
@@ -207,21 +207,5 @@ def _folder(name: str) -> str:
     return str(model_path())
 
 
-def _task(
-    name: str,
-    reading: Reading,
-    templates: list[str] | None = None,
-    task_name: str | None = None,
-    argument: str = "DATASET",
-) -> Task:
-    return load_task(
-        name,
-        split=reading.split,
-        task_name=task_name,
-        templates=templates,
-        image_column=reading.image_column,
-        label_column=reading.label_column,
-        probe_size=reading.probe_size,
-        seed=reading.seed,
-        argument=argument,
-    )[0]
+def _task(name: str, reading: Reading, **settings: Any) -> Task:
+    return load_task(name, split=reading.split, **reading.of_task(), **settings)[0]

@@ -290,3 +290,8 @@ class Reading:
         str | None, typer.Option(help="Hub name or folder, where MODEL has none")
     ] = None
     seed: Annotated[int, typer.Option(help="Of the choice of images", min=0)] = 0
+
+    def of_task(self) -> dict[str, Any]:
+        """The settings that a task of any of the command's data sets has."""
+        names = ("image_column", "label_column", "probe_size", "seed")
+        return {name: getattr(self, name) for name in names}
