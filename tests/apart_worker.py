@@ -63,7 +63,7 @@ def run(folder, world, rank):
 def main():
     folder, world = Path(sys.argv[1]), int(sys.argv[2])
     with suppress(RuntimeError):  # the last one dies
-        on_ranks(world, lambda rank: run(folder, world, rank), folder)
+        on_ranks(world, lambda rank: run(folder, world, rank))
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ Each scenario of a world size leaves what its ranks came back with in `<scenario
 import copy
 import logging
 import sys
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 
@@ -173,6 +174,29 @@ def no_images():
     names = COLOURS.features["label"].names
     task = colour_task(data=[(b"no", i % 4) for i in range(40)], class_names=names)
     return raised(lambda: Probe(task, processor=processor, progress=False).look(model, 0))
+
+
+def group_anew():
+    """A look in the group, alone once it is gone, and in another one, at which rank 1 is new."""
+    encode = Encode()
+    probe = encode.probe(batch_size=4)
+    looks = [told(probe.look(encode.model, 0))]
+    rank, world = ranks.world()
+    distributed.destroy_process_group()
+    looks.append(told(probe.look(encode.model, 1)))
+    on_store = Path(sys.argv[1]) / f"anew-{world}"
+    if rank == 1:  # a process that has been in no look
+        probe = encode.probe(batch_size=4)
+        ranks._entered.clear()
+        ranks._counted_for = None
+    distributed.init_process_group(
+        "gloo", init_method=f"file://{on_store}", rank=rank, world_size=world,
+        timeout=timedelta(seconds=20),
+    )  # fmt: skip
+    if rank != 1:
+        probe._share = None
+    looks.append(told(probe.look(encode.model, 0)))
+    return looks
 
 
 def one_fails():
@@ -369,6 +393,7 @@ SEVERAL = {
     "one_has_little_memory": one_has_little_memory,
     "one_has_another_task": one_has_another_task,
     "one_has_another_metric": one_has_another_metric,
+    "group_anew": group_anew,
 }
 TWO = {
     f"{kind}_{name}": (lambda f=function, k=kind: f(k))
@@ -393,7 +418,7 @@ def main():
             torch.save(scenario(), folder / f"{name}-{world}-{rank}.pt")
 
     for world in WORLDS:
-        on_ranks(world, partial(run, world), folder)
+        on_ranks(world, partial(run, world))
 
 
 if __name__ == "__main__":

@@ -171,7 +171,7 @@ def main():
             result = train(FOLDER, name, FOLDER / f"out-{name}-{rank}")
             torch.save(result, FOLDER / f"{name}-{rank}.pt")
 
-    on_ranks(2, run, FOLDER, seconds=20)
+    on_ranks(2, run, seconds=20)
 
 
 if __name__ == "__main__":

@@ -99,4 +99,4 @@ if __name__ == "__main__":
             break
     torch.set_num_threads(1)
     work(sys.argv[1], None)
-    on_ranks(2, partial(work, sys.argv[1]), sys.argv[1])
+    on_ranks(2, partial(work, sys.argv[1]))

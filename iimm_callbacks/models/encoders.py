@@ -12,7 +12,15 @@ from torch import Tensor, nn
 
 from ..data.images import kind
 from .families import Family, encoder_inside, exponential_scale, family_of, is_registered
-from .processors import describe, find_processor, is_complete, keeps_case, read_images, read_prompts
+from .processors import (
+    describe,
+    find_processor,
+    is_complete,
+    keeps_case,
+    read_images,
+    read_prompts,
+    tokenizer_told,
+)  # fmt: skip
 from .wrappers import adapt, breadth_first, core_of, find_dual_encoder
 
 TEXT_BATCH = 256  # prompts in one forward pass
@@ -33,6 +41,7 @@ class Encoder:
         embed_texts: (model, tokenized prompts) -> [n, D], not normalised.
         logit_scale: model -> (scale, bias or None) of ``logits = scale · cosine + bias``.
         description: Of the preprocessing, for fingerprints.
+        tokenizer: What tells its tokens from those of any other tokenizer; None: not known.
     """
 
     preprocess: Callable[[list[Any]], Any]
@@ -41,6 +50,7 @@ class Encoder:
     embed_texts: Callable[[nn.Module, Any], Tensor]
     logit_scale: Callable[[nn.Module], tuple[Any, Any]]
     description: str
+    tokenizer: Callable[[], str | None] = lambda: None
 
     def embed_images(self, model: nn.Module, inputs: Any) -> Tensor:
         """(model, preprocessed images) -> [n, D], not normalised, as the model is tuned now."""
@@ -113,6 +123,7 @@ def find_encoder(
         lambda m, inputs: _vectors(m, family, "embed_texts", inputs),
         lambda m: family.logit_scale(find_dual_encoder(m)),
         family.name if own_way else describe(processor) + _of_prompts(family, processor),
+        lambda: None if is_registered(family) else tokenizer_told(processor, family.name),
     )
 
 

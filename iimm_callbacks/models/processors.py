@@ -213,6 +213,24 @@ def describe(processor: Any) -> str:
     return json.dumps(settings, sort_keys=True, default=str)
 
 
+def tokenizer_told(processor: Any, reads: str) -> str | None:
+    """Vocabulary, rules and settings of a fast tokenizer; None of any other kind.
+
+    Args:
+        processor: As `read_images`.
+        reads: How it is asked: the family's name.
+    """
+    tokenizer = getattr(processor, "tokenizer", None)
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None or not type(tokenizer).__module__.startswith("transformers."):
+        return None  # a class of one's own may do anything
+    rules = json.loads(backend.to_str())
+    del rules["truncation"], rules["padding"]  # as it was last asked
+    names = ("model_max_length", "padding_side", "truncation_side", "pad_token_id")
+    settings = {name: getattr(tokenizer, name, None) for name in (*names, "model_input_names")}
+    return json.dumps([type(tokenizer).__name__, reads, settings, rules], sort_keys=True)
+
+
 def is_complete(processor: Any) -> bool:
     """Whether it reads images (or sounds) as well as prompts."""
     if isinstance(processor, tuple):

@@ -155,8 +155,8 @@ class InStep:
             if self._failure is None:
                 try:
                     return forward(*args, **kwargs)
-                except Exception as error:
-                    self._failure = error
+                except Exception as error:  # maybe for want of what a unit inside left out
+                    self._failure = self._failure or error
             return None
 
         return run

@@ -147,6 +147,7 @@ class IIMMMonitor(Measured):
         self.strict = strict
         self._forgiving = Forgiving(strict)
 
+    @ranks.during("the guard's start")
     def begin(
         self,
         model: nn.Module,
@@ -314,6 +315,7 @@ class IIMMMonitor(Measured):
         self._keep("interrupted")
         return self.verdict
 
+    @ranks.during("the guard's end")
     def end(
         self, model: nn.Module | None = None, step: int | None = None, *, ended: str = ""
     ) -> Outcome:

@@ -258,7 +258,7 @@ def embed_classes(
     embed, each = partial(encoder.embed_texts, model), len(shown.task.templates)
     path = None
     if kept is not None and shown.n_prompts >= WORTH:
-        path = kept.path(shown.prompts, each)
+        path = kept.path(shown.prompts, each, shown.prompts.told())
     classes: list[Tensor] = []
     n_seen = 0
     first = rest = torch.zeros(0)

@@ -85,6 +85,7 @@ class Probe:
         self.overlaps: bool | None = None
         self.seconds = 0.0
         self._share: Share | None = None
+        self._world = (0, 1)  # rank and ranks that it is a share for
         self._width = 0  # of the embeddings
         self._largest = 0  # batch of the probe
         # On the CPU: a look leaves nothing on the device.
@@ -100,7 +101,7 @@ class Probe:
         return {t.task.name: fingerprint(t) for t in self._share.tasks} if self._share else {}
 
     def prepare(self, model: nn.Module, early: Early | None = None) -> None:
-        """Find the model's encoder, then read and preprocess the probe images; done once.
+        """Find the model's encoder, then read and preprocess the images; once for a group of ranks.
 
         Args:
             model: As it trains.
@@ -111,8 +112,9 @@ class Probe:
                 be read, or an off-target task holds the images of the task itself.
             RuntimeError: Another rank failed.
         """
-        if self._share is not None:
+        if self._share is not None and self._world == ranks.world():
             return
+        then, self._world = self.fingerprints, ranks.world()
         check_measurable(model)
         with undisturbed(model):
             encoder = ranks.together(lambda: find_encoder(model, self.processor, self.encode))
@@ -133,6 +135,7 @@ class Probe:
                     )
             self._width = ranks.together(lambda: width_of(model, self._core(model), share))
         self._share = share
+        self.check_fingerprints(then or self.fingerprints)
         self._largest = max(len(batch.positions) for batch in share.batches)
         warn_of_mixed_units(self.off_target)
 

@@ -8,6 +8,8 @@ the same error, the late one included, and the process group stays as it was.
 from __future__ import annotations
 
 import os
+import time
+import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -26,6 +28,7 @@ logger = get_logger(__name__)
 
 TIMEOUT = "IIMM_CALLBACKS_TIMEOUT"  # environment variable: seconds
 _DEFAULT_TIMEOUT = 300.0
+_INTERRUPTIBLE = 1.0  # seconds: signals are handled between two waits, and others use the store
 
 
 class RanksApartError(RuntimeError):
@@ -49,6 +52,7 @@ class _Scope:
 
 _scopes = [_Scope("the guard's start or end")]
 _entered: Counter[str] = Counter()
+_counted_for: Any = None  # weakly, the process group
 
 
 @contextmanager
@@ -58,12 +62,30 @@ def during(what: str) -> Iterator[None]:
     Args:
         what: Such as "the look at step 40".
     """
+    _count_anew()
     _entered[what] += 1
     _scopes.append(_Scope(what, _entered[what]))
     try:
         yield
     finally:
         _scopes.pop()
+
+
+def _count_anew() -> None:
+    """Count from the start in another process group: some of its ranks may be new processes.
+
+    Unless its store is that of the former one, where what was reported once stays.
+    """
+    global _counted_for
+    store, group = _store(), distributed.group.WORLD if world()[1] > 1 else None
+    if store is None or group is None or (_counted_for is not None and _counted_for() is group):
+        return
+    _counted_for = weakref.ref(group)
+    with suppress(RuntimeError):
+        if not store.check([f"iimm/at/{world()[0]}"]):
+            _entered.clear()
+            for scope in _scopes:
+                scope.number = scope.exchanges = 0
 
 
 def world() -> tuple[int, int]:
@@ -261,6 +283,7 @@ def _report() -> None:
     store = _store()
     if store is None:
         return
+    _count_anew()
     rank, n_ranks = world()
     scope, limit = _scopes[-1], time_limit()
     here = f"{scope.name} ({scope.number}.{scope.exchanges})"
@@ -271,8 +294,10 @@ def _report() -> None:
         if store.add(f"iimm/{here}/n", 1) == n_ranks:
             said = store.compare_set(verdict, "", "go")
         else:
-            with suppress(RuntimeError):  # it tells no timeout from a lost store
-                store.wait([verdict], timedelta(seconds=limit))
+            end = time.monotonic() + limit
+            while not store.check([verdict]) and (left := end - time.monotonic()) > 0:
+                with suppress(RuntimeError):  # it tells no timeout from a lost store
+                    store.wait([verdict], timedelta(seconds=min(left, _INTERRUPTIBLE)))
             if not store.check([verdict]):
                 missing = _missing(store, here, scope.name, limit)
                 store.compare_set(verdict, "", missing)

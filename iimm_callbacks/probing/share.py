@@ -13,13 +13,13 @@ from torch import Tensor, nn
 
 from ..data.images import seed_all
 from ..data.tasks import Task
-from ..models.encoders import TEXT_BATCH, Encoder
+from ..models.encoders import Encoder
 from ..records.log import get_logger
 from . import ranks
 from .ahead import ahead
 from .kept import Packed
 from .reading import FAILED, Batch, Reader, same_image, sha256_of, some_of
-from .texts import captions_of, first_of_each, tell_one_text
+from .texts import Prompts, captions_of, first_of_each, tell_one_text
 
 logger = get_logger(__name__)
 
@@ -32,7 +32,7 @@ class ProbeTask:
         task: The task.
         labels: [N], of the images in the probe.
         owners: [T], the image that each caption belongs to; ``None`` where each label has one text.
-        prompts: Tokenized, in batches; every rank embeds all of them.
+        prompts: In batches; every rank embeds all of them.
         n_prompts: How many they are.
         fingerprint: Hash of images, labels, prompts and preprocessing.
         digest: [N, 32] of each image.
@@ -41,7 +41,7 @@ class ProbeTask:
     task: Task
     labels: Tensor
     owners: Tensor | None
-    prompts: list[Any]
+    prompts: Prompts
     n_prompts: int
     fingerprint: str
     digest: Tensor
@@ -184,7 +184,7 @@ def _agree_on_subsets(
     def draw() -> tuple[list[list[int]], Tensor]:
         subsets = [task.subset(size) for task, size in zip(tasks, sizes, strict=True)]
         shown = [
-            (t.name, s, t.labels(s), t.prompts(s), t.metric and t.metric.name)
+            (t.name, s, t.labels(s), t.templates, _names(t, s), t.metric and t.metric.name)
             for t, s in zip(tasks, subsets, strict=True)
         ]
         return subsets, sha256_of(repr((shown, batch_size)).encode())
@@ -196,6 +196,10 @@ def _agree_on_subsets(
             "give every rank the whole data set, the guard splits it"
         )
     return subsets
+
+
+def _names(task: Task, subset: list[int]) -> Sequence[Any]:
+    return task.captions(subset) if task.is_captions else task.class_names
 
 
 def _deal(subsets: list[list[int]], batch_size: int) -> list[Batch]:
@@ -245,27 +249,27 @@ def _finish(
 ) -> Share:
     shown = []
     for task, positions, digest, captions in zip(tasks, readable, digests, texts, strict=True):
-        labels, prompts, owners = task.labels(positions), task.prompts(positions), None
+        labels, names, owners = task.labels(positions), list(task.class_names), None
         whole = hashlib.sha256()
         if captions is not None:
-            prompts = task.fill([caption for own in captions for caption in own])
-            if len(prompts) > len(labels) * len(task.templates):
+            names = [caption for own in captions for caption in own]
+            if len(names) > len(labels):
                 owners = torch.tensor([i for i, own in enumerate(captions) for _ in own])
                 whole.update(repr(owners.tolist()).encode())
-        whole.update(repr((labels, prompts, encoder.description)).encode())
+        prompts = Prompts(names, task, encoder)
+        whole.update(f"({labels}, ".encode())  # with what follows the `repr` of a tuple
+        for piece in prompts.listed():
+            whole.update(piece)
+        whole.update(f", {encoder.description!r})".encode())
         whole.update(bytes(digest.flatten().to(torch.uint8).tolist()))
-        tokenized = [
-            encoder.tokenize(prompts[i : i + TEXT_BATCH])
-            for i in range(0, len(prompts), TEXT_BATCH)
-        ]
-        fingerprint = whole.hexdigest()[:16]
-        tell_one_text(task, prompts, tokenized)
+        tell_one_text(task, prompts)
         shown.append(
             ProbeTask(
-                task, torch.tensor(labels), owners, tokenized, len(prompts), fingerprint, digest
+                task, torch.tensor(labels), owners, prompts, len(prompts),
+                whole.hexdigest()[:16], digest,
             )
-        )
+        )  # fmt: skip
     seed_all(0)
     image = encoder.preprocess(tasks[0].images(readable[0][:1]))
-    prompt = encoder.tokenize(tasks[0].prompts(readable[0])[:1])
+    prompt = encoder.tokenize(tasks[0].fill(shown[0].prompts.names[:1])[:1])
     return Share(encoder, shown, batches, image, prompt, reader.draws, reader.threads)

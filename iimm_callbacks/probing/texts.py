@@ -5,9 +5,10 @@ from __future__ import annotations
 import hashlib
 import os
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import cached_property
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 
 from ..data.tasks import Task
 from ..data.templates import tell_doubles
+from ..models.encoders import TEXT_BATCH, Encoder
 from ..records.run_file import write_whole
 
 FOLDER = "IIMM_CALLBACKS_TEXTS"  # environment variable: a folder, or "off"
@@ -27,7 +29,51 @@ WORTH = 4096  # prompts; fewer are embedded faster than weights are read for the
 ROOM = 2**30  # bytes of all files
 
 
-def tell_one_text(task: Task, prompts: list[str], tokenized: list[Any]) -> None:
+class Prompts:
+    """A task's prompts in batches of model inputs; many are tokenized anew each time.
+
+    Args:
+        names: Class names, or captions; each in all of the task's templates, these within.
+        task: Whose they are.
+        encoder: Tokenizes them.
+    """
+
+    def __init__(self, names: Sequence[str], task: Task, encoder: Encoder) -> None:
+        self.names = names
+        self._task, self._encoder = task, encoder
+        self._kept: list[Any] | None = None
+        if len(self) < WORTH:
+            self._kept = list(self)
+
+    def __len__(self) -> int:
+        return len(self.names) * len(self._task.templates)
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self._kept) if self._kept is not None else map(self.tokenize, self._batches())
+
+    def tokenize(self, prompts: list[str]) -> Any:
+        """Model inputs."""
+        return self._encoder.tokenize(prompts)
+
+    def listed(self) -> Iterator[bytes]:
+        """Pieces of the ``repr`` of the list of all, which need not be in memory at once."""
+        yield b"["
+        for number, batch in enumerate(self._batches()):
+            yield f"{', ' if number else ''}{repr(batch)[1:-1]}".encode()
+        yield b"]"
+
+    def told(self) -> Iterator[bytes] | None:
+        """What the tokens follow from, without tokenizing; None where that cannot be told."""
+        tokenizer = self._encoder.tokenizer()
+        return None if tokenizer is None else chain([tokenizer.encode()], self.listed())
+
+    def _batches(self) -> Iterator[list[str]]:
+        prompts = chain.from_iterable(self._task.fill([name]) for name in self.names)
+        while batch := list(islice(prompts, TEXT_BATCH)):
+            yield batch
+
+
+def tell_one_text(task: Task, prompts: Prompts) -> None:
     """Refuse classes, and warn of captions, that are one text to the text encoder.
 
     Names may differ in case, in Unicode form, in words that its vocabulary lacks, or beyond the
@@ -35,23 +81,27 @@ def tell_one_text(task: Task, prompts: list[str], tokenized: list[Any]) -> None:
 
     Args:
         task: Whose prompts they are.
-        prompts: Class by class (for captions: image by image), templates within.
-        tokenized: The same, in batches of model inputs.
+        prompts: Its prompts.
 
     Raises:
         ValueError: As `templates.tell_doubles`.
     """
-    if not all(isinstance(batch, Mapping) and "input_ids" in batch for batch in tokenized):
-        return  # a user's `encode` reads strings
-    rows = [row for batch in tokenized for row in _token_rows(batch)]
-    each = len(task.templates)
-    texts = [tuple(rows[i : i + each]) for i in range(0, len(rows), each)]
-    counts = Counter(texts)
-    doubles = [prompts[i * each] for i, text in enumerate(texts) if counts[text] > 1]
+    texts: list[Any] = [()] * len(prompts.names)  # tokens of those that are not told apart yet
+    same = list(range(len(texts)))
+    for template in task.templates:
+        for start in range(0, len(same), TEXT_BATCH):
+            some = same[start : start + TEXT_BATCH]
+            batch = prompts.tokenize([template.replace("{}", prompts.names[i]) for i in some])
+            if not (isinstance(batch, Mapping) and "input_ids" in batch):
+                return  # a user's `encode` reads strings
+            for i, row in zip(some, _token_rows(batch), strict=True):
+                texts[i] += (row,)
+        counts = Counter(texts[i] for i in same)
+        same = [i for i in same if counts[texts[i]] > 1]
     tell_doubles(
         f"{'captions' if task.is_captions else '`class_names`'} of task {task.name!r}",
         "that are the same tokens",
-        doubles,
+        task.fill([prompts.names[i] for i in same])[:: len(task.templates)],
         10**9 if task.is_captions else len(texts),
     )
 
@@ -71,9 +121,10 @@ def _token_rows(batch: Mapping[str, Any]) -> list[tuple[int, ...]]:
 class KeptTexts:
     """Class embeddings of large tasks on disk, so that the next run of the same model has them.
 
-    A file is named by weights, tokens and numerics, and holds the embeddings of the first batch as
-    well: they are embedded anew, and must be the same bit for bit. So what no fingerprint tells,
-    such as an adapter that is switched off, is seen. The oldest files go where there are too many.
+    A file is named by weights, prompts, tokenizer and numerics, and holds the embeddings of the
+    first batch as well: they are embedded anew, and must be the same bit for bit. So what no
+    fingerprint tells, such as an adapter that is switched off, is seen. The oldest files go where
+    there are too many.
 
     Args:
         core: The dual encoder; all its weights count, so it must not have been trained.
@@ -84,18 +135,29 @@ class KeptTexts:
         self._core = core
         self._dtype = dtype
 
-    def path(self, prompts: Sequence[Any], n_templates: int) -> Path | None:
-        """The file for these prompts, tokenized in batches; None where none is to be kept."""
+    def path(
+        self, prompts: Iterable[Any], n_templates: int, told: Iterable[bytes] | None = None
+    ) -> Path | None:
+        """The file for these prompts; None where none is to be kept.
+
+        Args:
+            prompts: Tokenized, in batches.
+            n_templates: Of each class.
+            told: As `Prompts.told`; ``None``: their tokens are read.
+        """
         folder = os.environ.get(FOLDER) or user_cache_path("iimm_callbacks") / "texts"
-        is_told = all(isinstance(batch, Mapping) for batch in prompts)
-        if folder == "off" or not is_told or self._weights is None:
+        if folder == "off" or self._weights is None:
             return None
         whole = hashlib.sha256(self._weights)
         where = next(self._core.parameters()).device
         name = torch.cuda.get_device_name(where) if where.type == "cuda" else where.type
         whole.update(repr((n_templates, self._dtype, name, torch.get_num_threads())).encode())
         whole.update(repr((torch.__version__, transformers.__version__)).encode())
-        for batch in prompts:
+        for piece in told or ():
+            whole.update(piece)
+        for batch in prompts if told is None else ():
+            if not isinstance(batch, Mapping):
+                return None
             for key, value in sorted(batch.items()):
                 whole.update(f"{key} {_kind(value)}".encode() + _bytes(value))
         return Path(folder) / f"{whole.hexdigest()[:32]}.safetensors"

@@ -1,8 +1,10 @@
 """Ranks that raise, are late or die: the others wait for the time limit and no longer."""
 
 import os
+import signal
 import subprocess
 import sys
+import time
 from datetime import timedelta
 from pathlib import Path
 
@@ -125,6 +127,45 @@ def test_a_pass_that_fails_still_enters_every_unit_once():
             steps.run(order, lambda: (_ for _ in ()).throw(OSError("before the model")))
     assert [unit.entered for unit in units] == [5, 5, 5]
     assert "forward" not in vars(model[0])
+
+
+def test_a_failure_in_a_unit_within_a_unit_is_told_by_its_own_name():
+    class Outer(FSDPModule):
+        def __init__(self):
+            super().__init__()
+            self.inner = nn.ModuleList([FSDPModule(), FSDPModule()])
+
+        def forward(self, x):
+            for inner in self.inner:
+                x = inner(x)
+            return x.sum()  # of None, where a unit inside has failed
+
+    model = Outer()
+    order = [model, *model.inner]
+    with InStep(model, nn.Identity()).kept() as steps:
+        assert steps.learn(lambda: model(torch.zeros(1)))[0] == order
+        with pytest.raises(TypeError, match="can only concatenate str"):
+            steps.run(order, lambda: model("x"))
+    assert [unit.entered for unit in order] == [2, 2, 2]
+
+
+def test_a_signal_is_handled_while_a_rank_waits(monkeypatch):
+    monkeypatch.setattr(ranks, "world", lambda: (0, 2))
+    monkeypatch.setattr(ranks, "_store", distributed.HashStore)
+    monkeypatch.setenv(ranks.TIMEOUT, "30")
+    began = time.monotonic()
+
+    def interrupt(number, frame):
+        raise KeyboardInterrupt
+
+    former = signal.signal(signal.SIGALRM, interrupt)
+    signal.setitimer(signal.ITIMER_REAL, 0.2)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            ranks._report()
+    finally:
+        signal.signal(signal.SIGALRM, former)
+    assert time.monotonic() - began < 10
 
 
 def test_a_rank_that_cannot_keep_in_step_does_not_train_on():

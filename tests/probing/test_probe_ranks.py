@@ -116,6 +116,13 @@ def test_no_image_at_all_is_an_error_on_all_ranks(results, world):
 
 
 @pytest.mark.parametrize("world", SEVERAL)
+def test_a_group_that_ends_or_is_made_anew_with_new_ranks_is_measured_as_before(results, world):
+    for grouped, alone, anew in results("group_anew", world):
+        assert_close(alone, grouped, atol=1e-9)
+        assert_close(anew, grouped, atol=1e-9)
+
+
+@pytest.mark.parametrize("world", SEVERAL)
 def test_a_failure_of_one_rank_is_an_error_on_all_and_the_next_look_is_as_before(results, world):
     for rank, (before, error, after) in enumerate(results("one_fails", world)):
         expected = "OSError: disk on fire"

@@ -1,6 +1,8 @@
 """Class embeddings that are kept on disk: bit for bit those of the model, or embedded anew."""
 
 import os
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,6 +10,7 @@ from PIL import Image
 from torch import nn
 
 from iimm_callbacks import Task
+from iimm_callbacks.models.encoders import find_encoder
 from iimm_callbacks.probing import texts
 from iimm_callbacks.probing.probe import Probe
 
@@ -55,6 +58,87 @@ def test_a_second_run_embeds_one_batch_and_has_the_same_numbers(folder, look, ti
     assert torch.equal(fresh, again)
     assert numbers == again_numbers
     assert len(list(folder.iterdir())) == 1
+
+
+def test_a_second_run_tokenizes_one_template_and_one_batch(folder, look, tiny_clip, processor):
+    asked = []
+    tokenizer = type(processor.tokenizer)
+    real = tokenizer.__call__
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(
+            tokenizer,
+            "__call__",
+            lambda self, t, **more: asked.append(len(t)) or real(self, t, **more),
+        )
+        fresh, *_ = look(tiny_clip())
+        first = sum(asked)
+        asked.clear()
+        assert torch.equal(look(tiny_clip())[0], fresh)
+    assert (first, sum(asked)) == (300 + 600 + 1, 300 + 256 + 1)  # 1: what a pass is tried with
+
+
+def test_another_tokenizer_is_another_file(folder, look, tiny_clip, processor):
+    model = tiny_clip()
+    look(model)
+    truncation = processor.tokenizer.model_max_length
+    try:
+        processor.tokenizer.model_max_length = truncation - 1
+        look(model)
+    finally:
+        processor.tokenizer.model_max_length = truncation
+    assert len(list(folder.iterdir())) == 2
+
+
+def test_a_tokenizer_of_ones_own_is_told_by_its_tokens(folder, look, tiny_clip, processor):
+    class Own(type(processor.tokenizer)):
+        turned = False
+
+        def __call__(self, prompts, **settings):
+            found = super().__call__(prompts, **settings)
+            if self.turned:  # in the last batch only, which is not embedded anew
+                last = [i for i, prompt in enumerate(prompts) if prompt.endswith("11 n")]
+                found["input_ids"][last, 1] += 1
+            return found
+
+    kind = type(processor.tokenizer)
+    processor.tokenizer.__class__ = Own
+    try:
+        look(tiny_clip())
+        Own.turned = True
+        assert look(tiny_clip())[1] == 600
+    finally:
+        processor.tokenizer.__class__ = kind
+    assert len(list(folder.iterdir())) == 2
+
+
+@pytest.mark.parametrize("n_classes", [1, 127, 128, 300])
+def test_prompts_are_listed_in_pieces_as_in_one(n_classes, processor, tiny_clip):
+    names = [f"it's {i}" for i in range(max(n_classes, 2))]
+    task = Task("t", [(None, 0), (None, 1)], class_names=names, templates=["a {}", 'the "{}"'])
+    encoder = find_encoder(tiny_clip(), processor)
+    prompts = texts.Prompts(names[:n_classes], task, encoder)
+    assert b"".join(prompts.listed()) == repr(task.fill(names[:n_classes])).encode()
+    assert len(prompts) == 2 * n_classes == sum(len(b["input_ids"]) for b in prompts)
+
+
+def test_large_tasks_are_never_tokenized_as_a_whole(folder, large, processor, tiny_clip):
+    prompts = texts.Prompts(large.class_names, large, find_encoder(tiny_clip(), processor))
+    assert prompts._kept is None
+    assert sum(len(batch["input_ids"]) for batch in prompts) == 600
+
+
+def test_classes_that_differ_in_one_template_only_are_told_apart():
+    def tokenize(prompts):  # those of one template in lower case
+        read = [p.lower() if p[0] == "x" else p for p in prompts]
+        return {"input_ids": torch.tensor([[ord(letter) for letter in p] for p in read])}
+
+    encoder = SimpleNamespace(tokenize=tokenize)
+    for templates, fails in ((["x {}", "y {}"], False), (["x {}"], True)):
+        names = ["A", "b", "a"]
+        task = Task("t", [(None, 0), (None, 1)], class_names=names, templates=templates)
+        prompts = texts.Prompts(names, task, encoder)
+        with pytest.raises(ValueError, match="'x A', 'x a'") if fails else nullcontext():
+            texts.tell_one_text(task, prompts)
 
 
 def change_a_token(model):

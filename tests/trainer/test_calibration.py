@@ -514,7 +514,7 @@ def on_two_ranks(folder, call, **environment):
         "import sys; from pathlib import Path; from forked import on_ranks\n"
         "from test_calibration import calibrate_on_rank, fail_on_rank\n"
         "world, folder = int(sys.argv[1]), Path(sys.argv[2])\n"
-        f"on_ranks(world, lambda rank: {call}, folder)\n"
+        f"on_ranks(world, lambda rank: {call})\n"
     )
     paths = [os.path.dirname(__file__), *sys.path]
     path = os.pathsep.join(path for path in paths if path)

@@ -286,7 +286,7 @@ def test_two_ranks_give_the_outcomes_of_one(mirror, tmp_path):
         "import sys; from pathlib import Path; from forked import on_ranks\n"
         "from test_paper import reproduce_on_rank\n"
         "world, folder, mirror = int(sys.argv[1]), *map(Path, sys.argv[2:])\n"
-        "on_ranks(world, lambda rank: reproduce_on_rank(rank, folder, mirror), folder)\n"
+        "on_ranks(world, lambda rank: reproduce_on_rank(rank, folder, mirror))\n"
     )
     (tmp_path / "out1").mkdir()
     start(part(setting=Setting(1, 8, use_cpu=True)), FAMILIES["CLIP"](), mirror, tmp_path / "out1")
