@@ -237,14 +237,11 @@ def retire(
     return Answer(data, text)
 
 
-def read_record(
-    store: str | None, argument: str = "--store"
-) -> tuple[Path | Address, list[Outcome]]:
+def read_record(store: str | None) -> tuple[Path | Address, list[Outcome]]:
     """Where the saved runs are, and all of them: as `open_record`."""
     from ..records.store import read_outcomes
 
-    path = _existing(store, argument)
-    with _told(path, argument):
+    with _reading(store, "--store") as path:
         return path, read_outcomes(path) if path.exists() else []
 
 
@@ -260,16 +257,16 @@ def open_record(store: str | None, argument: str = "--store") -> tuple[Path | Ad
     """
     from ..records.store import open_store
 
-    path = _existing(store, argument)
-    with _told(path, argument):
+    with _reading(store, argument) as path:
         return path, open_store(path)
 
 
 @contextmanager
-def _told(path: Path | Address, argument: str) -> Iterator[None]:
-    """Errors of reading a store name the argument."""
+def _reading(store: str | None, argument: str) -> Iterator[Path | Address]:
+    """The place of a store; errors of reading it name the argument."""
+    path = _existing(store, argument)
     try:
-        yield
+        yield path
     except (OSError, TypeError, ValueError) as error:
         told = (error.strerror if isinstance(error, OSError) else None) or first_line(error)
         is_empty = path.is_dir() and isinstance(error, FileNotFoundError)

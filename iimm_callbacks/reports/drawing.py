@@ -33,8 +33,6 @@ DARK = {
     "blue": "#7db4f5", "red": "#ff8f85", "green": "#74cf98", "amber": "#f0b65a",
     "violet": "#c9a0e8", "teal": "#62c9d1",
 }  # fmt: skip
-TEXT = ("ink", "quiet", "blue", "red", "green", "amber", "violet", "teal")
-BEHIND = ("paper", "panel")
 LEVEL = {"continue": "green", "warn": "amber", "stop": "red"}
 SERIES = ("blue", "amber", "green", "violet", "red", "teal")  # of methods side by side
 MARKS = ("o", "s", "^", "D", "v", "P")

@@ -21,12 +21,10 @@ from iimm_callbacks.records.run_file import check_run, read_run, save_run
 from iimm_callbacks.reports import facts
 from iimm_callbacks.reports.compare import compare_runs
 from iimm_callbacks.reports.drawing import (
-    BEHIND,
     DARK,
     LIGHT,
     MARKS,
     SERIES,
-    TEXT,
     Picture,
     as_svg,
     drawing,
@@ -40,6 +38,8 @@ from iimm_callbacks.reports.words import printable
 
 PNG = b"\x89PNG\r\n\x1a\n"
 VOID = {"meta", "br", "path", "use", "rect"}
+BEHIND = ("paper", "panel")
+TEXT = LIGHT.keys() - {*BEHIND, "rule", "edge"}
 FETCHING = {"src", "srcset", "data", "poster", "action", "background", "ping", "formaction"}
 
 
