@@ -89,11 +89,7 @@ def _may_be_labels(feature: Any) -> bool:
 
 
 def read_labels(
-    name: str,
-    labels: Sequence[Any],
-    given: Any,
-    classes: Any,
-    strings: Counter[str] | None = None,
+    name: str, source: Any, given: Any
 ) -> tuple[list[Any], tuple[str, ...] | None, tuple[str, ...] | None]:
     """A task's labels as class indices, names of classes, and the data set's own names of them.
 
@@ -104,17 +100,17 @@ def read_labels(
 
     Args:
         name: Of the task, for errors.
-        labels: One for each image.
+        source: As `sources.open_source` returns it: its labels, one for each image, its names of
+            classes, as `templates.own_names` takes them, and how often each string was read.
         given: Names of the classes by the user: in the order of the labels, or a mapping from the
             data set's names.
-        classes: The data set's names, as `templates.own_names` takes them.
-        strings: How often each string is a label, where `labels` are a part of what was read.
 
     Raises:
         TypeError: A label is neither an integer nor a string, or not of the kind of the first; or
             as `checked_class_names`.
         ValueError: A label is none of the classes, or as `check_captions`.
     """
+    labels, strings = source.labels(), source.strings
     missing = next((i for i, label in enumerate(labels) if label is None), None)
     if missing is not None:
         raise TypeError(
@@ -130,7 +126,7 @@ def read_labels(
         several = [_several(name, position, label) for position, label in enumerate(labels)]
         check_captions(name, [caption for captions in several for caption in captions])
         return several, None, None
-    own = own_names(name, classes, given)
+    own = own_names(name, source.class_names, given)
     if not isinstance(labels[0], str):
         names = checked_class_names(name, given, own)
         return integer_labels(name, labels, len(names)), names, own

@@ -128,13 +128,7 @@ class Task:
                 f"`dataset` of task {name!r} must hold at least 2 images, got {len(self._source)}; "
                 "IIMM is a mean over pairs of images"
             )
-        self._labels, names, self.own_names = read_labels(
-            name,
-            self._source.labels(),
-            class_names,
-            self._source.class_names,
-            self._source.strings,
-        )
+        self._labels, names, self.own_names = read_labels(name, self._source, class_names)
         self.is_captions = names is None
         self.class_names: tuple[str, ...] = names or ()
         default = "{}" if self.is_captions else "a photo of a {}."
