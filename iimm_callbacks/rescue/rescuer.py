@@ -6,14 +6,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from ..probing import ranks
 from ..probing.probe import Probe
 from ..records import keys
 from ..records.log import get_logger
-from ..records.look import Look
 from ..records.verdict import Limits
 from .counterparts import Kept, save_weights
 from .mixing import check_starts_untouched, keep_untouched, needs_untouched
@@ -97,23 +95,14 @@ class Rescuer:
                 f" in its folder ({error}): the untouched weights were not kept"
             ) from error
 
-    def rescue(
-        self,
-        model: nn.Module,
-        probe: Probe,
-        limits: Limits,
-        *,
-        baseline: Look,
-        autocast_dtype: torch.dtype | None = None,
-    ) -> Rescue:
+    def rescue(self, model: nn.Module, probe: Probe, limits: Limits, **settings: Any) -> Rescue:
         """Leave the model with the mix chosen; the fine-tuned weights go to `tuned_file`.
 
         Args:
             model: The fine-tuned model.
             probe: That of the run.
             limits: Those of the run.
-            baseline: The look before training.
-            autocast_dtype: As at the run's looks.
+            settings: Further arguments of `sweep.sweep`: `baseline`, `autocast_dtype`.
 
         Returns:
             The curve and the choice.
@@ -121,15 +110,7 @@ class Rescuer:
         Raises:
             Exception: As `rescue.sweep.sweep`; the model is as it was.
         """
-        return sweep(
-            model,
-            self._base,
-            probe,
-            limits,
-            baseline=baseline,
-            autocast_dtype=autocast_dtype,
-            keep_tuned=self.tuned_file,
-        )
+        return sweep(model, self._base, probe, limits, keep_tuned=self.tuned_file, **settings)
 
 
 def rescue_at_end(rescue: Callable[[], Rescue], rescuer: Rescuer, *, strict: bool) -> None:
