@@ -27,10 +27,11 @@ from ..records.run_file import write_whole
 FOLDER = "IIMM_CALLBACKS_TEXTS"  # environment variable: a folder, or "off"
 WORTH = 4096  # prompts; fewer are embedded faster than weights are read for their fingerprint
 ROOM = 2**30  # bytes of all files
+_IN_MEMORY = 2**17  # prompts whose tokens are kept: 150 MB of a CLIP's at most
 
 
 class Prompts:
-    """A task's prompts in batches of model inputs; many are tokenized anew each time.
+    """A task's prompts in batches of model inputs; over 131,072 are tokenized anew each time.
 
     Args:
         names: Class names, or captions; each in all of the task's templates, these within.
@@ -49,7 +50,17 @@ class Prompts:
         return len(self.names) * len(self._task.templates)
 
     def __iter__(self) -> Iterator[Any]:
-        return iter(self._kept) if self._kept is not None else map(self.tokenize, self._batches())
+        if self._kept is not None:
+            return iter(self._kept)
+        batches = map(self.tokenize, self._batches())
+        return batches if len(self) > _IN_MEMORY else self._keep(batches)
+
+    def _keep(self, batches: Iterator[Any]) -> Iterator[Any]:
+        kept = []
+        for batch in batches:
+            kept.append(batch)
+            yield batch
+        self._kept = kept
 
     def tokenize(self, prompts: list[str]) -> Any:
         """Model inputs."""

@@ -121,10 +121,18 @@ def test_prompts_are_listed_in_pieces_as_in_one(n_classes, processor, tiny_clip)
     assert len(prompts) == 2 * n_classes == sum(len(b["input_ids"]) for b in prompts)
 
 
-def test_large_tasks_are_never_tokenized_as_a_whole(folder, large, processor, tiny_clip):
+@pytest.mark.parametrize(("in_memory", "times"), [(600, 1), (599, 2)])
+def test_very_many_prompts_are_tokenized_at_every_look_others_once(
+    folder, large, processor, tiny_clip, monkeypatch, in_memory, times
+):
+    monkeypatch.setattr(texts, "_IN_MEMORY", in_memory)
     prompts = texts.Prompts(large.class_names, large, find_encoder(tiny_clip(), processor))
-    assert prompts._kept is None
-    assert sum(len(batch["input_ids"]) for batch in prompts) == 600
+    asked = []
+    tokenize = prompts.tokenize
+    monkeypatch.setattr(prompts, "tokenize", lambda some: asked.extend(some) or tokenize(some))
+    for _ in range(2):
+        assert sum(len(batch["input_ids"]) for batch in prompts) == 600
+    assert len(asked) == 600 * times
 
 
 def test_classes_that_differ_in_one_template_only_are_told_apart():
