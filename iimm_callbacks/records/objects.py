@@ -10,7 +10,7 @@ import hashlib
 import os
 import re
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -22,6 +22,8 @@ from .run_file import write_whole
 logger = get_logger(__name__)
 
 _T = TypeVar("_T")
+# Name of each object -> when it was written, in seconds; None: the folder was not asked yet
+Listing = dict[str, "float | None"]
 _SCHEME = re.compile(r"([a-z][a-z0-9+.-]+):/", re.IGNORECASE)  # of one slash: what `Path` leaves
 _OBJECT = re.compile(r"outcome-([0-9a-f]{32})\.json")
 _DATASET = ("state.json", "dataset_dict.json", "dataset_info.json")  # of `save_to_disk`
@@ -164,7 +166,8 @@ def scan(address: Address) -> Iterator[tuple[str, bytes | ValueError]]:
     Raises:
         OSError: The place cannot be read, after some tries.
     """
-    yield from fetch(address, list(listing(address)))
+    found = listing(address)
+    yield from fetch(address, oldest_first(address, found, found))
 
 
 def fetch(address: Address, names: Sequence[str]) -> Iterator[tuple[str, bytes | ValueError]]:
@@ -182,8 +185,8 @@ def fetch(address: Address, names: Sequence[str]) -> Iterator[tuple[str, bytes |
             yield name, data
 
 
-def listing(address: Address) -> dict[str, float]:
-    """Name of each object -> when it was written, in seconds; the oldest first.
+def listing(address: Address) -> Listing:
+    """What is there.
 
     Raises:
         OSError: The place cannot be read, after some tries.
@@ -191,22 +194,41 @@ def listing(address: Address) -> dict[str, float]:
     found = _tried(lambda: _list(address), f"list the outcomes in {address}")
     return {
         name: at
-        for at, name in sorted(found)
+        for name, at in found
         if name and name[0] != "." and not name.endswith((".md", ".unfinished"))
     }
 
 
-def _list(address: Address) -> list[tuple[float, str]]:
+def oldest_first(address: Address, there: Listing, names: Iterable[str]) -> list[str]:
+    """Names by the time at which the objects were written.
+
+    Args:
+        address: The store.
+        there: As `listing`.
+        names: Some of it.
+    """
+
+    def written(name: str) -> float:
+        at = there[name]
+        if at is None and address.folder is not None:
+            with suppress(FileNotFoundError):
+                return os.stat(address.folder / name).st_mtime
+        return at or 0.0
+
+    return sorted(names, key=lambda name: (written(name), name))
+
+
+def _list(address: Address) -> list[tuple[str, float | None]]:
     if address.folder is not None:  # a tenth of the time that fsspec takes
         with suppress(FileNotFoundError), os.scandir(address.folder) as entries:
-            return [(e.stat().st_mtime, e.name) for e in entries if e.is_file()]
+            return [(e.name, None) for e in entries if e.is_file()]
         return []
     files, root = address.filesystem()
     with suppress(FileNotFoundError):
         files.invalidate_cache(root)
         rows = files.ls(root, detail=True)
         return [
-            (_written(row), row["name"].rsplit("/", 1)[-1]) for row in rows if row["type"] == "file"
+            (row["name"].rsplit("/", 1)[-1], _written(row)) for row in rows if row["type"] == "file"
         ]
     return []
 
@@ -261,6 +283,16 @@ def _is_refused(error: Exception) -> bool:
     return isinstance(error, PermissionError | NotImplementedError) or status in (401, 403)
 
 
+def digest(data: bytes) -> str:
+    """A hash of the content of an object."""
+    return hashlib.sha256(data).hexdigest()[:32]
+
+
+def name_by(digest: str) -> str:
+    """What the object with this hash is called."""
+    return f"outcome-{digest}.json"
+
+
 def name_of(data: bytes) -> str:
     """What the object with this content is called."""
-    return f"outcome-{hashlib.sha256(data).hexdigest()[:32]}.json"
+    return name_by(digest(data))

@@ -317,7 +317,8 @@ def _scan(path: str | Path | Address) -> Iterator[Found]:
     store = as_store(path)
     if isinstance(store, Address):
         listing = objects.listing(store)
-        yield from parse_each(objects.fetch(store, list(listing)), decode_line)
+        names = objects.oldest_first(store, listing, listing)
+        yield from parse_each(objects.fetch(store, names), decode_line)
         yield from waiting_for(store, listing)
     elif is_folder:
         from .as_dataset import scan_tables
