@@ -6,10 +6,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import numpy as np
 from scipy import special
 
-from ..measures.accuracy import Forgetting, Score, forgetting, paired_drop
+from ..measures.accuracy import Forgetting, forgetting, paired_drop
 from ..records import keys
 from ..records.forecast import Forecast, Prediction
 from ..records.look import Look
@@ -158,8 +157,7 @@ def judge_first(baseline: Look, prior: Forecast, limits: Limits) -> Judged:
         prior: The forecast before training.
         limits: The user's.
     """
-    verdict = judge(prior, None, limits)
-    return Judged(prior, verdict, _row(baseline, baseline, 0.0, prior, verdict, None, {}))
+    return _judged(baseline, baseline, 0.0, prior, limits, None, {})
 
 
 def judge_look(
@@ -189,29 +187,26 @@ def judge_look(
     seen = {"gain": (-gain.value, gain.standard_error)}
     observed = drops = None
     if off_target:
-        observed = forgetting(_some(baseline, off_target), _some(look, off_target))
+        before, after = ({t: one.seen(t) for t in off_target} for one in (baseline, look))
+        observed = forgetting(before, after)
         seen["forgetting"] = (observed.mean.value, observed.mean.standard_error)
         seen["worst"] = (observed.worst.value, observed.worst.standard_error)
         drops = observed.values
     forecast = update(prior, share=share, seen=seen, next_share=coming, drops=drops)
-    # At the end there is nothing left to forecast.
-    verdict = judge(forecast if share < 1 else None, observed, limits)
-    return Judged(forecast, verdict, _row(look, baseline, share, forecast, verdict, observed, seen))
+    return _judged(look, baseline, share, forecast, limits, observed, seen)
 
 
-def _some(look: Look, tasks: list[str]) -> dict[str, np.ndarray | Score]:
-    return {task: look.seen(task) for task in tasks}
-
-
-def _row(
+def _judged(
     look: Look,
     baseline: Look,
     share: float,
     forecast: Forecast,
-    verdict: Verdict,
+    limits: Limits,
     observed: Forgetting | None,
     seen: Mapping[str, tuple[float, float]],
-) -> dict[str, Any]:
+) -> Judged:
+    # At the end there is nothing left to forecast.
+    verdict = judge(forecast if share < 1 else None, observed, limits)
     row = keys.look_row(look, baseline, forecast, observed, verdict) | {
         "step": look.step,
         "share": share,
@@ -220,4 +215,6 @@ def _row(
         "n_images": sum(map(len, look.correct.values())),
         "standard_errors": {name: error for name, (_, error) in seen.items()},
     }
-    return row if observed is None else row | {"drops": observed.values}
+    if observed is not None:
+        row["drops"] = observed.values
+    return Judged(forecast, verdict, row)
