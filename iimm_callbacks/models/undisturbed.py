@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from functools import partial
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -29,36 +28,29 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
     packing: list[Any] = [
         m for m in model.modules() if getattr(m, "support_avx512bf16_for_cpu", False)
     ]
-    restore_devices = _keep_device_streams()
     model.eval()
     for module in packing:
         module.support_avx512bf16_for_cpu = False
     try:
-        with torch.no_grad(), random_streams_kept():
+        with torch.no_grad(), _device_streams_kept(), random_streams_kept():
             yield
     finally:
         for module in packing:
             module.support_avx512bf16_for_cpu = True
         for module, training in modes:
             module.training = training
-        restore_devices()
 
 
-def _keep_device_streams() -> Callable[[], None]:
-    """Puts the random streams of all accelerators back; `torch.manual_seed` seeds them, too."""
-    restore: list[Callable[[], None]] = []
-    for name in ("cuda", "xpu"):
-        many = getattr(torch, name, None)
-        if many is not None and many.is_available():
-            restore.append(partial(many.set_rng_state_all, many.get_rng_state_all()))
-    if torch.backends.mps.is_available():
-        restore.append(partial(torch.mps.set_rng_state, torch.mps.get_rng_state()))
-
-    def put_back() -> None:
-        for stream in restore:
-            stream()
-
-    return put_back
+@contextmanager
+def _device_streams_kept() -> Iterator[None]:
+    """The random streams of all accelerators as before; `torch.manual_seed` seeds them, too."""
+    with ExitStack() as after:
+        for many in (torch.cuda, torch.xpu):
+            if many.is_available():
+                after.callback(many.set_rng_state_all, many.get_rng_state_all())
+        if torch.backends.mps.is_available():
+            after.callback(torch.mps.set_rng_state, torch.mps.get_rng_state())
+        yield
 
 
 def autocast(

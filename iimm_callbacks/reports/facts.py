@@ -61,14 +61,12 @@ def title(record: dict[str, Any]) -> str:
 
 def headline(record: dict[str, Any]) -> list[dict[str, str]]:
     """The few numbers to see first: each a name, a value and a note."""
-    last, forecast = record["looks"][-1], record["forecast"]
-    label = "borrowed forecast" if forecast["base_rate"] else "forecast before training"
-    found = []
-    for name, words in QUANTITIES.items():
-        if observed(last, name) is None:
-            continue
-        note = f"{label}: {interval(forecast.get(name))}"
-        found.append({"name": words, "value": with_error(last, name), "note": note})
+    borrowed = record["forecast"]["base_rate"]
+    label = "borrowed forecast" if borrowed else "forecast before training"
+    found = [
+        {"name": r["name"], "value": r["observed"], "note": f"{label}: {r['predicted']}"}
+        for r in predicted_and_observed(record)
+    ]
     if not record["off_target"]:
         note = "no off-target task was given, so it was not measured"
         found.append({"name": "forgetting", "value": "none", "note": note})
