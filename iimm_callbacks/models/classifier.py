@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -50,8 +51,6 @@ class PromptClassifier(nn.Module):
             raise ValueError(f"`task` {task.name!r} must have classes, got captions")
         self.dual_encoder = model
         self.processor = processor
-        self._encoder: Encoder | None = None
-        self._config: Any = None
         self._frozen_texts = FrozenPart()
         self.n_templates = len(task.templates)
         self.n_classes = len(task.class_names)
@@ -60,14 +59,12 @@ class PromptClassifier(nn.Module):
         for name, value in tokens.items():
             self.register_buffer(f"prompt_{name}", value, persistent=False)
 
-    @property
+    @cached_property
     def encoder(self) -> Encoder:
         """How the dual encoder is read."""
-        if self._encoder is None:
-            self._encoder = find_encoder(self.dual_encoder, self.processor)
-        return self._encoder
+        return find_encoder(self.dual_encoder, self.processor)
 
-    @property
+    @cached_property
     def config(self) -> Any:
         """A copy of the dual encoder's configuration, for the Trainer to read.
 
@@ -76,12 +73,11 @@ class PromptClassifier(nn.Module):
         Raises:
             AttributeError: It has none.
         """
-        if self._config is None:
-            self._config = copy.deepcopy(find_dual_encoder(self.dual_encoder).config)
-        return self._config
+        return copy.deepcopy(find_dual_encoder(self.dual_encoder).config)
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_encoder": None}  # functions that cannot be pickled; made again
+        own = self.__dict__.items()  # the encoder's functions cannot be pickled; it is made again
+        return {name: value for name, value in own if name != "encoder"}
 
     def forward(self, labels: Tensor | None = None, **images: Tensor) -> dict[str, Tensor]:
         """Logits and, with labels, the loss.
