@@ -132,13 +132,10 @@ def read_image(source: Any, position: int) -> Any:
     with _LARGE_IMAGES:
         with _READING:
             item = source.image(position)
-            if not isinstance(item, bytes | str | os.PathLike) and not _is_undecoded(item):
+            is_encoded = isinstance(item, dict) and "bytes" in item
+            if not is_encoded and not isinstance(item, bytes | str | os.PathLike):
                 return as_image(item)
         return as_image(item)
-
-
-def _is_undecoded(item: Any) -> bool:
-    return isinstance(item, dict) and "bytes" in item
 
 
 def as_image(item: Any) -> Any:
