@@ -55,7 +55,6 @@ _STYLE = {
 _NAMES = {colour: name for name, colour in LIGHT.items()}
 _SVG = "{http://www.w3.org/2000/svg}"
 _HREF = "{http://www.w3.org/1999/xlink}href"
-
 _SIGNS = {"continue": "●", "warn": "▲", "stop": "■"}
 _HERE = Path(__file__).parent
 

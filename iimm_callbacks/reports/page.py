@@ -39,8 +39,6 @@ PAGE = "report.html"
 PICTURES = (
     "gain", "forgetting", "off_target", "measure", "past_gain", "past_forgetting", "probability",
 )  # fmt: skip
-
-
 _WORDS = {"gain": "gain", "forgetting": "mean forgetting"}
 
 
