@@ -28,13 +28,7 @@ from ..records.ledger import Ledger, Past
 from ..records.log import get_logger
 from ..records.outcomes import Outcome
 from ..records.verdict import Limits, Verdict
-from ..reports.terminal import (
-    look_line,
-    preflight_lines,
-    preflight_table,
-    saved_lines,
-    summary_table,
-)
+from ..reports import terminal
 from .measured import Measured, Verbose
 from .telling import Forgiving, as_loss, ended_as, has_moved
 
@@ -205,9 +199,9 @@ class IIMMMonitor(Measured):
         self._keep("interrupted")
         self._model = weakref.ref(model)
         if is_new:
-            self._say(lambda: preflight_lines(self.record(), self.plan))
+            self._say(lambda: terminal.preflight_lines(self.record(), self.plan))
             if self.verbose == "all":
-                self._say(lambda: preflight_table(self.record()))
+                self._say(lambda: terminal.preflight_table(self.record()))
         return self.verdict
 
     def step(
@@ -310,7 +304,7 @@ class IIMMMonitor(Measured):
             if (loss := as_loss(training_loss)) is not None:
                 judged.row["training_loss"] = loss
             self._note(journal, judged)
-            self._say(lambda: look_line(journal.history[-1]))
+            self._say(lambda: terminal.look_line(journal.history[-1]))
         self._pace.budget.took(time.perf_counter() - started, part)
         self._keep("interrupted")
         return self.verdict
@@ -349,6 +343,6 @@ class IIMMMonitor(Measured):
         self.ended, complete = ended_as(self._failure, ended, done, total, moved, later)
         outcome = self._keep(self.ended, complete)
         self._ledger.close()
-        self._say(lambda: summary_table(self.record()))
-        self._say(lambda: saved_lines(*self._ledger.saved))
+        self._say(lambda: terminal.summary_table(self.record()))
+        self._say(lambda: terminal.saved_lines(*self._ledger.saved))
         return outcome
