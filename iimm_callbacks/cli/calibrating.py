@@ -73,6 +73,10 @@ def calibrate(
     from ..trainer.calibration.recipes import read_recipes
 
     seconds = None if budget is None else seconds_of(budget)
+    if learning.script is not None:
+        for name in ("recipe", "method", "learning_rate", "steps", "train_batch_size"):
+            if getattr(learning, name) is not None:
+                raise ValueError(f"`{name}` must be left out with `--script`, which has its own")
     recipes = [] if learning.script is not None else read_recipes(
         learning.recipe,
         methods=learning.method or ([] if learning.recipe else ["full", "lora"]),

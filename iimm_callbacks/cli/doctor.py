@@ -6,12 +6,11 @@ import importlib
 import logging
 import os
 import platform
-import tempfile
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, metadata, packages_distributions, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import typer
 from packaging.requirements import Requirement
@@ -20,9 +19,6 @@ from rich.table import Table
 
 from .. import __version__
 from .shell import Answer
-
-if TYPE_CHECKING:
-    from ..records.objects import Address
 
 _PACKAGE = "iimm_callbacks"
 _WIDTH = 96
@@ -204,6 +200,7 @@ def _store() -> dict[str, Any]:
 
     Whether one on another machine is writable is not tested, and None.
     """
+    from ..records.objects import why_not_writable
     from ..records.store import check_store, default_store, read_outcomes
 
     named = os.environ.get("IIMM_CALLBACKS_STORE")
@@ -213,9 +210,15 @@ def _store() -> dict[str, Any]:
     except (ImportError, ValueError) as error:
         return about | {"problems": [str(error)]}
     about["path"] = str(path)
-    problems = _write_problems(path)
+    problems = []
     if isinstance(path, Path) or path.folder is not None:
-        about["writable"] = not problems
+        why = why_not_writable(path)
+        about["writable"] = why is None
+        if why is not None:
+            problems.append(
+                f"the store {path} cannot be written ({why}): make it writable, or name another "
+                "in IIMM_CALLBACKS_STORE"
+            )
     try:
         if path.exists():
             damaged = len(check_store(path))
@@ -228,26 +231,6 @@ def _store() -> dict[str, Any]:
     except (ImportError, OSError, TypeError, ValueError) as error:
         problems.append(f"the store {path} cannot be read ({error})")
     return about | {"problems": problems}
-
-
-def _write_problems(path: Path | Address) -> list[str]:
-    """Why a store on this machine cannot be written."""
-    file = path if isinstance(path, Path) else None
-    place = path.absolute().parent if isinstance(path, Path) else path.folder
-    if place is None:
-        return []
-    folder = next(p for p in (place, *place.parents) if p.exists())
-    try:
-        with tempfile.TemporaryFile(dir=folder):  # the lock is a file beside the record
-            pass
-        if file is not None and file.exists():
-            file.open("ab").close()
-    except OSError as error:
-        return [
-            f"the store {path} cannot be written ({error.strerror or error}): make it writable, or "
-            "name another in IIMM_CALLBACKS_STORE"
-        ]
-    return []
 
 
 def _text(data: dict[str, Any]) -> str:

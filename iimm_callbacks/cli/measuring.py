@@ -55,9 +55,7 @@ class Plan:
     confidence: Confidence = 0.8
 
     def __post_init__(self) -> None:
-        rate = self.learning_rate
-        if rate is not None and not 0 < rate < math.inf:
-            raise ValueError(f"`--learning-rate` must be a positive number, got {rate}")
+        check_rates([] if self.learning_rate is None else [self.learning_rate])
         self.limits()
 
     def limits(self) -> Limits:
@@ -183,6 +181,13 @@ def limits_of(max_forgetting: float, limit_on: str, confidence: float) -> Limits
     from ..records.verdict import Limits
 
     return Limits(max_forgetting, limit_on, confidence)  # type: ignore[arg-type]  # it checks
+
+
+def check_rates(rates: Sequence[float]) -> None:
+    """Raise unless each is a learning rate."""
+    for rate in rates:
+        if not 0 < rate < math.inf:
+            raise ValueError(f"`--learning-rate` must be a positive number, got {rate}")
 
 
 def check_methods(methods: Sequence[str], past: Catalog) -> None:

@@ -13,7 +13,16 @@ import typer
 
 from .calibrating import off_target_of
 from .loading import check_name, task_name_of
-from .measuring import Measured, Subject, check_methods, check_names, limits_of, measure, open_runs
+from .measuring import (
+    Measured,
+    Subject,
+    check_methods,
+    check_names,
+    check_rates,
+    limits_of,
+    measure,
+    open_runs,
+)
 from .outcomes import Store, store_to_write
 from .shell import Answer, LimitOn
 
@@ -24,6 +33,9 @@ if TYPE_CHECKING:
     from ..trainer.calibration import runs
     from ..trainer.calibration.options import Option
     from ..trainer.calibration.recipes import Recipe
+
+
+_Key = tuple[str, float | None, int | None]  # method, learning rate, steps
 
 
 def plan(
@@ -39,7 +51,9 @@ def plan(
     learning_rate: Annotated[
         list[float] | None, typer.Option(help="Repeatable [default: on record]")
     ] = None,
-    steps: Annotated[list[int] | None, typer.Option(help="Repeatable [default: on record]")] = None,
+    steps: Annotated[
+        list[int] | None, typer.Option(help="Repeatable [default: on record]", min=1)
+    ] = None,
     off_target: Annotated[
         list[str] | None,
         typer.Option(help="Not to forget, as DATASET; repeatable [default: shipped tasks]"),
@@ -58,8 +72,11 @@ def plan(
     if attempt and subject.train is None:
         raise ValueError("`--try` needs `--train`, the training data, got none")
     limits = limits_of(max_forgetting, limit_on, 0.8)
+    check_rates(learning_rate or [])
     if attempt:
-        store_to_write(store)  # before what takes time
+        from ..records.objects import check_writable
+
+        check_writable(store_to_write(store))  # before what takes time
     check_names(subject)
     past = open_runs(subject.model, store)
     check_methods(method or (), past)
@@ -72,14 +89,17 @@ def plan(
     record = past.relevant(found.about["model"])
     asked = (method, learning_rate, steps)
     guarded = [task_name_of(name) for name in off_target or ()]
-    options = _options(found, record, asked, guarded)
+    keys = _keys(record, found.about["model"], asked)
+    options = _options(found, record, keys, guarded)
     best = choice(options, limits, risk)
     tried = None
     if attempt and best is not None:
         tried = _Attempt.of(found, best).run(off_target_of(off_target, subject.split), store)
-        options = _options(found, [*record, tried], asked, guarded)
-        same = (best.method, best.recipe)
-        options = [observed(o, tried) if (o.method, o.recipe) == same else o for o in options]
+        record = [*record, tried]
+        at = options.index(best)  # of its rate and steps the run may know more
+        keys[at] = tried.method, tried.recipe.get("learning_rate"), tried.recipe.get("steps")
+        options = _options(found, record, keys, guarded)
+        options[at] = observed(options[at], tried)
         best = choice(options, limits, risk)
     data = found.data | _as_data(options, best, limits, risk, record, found.about["model"])
     data["tried"] = None if tried is None else {
@@ -92,19 +112,17 @@ def plan(
     return Answer(data, calibrated.plan(data), 2 if best is None else 0)
 
 
-def _options(
-    found: Measured,
+def _keys(
     record: Sequence[Outcome],
+    model: str,
     asked: tuple[Sequence[str] | None, Sequence[float] | None, Sequence[int] | None],
-    off_target: Sequence[str],
-) -> list[Option]:
+) -> list[_Key]:
     """The recipes on record, those of them that were asked for, or what was asked for instead."""
-    from ..forecasting.forecaster import Forecaster
-    from ..trainer.calibration.options import Option, recipes_on_record
+    from ..trainer.calibration.options import recipes_on_record
     from ..trainer.calibration.recipes import METHODS
 
-    known = recipes_on_record(record, found.about["model"])
-    wanted = list(known) or [(method, None, None) for method in METHODS]
+    wanted: list[_Key] = list(recipes_on_record(record, model))
+    wanted = wanted or [(method, None, None) for method in METHODS]
     for position, choices in enumerate(asked):
         if not choices:
             continue
@@ -115,9 +133,20 @@ def _options(
             for key, value in product(wanted, lacking)
         ]
         wanted = list(dict.fromkeys([*kept, *others]))
+    return wanted
+
+
+def _options(
+    found: Measured, record: Sequence[Outcome], keys: Sequence[_Key], off_target: Sequence[str]
+) -> list[Option]:
+    """Each recipe and its forecast."""
+    from ..forecasting.forecaster import Forecaster
+    from ..trainer.calibration.options import Option, recipes_on_record
+
+    known = recipes_on_record(record, found.about["model"])
     forecaster = Forecaster().fit(record)
     options = []
-    for key in wanted:
+    for key in keys:
         named = dict(zip(("learning_rate", "steps"), key[1:], strict=True))
         recipe = {name: value for name, value in named.items() if value is not None}
         forecast = forecaster.predict(

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from .loading import OPEN_CLIP, load_model
+from .measuring import check_rates
 from .shell import Answer, command, folder_to_write
 
 if TYPE_CHECKING:
@@ -63,9 +64,7 @@ def paper(
     if mirror is not None and not mirror.expanduser().is_dir():
         raise ValueError(f"`--mirror` must be a folder, got {str(mirror)!r}")
     mirror = None if mirror is None else mirror.expanduser()
-    for rate in learning_rate or ():
-        if not 0 < rate < float("inf"):
-            raise ValueError(f"`--learning-rate` must be a positive number, got {rate}")
+    check_rates(learning_rate or [])
     part = Part(
         _some(models, published.MODELS, "--models"),
         _some(tasks, published.TASKS, "--tasks"),

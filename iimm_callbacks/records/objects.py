@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
@@ -126,6 +127,44 @@ def as_store(path: str | Path | Address) -> Path | Address:
         return found
     is_objects = ends_as_folder or (found.is_dir() and _has_objects(found))
     return Address(f"file://{found.absolute()}") if is_objects else found
+
+
+def why_not_writable(store: Path | Address) -> str | None:
+    """Why a store on this machine cannot be written, in words; changes nothing.
+
+    Args:
+        store: As `as_store` gives it.
+
+    Returns:
+        None where it can, or where it is elsewhere: that is known only once it is written.
+    """
+    place = store.absolute().parent if isinstance(store, Path) else store.folder
+    if place is None:
+        return None
+    folder = next(p for p in (place, *place.parents) if p.exists())
+    try:
+        with tempfile.TemporaryFile(dir=folder):  # the lock is a file beside the record
+            pass
+        if isinstance(store, Path) and store.exists():
+            if not store.is_file():  # such as a device, whose reading might never end
+                return "no file"
+            store.open("ab").close()
+    except OSError as error:
+        return error.strerror or str(error)
+    return None
+
+
+def check_writable(store: Path | Address) -> None:
+    """Raise before work whose outcomes a store on this machine could not take.
+
+    Raises:
+        ValueError: `store` cannot be written.
+    """
+    why = why_not_writable(store)
+    if why is not None:
+        raise ValueError(
+            f"`store` must be one that can be written, got {store} ({why}); name another"
+        )
 
 
 def _has_objects(folder: Path) -> bool:

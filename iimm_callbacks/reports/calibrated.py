@@ -30,7 +30,8 @@ def calibration(data: dict[str, Any]) -> str:
         ends = [or_nothing(row[name]) for name in ("gain", "forgetting")]
         recipes.add_row(row["method"], *numbers, *ends, "yes" if row["is_frontier"] else "")
     parts: list[Table | str] = [errors] if data["errors"] else []
-    parts += [recipes, "Choice: no other recipe gains more and forgets less."]
+    if data["expected"]:
+        parts += [recipes, "Choice: no other recipe gains more and forgets less."]
     if data["errors"]:
         parts.append("Now: from the runs on the other tasks. Borrowed: from other models' runs.")
     parts += [f"Failed: {run}: {why}" for run, why in data["failed"].items()]
@@ -39,10 +40,17 @@ def calibration(data: dict[str, Any]) -> str:
         parts.append(
             f"{missing} of {data['n_planned']} runs are missing; the same command does them."
         )
-    curves = [row for row in data["curve"] if row["gain"] is not None]
-    if len(curves) > 1:
-        steps = ", ".join(f"{size(row['gain'])} with {row['n_tasks']}" for row in curves)
-        parts.append(f"Error of the gain by tasks on record: {steps}.")
+    for quantity in ("gain", "forgetting"):
+        curve = [
+            (row["n_tasks"], row[quantity]) for row in data["curve"] if row[quantity] is not None
+        ]
+        if len(curve) > 1:
+            (_, last_but_one), (_, last) = curve[-2:]
+            found = ", ".join(f"{size(error)} with {n}" for n, error in curve)
+            parts.append(
+                f"Error of the {WORDS[quantity]} by tasks on record: {found}; the last one "
+                f"changed it by {points(last - last_but_one)}."
+            )
     return page(*parts, *(f"Written to {path}." for path in data["pictures"]))
 
 

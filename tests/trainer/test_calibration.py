@@ -239,6 +239,28 @@ def test_one_run_that_fails_costs_that_run_only(start, monkeypatch):
     assert found.failed == {"cold, full 0.01, 5 steps": "RuntimeError: loss is NaN"}
 
 
+def test_a_task_that_is_learnt_is_not_off_target_of_its_own_runs(start):
+    found = start(tasks=LESSONS[:2], off_target=[*KEPT, LESSONS[0][0]])
+    assert [set(o.off_target_before) for o in found.outcomes] == [{"kept"}, {"kept", "warm"}]
+
+
+def test_an_interruption_says_what_is_left_and_loses_nothing(start, monkeypatch, capsys, tmp_path):
+    real = work.Work.run
+
+    def interrupted(self, job, left, tell):
+        if job.task == 1:
+            raise KeyboardInterrupt
+        return real(self, job, left, tell)
+
+    monkeypatch.setattr(work.Work, "run", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        start(progress=True)
+    assert (
+        "Interrupted after 1 of 3 runs; the same command does the rest." in capsys.readouterr().out
+    )
+    assert [o.task for o in read_outcomes(tmp_path / "store.jsonl")] == ["warm"]
+
+
 def test_a_full_disk_ends_it_at_once(start, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
@@ -250,7 +272,7 @@ def test_a_full_disk_ends_it_at_once(start, monkeypatch):
 
 def test_a_recipe_that_cannot_train_the_model_is_told_before_the_first_run(start, tmp_path):
     wrong = Recipe(peft={"peft_type": "LORA", "target_modules": ["nothing_of_this_name"]})
-    with pytest.raises(ValueError, match=r"`recipes` .* lora 0.001, which fails .*nothing_of_this"):
+    with pytest.raises(ValueError, match=r"`recipe` 'lora 0.001' must train .*nothing_of_this"):
         start(recipes=[wrong])
     assert not (tmp_path / "store.jsonl").exists()
 
@@ -324,15 +346,23 @@ def test_recipes_of_a_file_and_of_flags(tmp_path):
 @pytest.mark.parametrize(
     ("text", "told"),
     [
-        ("max_stepz: 5", "`max_stepz` of the recipe must be"),
-        ("method: alchemy", "`method` must be one of full"),
-        ("learning_rate: fast", "`learning_rate` of the recipe must be a positive number"),
-        ("max_steps: 0", "`max_steps` of the recipe"),
-        ("save_strategy: epoch", "`save_strategy` must be left out"),
+        ("max_stepz: 5", "yaml: 'max_stepz' of a recipe must be .* did you mean 'max_steps'"),
+        ("method: alchemy", "recipe.yaml: 'method' must be one of full"),
+        ("learning_rate: fast", "recipe.yaml: 'learning_rate' must be a finite number, got 'fast'"),
+        ("learning_rate: .nan", "'learning_rate' must be a finite number, got nan"),
+        ("learning_rate: -1", "'learning_rate' must be a positive number, got -1"),
+        ("max_steps: 0", "'max_steps' must be at least 1, got 0"),
+        ("max_steps: 1.5", "'max_steps' must be a whole number, got 1.5"),
+        ("num_train_epochs: 3", "'num_train_epochs' must be left out .* got 3; give 'max_steps'"),
+        ("per_device_train_batch_size: 0", "'per_device_train_batch_size' must be at least 1"),
+        ("weight_decay: much", "'weight_decay' must be a finite number, got 'much'"),
+        ("bf16: 1", "'bf16' must be true or false, got 1"),
+        ("[]", "must hold names and values .* with none"),
+        ("save_strategy: epoch", "'save_strategy' must be left out"),
         ("- full", "got .* with 'full'"),
         ("{", "must be a YAML or JSON file"),
-        ("peft: {peft_type: ALCHEMY}", "`peft` must be the settings of a peft config"),
-        ("peft: 3", "`peft` of `--recipe` must be the settings"),
+        ("peft: {peft_type: ALCHEMY}", "'peft' must be the settings of a peft config"),
+        ("peft: 3", "'peft' must be the settings of a config, got 3"),
     ],
 )
 def test_a_wrong_recipe_is_named(text, told, tmp_path):
@@ -340,6 +370,15 @@ def test_a_wrong_recipe_is_named(text, told, tmp_path):
     path.write_text(text)
     with pytest.raises(ValueError, match=told):
         read_recipes(path)
+
+
+def test_a_flag_that_is_wrong_is_named_beside_a_file(tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text("max_steps: 5")
+    with pytest.raises(ValueError, match=r"^`method` must be one of .* got 'alchemy'"):
+        read_recipes(path, methods=["alchemy"])
+    with pytest.raises(ValueError, match=r"^`learning_rate` must be a positive number, got 0"):
+        read_recipes(path, rates=[0.0])
 
 
 @pytest.mark.parametrize(
@@ -351,6 +390,8 @@ def test_a_wrong_recipe_is_named(text, told, tmp_path):
         ({"tasks": [LESSONS[0], LESSONS[0]]}, "warm"),
         ({"script": "nowhere.py"}, "`script` must be a file"),
         ({"tasks": [(LESSONS[0][0], LESSONS[1][1])]}, "other classes than `task`"),
+        ({"store": "/dev/null/store.jsonl"}, "`store` must be one that can be written"),
+        ({"off_target": None}, "two classes with one prompt"),  # of canaries, by this tokenizer
     ],
 )
 def test_wrong_input_is_named(start, settings, told):
@@ -378,7 +419,7 @@ from iimm_callbacks import IIMMCallback, ImageCollator, PromptClassifier, Task
 data, folder = Path(sys.argv[1]), sys.argv[2]
 model, processor = FAMILIES["CLIP"]()
 template = "a photo of the {} thing"
-settings = {"name": data.name, "templates": template}
+settings = {"name": "mine", "templates": template}
 task, train = (Task.from_folder(data / split, **settings) for split in ("test", "train"))
 kept = Task.from_folder(data / "train", name="kept", templates="{}")
 rows = [(train.images([i])[0], train.labels([i])[0]) for i in range(len(train))]
@@ -402,7 +443,7 @@ def test_a_script_of_ones_own_is_run_for_each_task(start, tmp_path, monkeypatch)
     # Its guard, told to stop at a hundredth of a point, only watched; it read the images it got.
     assert (outcome.task, outcome.complete, outcome.recipe["steps"]) == ("warm", True, 6)
     assert (outcome.n_images, outcome.n_train) == (24, 30)
-    assert [read_run(path)["run"] for path in found.run_files if "warm" in path.name] == [
+    assert [read_run(path)["run"] for path in found.run_files if "warm" in path.parent.name] == [
         outcome.run
     ]
     assert "exit code 1: " in found.failed["cold, train.py"]
@@ -412,7 +453,12 @@ def test_a_script_of_ones_own_is_run_for_each_task(start, tmp_path, monkeypatch)
 def test_a_script_without_a_guard_is_told(tmp_path):
     script = tmp_path / "train.py"
     script.write_text("pass")
-    with pytest.raises(RuntimeError, match=r"train.py must save the outcome .* got 0"):
+    with pytest.raises(
+        RuntimeError, match=r"train.py must save the outcome .* got 0: it must make"
+    ):
+        runs.run_script(script, tmp_path, tmp_path, WATCH)
+    script.write_text("raise SystemExit(3)")
+    with pytest.raises(RuntimeError, match="exit code 3: it printed nothing"):
         runs.run_script(script, tmp_path, tmp_path, WATCH)
 
 
@@ -590,6 +636,24 @@ def test_the_commands_calibrate_and_plan(folders, tmp_path, monkeypatch):
     assert "No choice: every recipe has a risk above 0.01" in text
 
 
+def test_a_plan_without_runs_of_the_model_ranks_all_methods(folders, tmp_path, monkeypatch):
+    monkeypatch.setenv("IIMM_CALLBACKS_STORE", str(tmp_path / "store.jsonl"))
+    asked = ["plan", folders / "model", folders / "both", "--template", "a photo of the {} thing"]
+    found = ask(*asked, "--risk", 0.9, "--max-forgetting", 0.9)
+    names = [row["name"] for row in found["options"]]
+    assert sorted(names) == ["attention", "bitfit", "clip_adapter", "full", "lora"]
+    assert found["choice"] == names[0]
+    assert {row["n_tasks"] for row in found["options"]} == {0}
+
+    # What was tried is known, and the others are still there.
+    found = ask(*asked, "--risk", 0.9, "--max-forgetting", 0.9, "--train", folders / "both",
+                "--off-target", folders / "warm", "--try")  # fmt: skip
+    (tried,) = (row for row in found["options"] if row["tried"])
+    assert tried["forecast"]["gain"]["point"] == found["tried"]["gain"]
+    assert (tried["method"], tried["recipe"]["steps"], tried["n_tasks"]) == (names[0], 150, 1)
+    assert sorted(row["method"] for row in found["options"]) == sorted(names)
+
+
 def test_what_plan_tries_is_saved_and_known(folders, tmp_path, monkeypatch):
     store = tmp_path / "store.jsonl"
     monkeypatch.setenv("IIMM_CALLBACKS_STORE", str(store))
@@ -648,7 +712,14 @@ def test_the_command_tells_what_a_script_takes_once_it_runs(folders, tmp_path, m
         (["calibrate", "MODEL", "--task", "./nowhere"], "`--task` must be a folder or a name"),
         (["calibrate", "MODEL", "--device", "tpu"], "`--device` must be cpu or left out"),
         (["calibrate", "MODEL", "--task", "FOLDER/warm", "--split", "train"], "held-out images"),
+        (
+            ["calibrate", "MODEL", "--script", __file__, "--method", "full"],
+            "`--method` must be left",
+        ),
         (["plan", "MODEL", "FOLDER/warm", "--try"], "`--try` needs `--train`"),
+        (["plan", "MODEL", "FOLDER/warm", "--learning-rate", "nan"], "`--learning-rate` must be a"),
+        (["plan", "MODEL", "FOLDER/warm", "--learning-rate", "0"], "positive number, got 0.0"),
+        (["plan", "MODEL", "FOLDER/warm", "--steps", "0"], "Invalid value for '--steps'"),
         (["plan", "MODEL", "FOLDER/warm", "--risk", "2"], "`--risk` must be a probability"),
         (["plan", "MODEL", "FOLDER/warm", "--method", "magic"], "`--method` must be one of"),
     ],

@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 from ...data.tasks import Task, check_tasks
 from ...probing import ranks
 from ...records.log import get_logger
-from ...records.objects import Address, as_store
+from ...records.objects import Address, as_store, check_writable
 from ...records.outcomes import Outcome, one_of_each_run
 from ...records.store import append_outcome, default_store, read_outcomes
 from ...reports.words import duration
@@ -104,7 +104,8 @@ def calibrate(
             measured, and the most different in IIMM, headroom and zero-shot accuracy are learnt.
         recipes: Each is run on each task.
         processor: As `IIMMCallback`.
-        off_target: As `IIMMCallback`; give what your real runs will be guarded by.
+        off_target: As `IIMMCallback`; give what your real runs will be guarded by. A task that is
+            learnt, too, is left out of its own runs.
         n_tasks: To learn.
         store: That the outcomes are added to, as `append_outcome`; ``"default"``: the user's.
         output: Folder for the plan and the run files.
@@ -121,14 +122,15 @@ def calibrate(
 
     Raises:
         ValueError: No task or recipe, tasks of one name or without classes, a training set that
-            does not fit its task, a budget too short for one run, or a model that cannot be
-            measured or trained by a recipe.
+            does not fit its task, a store that cannot be written, a budget too short for one run,
+            or a model that cannot be measured or trained by a recipe.
         OSError: An outcome or run file cannot be written.
     """
     began = perf_counter()
     state = PartialState(cpu=True) if use_cpu else PartialState()
     _check(tasks, recipes, n_tasks, script, state.num_processes)
     place = default_store() if store == "default" else as_store(store)
+    ranks.from_first(lambda: check_writable(place))
 
     def say(text: str) -> None:
         if progress and state.is_main_process:
@@ -177,6 +179,9 @@ def _do(
             outcome = work.run(job, left, _ScriptTime(len(to_do) - n, rest, say, usual > 0))
         except OSError:
             raise  # a full disk will not be any better for the next run
+        except KeyboardInterrupt:
+            say(f"Interrupted after {n} of {len(to_do)} runs; the same command does the rest.")
+            raise
         except OutOfTimeError:
             say(f"Out of time: {work.title(job)} was ended, {len(to_do) - n - 1} were not begun.")
             break

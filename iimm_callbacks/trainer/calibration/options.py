@@ -40,8 +40,8 @@ class Option:
     def name(self) -> str:
         """Method, learning rate and number of steps, for people."""
         rate, steps = self.recipe.get("learning_rate"), self.recipe.get("steps")
-        parts = [self.method, *[f"{rate:g}"] * (rate is not None)]
-        return " ".join([*parts, *[f"× {steps}"] * (steps is not None)])
+        rates = [] if rate is None else [f"{rate:g}"]
+        return " ".join([self.method, *rates, *([] if steps is None else [f"× {steps}"])])
 
     def risk(self, limits: Limits) -> float | None:
         """Probability of exceeding the limit; None without a forecast, 0 without a limit."""

@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from difflib import get_close_matches
 from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +16,8 @@ if TYPE_CHECKING:
     from transformers import TrainingArguments
 
 METHODS = ("full", "bitfit", "attention", "lora", "clip_adapter")
+# Type of an argument -> what must be given; others are for the Trainer to check.
+_KINDS = {"bool": "true or false", "int": "a whole number", "float": "a finite number"}
 # Where none is given: those of the shipped study, a tenth of it where all weights of a large model
 # move.
 _USUAL_RATES = dict.fromkeys(METHODS, 1e-3) | {"full": 1e-5, "attention": 1e-5}
@@ -60,7 +63,12 @@ class Recipe:
         elif self.method not in METHODS:
             raise ValueError(
                 f"`method` must be one of {', '.join(METHODS)}, got {self.method!r}; others are "
-                "given as `peft`"
+                "given as `peft` of a recipe"
+            )
+        if "num_train_epochs" in self.arguments and "max_steps" not in self.arguments:
+            raise ValueError(
+                "`num_train_epochs` must be left out of a recipe, as epochs are of different "
+                f"length on each task, got {self.arguments['num_train_epochs']!r}; give `max_steps`"
             )
         usual = _USUAL | {"learning_rate": _USUAL_RATES.get(self.method, 1e-3)}
         arguments = usual | _numbers(self.arguments)
@@ -133,14 +141,24 @@ def read_recipes(
     flags = {name: value for name, value in flags.items() if value not in (None, [])}
     if methods:
         flags["peft"] = None
-    return [recipe for read in _read(path) for recipe in _each(read | flags)]
+    found = []
+    for read in _read(path):
+        try:
+            found += _each(read | flags)
+        except ValueError as error:
+            named = str(error).split("`")[1]
+            if path is None or named in flags:
+                raise
+            told = str(error).replace("`", "'")
+            raise ValueError(f"`--recipe` {path}: {told}") from error
+    return found
 
 
 def _each(read: dict[str, Any]) -> list[Recipe]:
     """A recipe for each method and learning rate of a file's entry."""
     peft = read.pop("peft", None) or {}
     if not isinstance(peft, dict):
-        raise ValueError(f"`peft` of `--recipe` must be the settings of a config, got {peft!r}")
+        raise ValueError(f"`peft` must be the settings of a config, got {peft!r}")
     methods = _listed(read.pop("method", "full"))
     rates = [{"learning_rate": rate} for rate in _listed(read.pop("learning_rate", []))] or [{}]
     return [Recipe(method, read | rate, peft) for method, rate in product(methods, rates)]
@@ -158,35 +176,47 @@ def _read(path: Path | None) -> list[dict[str, Any]]:
         told = " ".join(str(getattr(error, "strerror", None) or error).split())
         raise ValueError(f"`--recipe` must be a YAML or JSON file, got {path} ({told})") from error
     found = _listed(read)
-    for one in found:
-        if not isinstance(one, dict):
-            raise ValueError(
-                f"`--recipe` must hold names and values of `TrainingArguments`, got {path} with "
-                f"{one!r:.80}"
-            )
+    wrong = [repr(one) for one in found if not isinstance(one, dict)]
+    if wrong or not found:
+        raise ValueError(
+            f"`--recipe` must hold names and values of `TrainingArguments`, got {path} with "
+            f"{next(iter(wrong), 'none'):.80}"
+        )
     return found
 
 
 def _check(arguments: Mapping[str, Any]) -> None:
     from transformers import TrainingArguments
 
-    known = {f.name for f in fields(TrainingArguments) if f.init}
-    for name in arguments:
+    known = {f.name: f for f in fields(TrainingArguments) if f.init}
+    for name, value in arguments.items():
         if name not in known:
+            close = get_close_matches(name, ["method", "peft", *known], 1)
             raise ValueError(
-                f"`{name}` of the recipe must be `method`, `peft` or an argument of "
+                f"`{name}` of a recipe must be `method`, `peft` or an argument of "
                 "`TrainingArguments`, which has none of that name"
+                + "".join(f"; did you mean {other!r}?" for other in close)
             )
-        if name == "output_dir" or (name in _FIXED and arguments[name] != _FIXED[name]):
-            raise ValueError(f"`{name}` must be left out of the recipe: calibration sets it")
-    rate, steps = (arguments[name] for name in ("learning_rate", "max_steps"))
-    if not isinstance(rate, int | float) or isinstance(rate, bool) or not 0 < rate < math.inf:
-        raise ValueError(f"`learning_rate` of the recipe must be a positive number, got {rate!r}")
-    if not isinstance(steps, int) or isinstance(steps, bool) or steps < 1:
+        if name == "output_dir" or (name in _FIXED and value != _FIXED[name]):
+            raise ValueError(f"`{name}` must be left out of a recipe: calibration sets it")
+        kind = str(getattr(known[name].type, "__name__", known[name].type))
+        if kind in _KINDS and not _is_of(kind, value):
+            raise ValueError(f"`{name}` must be {_KINDS[kind]}, got {value!r}")
+    if not 0 < arguments["learning_rate"] < math.inf:
         raise ValueError(
-            f"`max_steps` of the recipe must be a number of steps of at least 1, got {steps!r}; "
-            "epochs are of different length on each task"
+            f"`learning_rate` must be a positive number, got {arguments['learning_rate']!r}"
         )
+    for name in ("max_steps", "per_device_train_batch_size", "gradient_accumulation_steps"):
+        if arguments.get(name, 1) < 1:
+            raise ValueError(f"`{name}` must be at least 1, got {arguments[name]!r}")
+
+
+def _is_of(kind: str, value: Any) -> bool:
+    if isinstance(value, bool) or kind == "bool":
+        return isinstance(value, bool) and kind == "bool"
+    return isinstance(value, int) or (
+        kind == "float" and isinstance(value, float) and math.isfinite(value)
+    )
 
 
 def _numbers(arguments: Mapping[str, Any]) -> dict[str, Any]:

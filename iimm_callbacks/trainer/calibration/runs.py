@@ -281,13 +281,14 @@ def run_script(
             raise
     if code:
         said = (folder / "script.log").read_text(encoding="utf-8", errors="replace")
-        last = " | ".join(said.strip().splitlines()[-_LAST_LINES:])
+        last = " | ".join(said.strip().splitlines()[-_LAST_LINES:]) or "it printed nothing"
         raise RuntimeError(f"{script.name} ended with exit code {code}: {last}")
     found = [o for o in read_outcomes(store) if o.complete] if store.exists() else []
     if len(found) != 1:
         raise RuntimeError(
-            f"{script.name} must save the outcome of one complete run, got {len(found)}: give its "
-            "`IIMMCallback` no `outcomes`, and let it train to its last step"
+            f"{script.name} must save the outcome of one complete run, got {len(found)}: it must "
+            "make an `IIMMCallback` without `outcomes`, and train to its last step; what it "
+            f"printed is in {folder / 'script.log'}"
         )
     return found[0]
 

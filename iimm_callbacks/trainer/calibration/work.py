@@ -14,10 +14,12 @@ from ...data.images import content
 from ...data.tasks import Task
 from ...models.wrappers import model_fingerprint
 from ...probing import ranks
+from ...probing.probe import Probe
 from ...records.outcomes import Outcome
 from ...records.run_file import file_name, read_run, save_run
 from ...records.verdict import WATCH
 from ...reports.words import duration
+from ...sample import off_target_tasks
 from .budget import Cost, Job, fit
 from .lessons import Lesson, seconds_of_looks, write_folder
 from .recipes import Recipe
@@ -87,6 +89,12 @@ class Work:
         name = file_name(self.lessons[job.task].task.name)
         return name.removeprefix("iimm_").removesuffix(".json")
 
+    def _kept(self, task: Task) -> list[Task] | None:
+        """What a run is guarded by; a task is not off target of its own run."""
+        if self.off_target is None:
+            return None
+        return [other for other in self.off_target if other.name != task.name]
+
     def read_plan(self) -> list[Job] | None:
         """The runs that an earlier try planned; None where it had other settings."""
         try:
@@ -120,23 +128,29 @@ class Work:
         """What looks and steps take; nothing is known of a script.
 
         Raises:
-            ValueError: The model cannot be trained by a recipe.
+            ValueError: The model cannot be trained by a recipe, or measured on off-target tasks.
         """
         if self.script is not None:
             return Cost([0.0] * len(self.lessons), [0.0])
         first, folder = self.lessons[0], self.output / "timed"
+        others = off_target_tasks(first.task, self._kept(first.task))
+        probe = Probe(first.task, others, processor=self.subject.processor, progress=False)
+        probe.prepare(self.subject.model)
         steps = []
         for recipe in self.recipes:
             try:
                 seconds = seconds_of_a_step(self.subject, first.task, first.train, recipe, folder)
             except (ValueError, TypeError, RuntimeError, ImportError) as error:
                 raise ValueError(
-                    f"`recipes` must be ways to train this model, got {recipe.name}, which fails "
-                    f"({type(error).__name__}: {error})"
+                    f"`recipe` {recipe.name!r} must train this model, and fails "
+                    f"({type(error).__name__}: {error!s:.400}); change it or leave it out"
                 ) from error
             steps.append(seconds)
         return Cost(
-            [seconds_of_looks(x.task, x.train, self.off_target, x.seconds) for x in self.lessons],
+            [
+                seconds_of_looks(x.task, x.train, self._kept(x.task), x.seconds)
+                for x in self.lessons
+            ],
             steps,
         )
 
@@ -182,18 +196,20 @@ class Work:
         if self.script is None:
             recipe = self.recipes[job.recipe]
             outcome = fine_tune(
-                self.subject, lesson.task, lesson.train, self.off_target, recipe, job.steps, folder,
-                left,
+                self.subject, lesson.task, lesson.train, self._kept(lesson.task), recipe, job.steps,
+                folder, left,
             )  # fmt: skip
         else:
             data = self.output / "data" / self._stem(job)
             write_folder(lesson.train, data / "train")
             write_folder(lesson.task, data / "test")
             outcome = run_script(Path(self.script), data, folder, WATCH, left(), tell)
-        outcome = replace(outcome, run=self.key(job))
+        # A script calls each task as it likes, maybe all by one name: they would count as one.
+        outcome = replace(outcome, run=self.key(job), task=lesson.task.name)
         if ranks.world()[0] == 0:  # so that a report knows the run's own outcome
+            known = {name: getattr(outcome, name) for name in ("run", "recipe", "task")}
             for path in self.run_files(job):
-                save_run(read_run(path) | {"run": outcome.run, "recipe": outcome.recipe}, path)
+                save_run(read_run(path) | known, path)
         return outcome
 
     def run_files(self, job: Job) -> list[Path]:
