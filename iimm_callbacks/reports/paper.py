@@ -58,7 +58,8 @@ def plan(data: dict[str, Any]) -> str:
     models = new_table("Models", "model", "from")
     for row in data["models"]:
         models.add_row(row["title"], row["place"])
-    tasks = new_table("Data sets", "task", "from", "training images", "test images", "prompt")
+    columns = "task", "from", "training images", "test images", "prompt"
+    tasks = new_table("Data sets", *columns, whole="task")
     for row in data["tasks"]:
         tasks.add_row(row["name"], row["place"], f"{row['n_train']:,}", f"{row['n_test']:,}",
                       row["template"])  # fmt: skip

@@ -465,6 +465,7 @@ def test_a_dry_run_prints_plan_sizes_and_hours_and_reads_nothing(mirror, tmp_pat
     assert "720 runs" in text
     assert "hours" in text
     assert "73,257" in text
+    assert all(f"│ {name} │" in text for name in published.TASKS)
 
 
 @pytest.mark.parametrize(

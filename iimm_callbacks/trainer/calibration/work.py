@@ -19,7 +19,6 @@ from ...records.outcomes import Outcome
 from ...records.run_file import file_name, read_run, save_run
 from ...records.verdict import WATCH
 from ...reports.words import duration
-from ...sample import off_target_tasks
 from .budget import Cost, Job, fit
 from .lessons import Lesson, seconds_of_looks, write_folder
 from .recipes import Recipe
@@ -132,6 +131,8 @@ class Work:
         """
         if self.script is not None:
             return Cost([0.0] * len(self.lessons), [0.0])
+        from ...sample import off_target_tasks
+
         first, folder = self.lessons[0], self.output / "timed"
         others = off_target_tasks(first.task, self._kept(first.task))
         probe = Probe(first.task, others, processor=self.subject.processor, progress=False)
