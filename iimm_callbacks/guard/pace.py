@@ -25,6 +25,7 @@ PARTS = (1.0, 0.5, 0.25, 0.125)  # of the images that a look shows
 # What training on an image costs at the least, in forward passes: that, two for its gradients, and
 # one for reading it and the optimizer's step. (Of the shipped model on a CPU it is six.)
 _TRAINING_PASSES = 4
+_ROUGHLY = 1.5  # by which an estimate of the looks' share must exceed what is allowed
 _LEAST_OFF_TARGET = 48  # images of each off-target task in the look before training
 _LEAST_TRAINING = 192  # training images that the linear probe learns from
 
@@ -143,6 +144,7 @@ class Pace:
         self.part = 1.0
         self._guarded = guarded
         self._is_paid = True  # whether the budget has room for the latest look that was due
+        self._least = (0, 0, 0)  # images to train on, for the linear probe, looks that are needed
         self._first_step: int | None = None  # steps done when it began, as far as known
         self._last_step: int | None = None  # the first one asked about that is no less than all
 
@@ -150,9 +152,12 @@ class Pace:
         self, recipe: Mapping[str, Any], n_task: int, n_off_target: int
     ) -> tuple[int, int]:
         """`first_look` of a run with this recipe; without ``steps`` or ``batch_size``, all."""
-        sizes = [recipe.get(name) for name in ("steps", "batch_size")]
-        images = math.prod(size if isinstance(size, int) else 0 for size in sizes)
-        return first_look(self.budget.max_overhead, images, n_task, n_off_target)
+        told = [recipe.get(name) for name in ("steps", "batch_size")]
+        steps, each = (number if isinstance(number, int) else 0 for number in told)
+        sizes = first_look(self.budget.max_overhead, steps * each, n_task, n_off_target)
+        looks = looks_to_come(None, 1, steps) if self._guarded else 0
+        self._least = steps * each, sizes[1], looks
+        return sizes
 
     def began(self, wall: float, look: float, *, resumed: bool) -> None:
         """Note the look before training: `Budget.began`.
@@ -248,6 +253,15 @@ class Pace:
             f"{when}, {few} to {n_images} images each to stay within {100 * max_overhead:g} % of "
             "the run time; the last look has all"
         )
+        images, training, looks = self._least
+        passes = n_images + training + looks * few
+        share = passes / (passes + _TRAINING_PASSES * images)
+        if images > 0 and share > _ROUGHLY * max_overhead:
+            text = (
+                f"{when}, {few} images each and all {n_images} in the last one; the run is too "
+                f"short for {100 * max_overhead:g} % of its time, looks may take "
+                f"{100 * share:.0f} %"
+            )
         if off_target_size < OFF_TARGET_PROBE_SIZE:
             text += (
                 f"; {off_target_size} images of each off-target task instead of "

@@ -129,6 +129,27 @@ def test_the_plan_of_looks_in_words(every, max_overhead, size, said):
     assert ("short" in text) == (size < 256)
 
 
+@pytest.mark.parametrize(
+    ("steps", "guarded", "share"),
+    [
+        # 800 images, 192 of the training set and six times 100: 1,592 passes beside 4 · 320.
+        (20, True, "55 %"),
+        (20, False, "44 %"),  # no look is needed in training: 992
+        (100, True, "20 %"),
+        (2000, True, ""),
+        (None, True, ""),
+    ],
+)
+def test_a_run_too_short_for_its_looks_is_told_their_share(steps, guarded, share):
+    pace = Pace(None, 0.05, guarded=guarded)
+    recipe = {"batch_size": 16} | ({} if steps is None else {"steps": steps})
+    pace.first_look(recipe, 512, 10)
+    text = pace.plan(800, 48)
+    said = "100 images each and all 800 in the last one; the run is too short for 5 % of its time,"
+    assert (f"{said} looks may take {share}" in text) == bool(share)
+    assert ("to stay within 5 %" in text) != bool(share)
+
+
 @pytest.mark.parametrize("asked", [range(1, 101), [100]])
 def test_a_loop_that_asks_at_epochs_only_has_no_more_time_for_looks(asked):
     pace = Pace("epoch", 0.05, guarded=False)
