@@ -41,6 +41,8 @@ from .mixed_model import (
 from .runs import Ask, Run
 
 _DOF = 3  # of the intervals before any run of the model is saved
+_TAIL = 1  # ν of the weights of odd tasks: Cauchy's, so that one far off counts for nothing
+_FAR = 9.0  # a squared miss, over the usual one: what is further off widens intervals no more
 _SO_FAR = "what was seen so far, pooled"
 
 _GAIN = (
@@ -322,7 +324,7 @@ def _learn(
     known = as_rows([describe(cell, quantity, target, more) for cell in cells])
     expected = known.numbers["way"] if effects is _GAIN else np.zeros(len(known))
     among = covariance(known, known, effects)
-    known = heavy_tailed(replace(known, target=known.target - expected), among, "lesson", _DOF)
+    known = heavy_tailed(replace(known, target=known.target - expected), among, "lesson", _TAIL)
     whole = np.ones(len(cells), bool)
     points, scales = left_out(known, among, whole, "task")
     start = 1.0
@@ -333,6 +335,8 @@ def _learn(
     squares = np.append(
         surprises(known, points, scales, own, "task"), surprises(known, *elsewhere, ~own, "world")
     )
+    # Intervals widen where all are off, not where a few are.
+    squares = np.minimum(squares, _FAR * max(float(np.median(squares)), 1.0))
     dof = _DOF + len(squares)
     factor = math.sqrt((_DOF * start + squares.sum()) / dof)
     found = {run: float(points[i] + expected[i]) for i, cell in enumerate(cells) for run in cell}

@@ -11,6 +11,8 @@ from test_cli import ask, run
 from test_outcomes import RUN
 
 from iimm_callbacks import IIMMCallback, append_outcome, read_outcomes, sample
+from iimm_callbacks.forecasting.forecaster import Forecaster
+from iimm_callbacks.forecasting.runs import about, measured
 from iimm_callbacks.records import provenance as module
 from iimm_callbacks.records.as_dataset import from_dataset, to_dataset
 from iimm_callbacks.records.audit import contradicted, doubts
@@ -157,11 +159,9 @@ def test_a_start_that_most_runs_contradict_is_left_out_of_forecasts(caplog):
     assert contradicted([*same, replace(start, iimm=None)]) == {}
 
 
-@pytest.mark.parametrize("seed", range(4))
-def test_random_records_on_known_images_change_no_forecast(seed):
-    """5 % of them; how the good runs ended is no reason to leave one out."""
-    good, rng = sample.load_outcomes(), np.random.default_rng(seed)
-    wrong = [
+def random_records(good, seed):
+    rng = np.random.default_rng(seed)
+    return [
         replace(
             good[i], run=f"wrong{i}", zero_shot_accuracy=rng.random(), final_accuracy=rng.random(),
             iimm=rng.uniform(-1, 1), linear_probe_accuracy=rng.random(), trajectory=[],
@@ -169,8 +169,39 @@ def test_random_records_on_known_images_change_no_forecast(seed):
         )
         for i in rng.choice(len(good), round(0.05 * len(good)), replace=False)
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_random_records_on_known_images_change_no_forecast(seed):
+    """5 % of them; how the good runs ended is no reason to leave one out."""
+    good = sample.load_outcomes()
+    wrong = random_records(good, seed)
     model = good[0].model_fingerprint
     assert Listed([*wrong, *good]).relevant(model) == Listed(good).relevant(model)
+
+
+@pytest.mark.parametrize("seed", [0, 2])
+def test_random_records_of_new_tasks_hardly_move_the_gain(seed):
+    """5 % of them, which nothing contradicts, each of a task of its own."""
+    good = sample.load_outcomes()
+    wrong = [replace(o, task=o.run, task_fingerprint=o.run) for o in random_records(good, seed)]
+    tasks = sorted({o.task for o in good})[::3]
+
+    def off(runs):
+        errors, widths = [], []
+        for task in tasks:
+            others = [o for o in runs if o.task != task]
+            forecaster = Forecaster().fit(others, base_rates=False)
+            for o in good:
+                if o.task == task:
+                    gain = forecaster.predict(measured(o), **about(o)).gain
+                    errors.append(abs(gain.point - o.gain))
+                    widths.append(gain.width)
+        return np.mean(errors), np.mean(widths)
+
+    error, width = np.divide(off([*good, *wrong]), off(good))
+    assert error < 1.1
+    assert width < 2.2
 
 
 def test_an_accuracy_far_below_chance_is_told():
