@@ -112,14 +112,8 @@ def _draw_outcome(axis: Any, record: dict[str, Any], name: str) -> None:
     )  # fmt: skip
     if name == "forgetting" and len(record["off_target"]) > 1:
         worst = in_points([row[keys.WORST] for row in rows])
-        axis.plot(
-            steps,
-            worst,
-            _points_or(":", steps, "v"),
-            color=LIGHT["quiet"],
-            lw=1.8,
-            label="observed, worst task",
-        )
+        style = {"color": LIGHT["quiet"], "lw": 1.8, "label": "observed, worst task"}
+        axis.plot(steps, worst, _points_or(":", steps, "v"), **style)
     if name == "forgetting":
         _limit(axis, record)
     _over_steps(axis, record, f"{name} (points)")
@@ -192,11 +186,9 @@ def _off_target(record: dict[str, Any]) -> Picture:
         f"({percent(first[keys.accuracy_key(n)])} to {percent(last[keys.accuracy_key(n)])})"
         for n in shown
     )
-    more = (
-        f" The {len(shown)} with the largest drop of {len(order)}."
-        if len(order) > len(shown)
-        else ""
-    )
+    more = ""
+    if len(order) > len(shown):
+        more = f" The {len(shown)} with the largest drop of {len(order)}."
     ahead = "There is no forecast for single tasks."
     if record["forecast"].get("off_target"):
         ahead = "The table has the forecast of each."

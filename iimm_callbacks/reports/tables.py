@@ -7,11 +7,10 @@ from typing import Any
 
 from rich.table import Table
 
-from .terminal import forecast_lines
+from .terminal import forecast_lines, used
 from .words import WIDTH, interval, level_words, page, percent, points, size
 
 WORDS = {"gain": "gain", "forgetting": "mean forgetting", "worst": "worst forgetting"}
-_LEAST_SHARE = 0.1  # of a predictor that is named
 _LEFT = (
     "measured", "meaning", "method", "forecast of", "model", "task", "ended", "policy", "recipe",
     "why",
@@ -174,13 +173,8 @@ def _evidence(rows: dict[str, Any], names: dict[str, str]) -> Table:
             errors = [size(found[k]) for k in ("error", "error_of_mean", "error_of_zero_shot")]
             what = quantity if quantity != "forgetting" else "mean"
             rests = f"{found['n_runs']}/{found['n_tasks']}"
-            shares = [
-                f"{name} {share:.0%}"
-                for name, share in found["predictors"].items()
-                if share >= _LEAST_SHARE
-            ]
             covered = f"{found['coverage']:.0%}"
-            table.add_row(names[method], what, *errors, covered, rests, ", ".join(shares))
+            table.add_row(names[method], what, *errors, covered, rests, used(found["predictors"]))
         table.add_section()
     return table
 

@@ -146,7 +146,6 @@ def forecast_lines(forecast: dict[str, Any]) -> list[str]:
     sentences = [words[:1].upper() + words[1:] for words in (forecast["basis"], *notes)]
     lines = wrap(printable(". ".join(sentences)) + ".", WIDTH)
     for name, found in forecast["evidence"].items():
-        predictors = [f"{k} {v:.0%}" for k, v in found["predictors"].items() if v >= 0.1]
         simpler = (("error_of_mean", "predicting the mean"),
                    ("error_of_zero_shot", "zero-shot error"))  # fmt: skip
         beside = [
@@ -157,12 +156,17 @@ def forecast_lines(forecast: dict[str, Any]) -> list[str]:
         same = any(k.startswith("other runs of the same task") for k in found["predictors"])
         seen = ", with other runs of that task known" if same else ""
         text = (
-            f"{name}: from {', '.join(predictors) or 'many predictors'}; leave-one-{unit}-out "
+            f"{name}: from {used(found['predictors']) or 'many predictors'}; leave-one-{unit}-out "
             f"error {size(found['error'])} points over {found['n_tasks']} tasks{also}{seen}; "
             f"90 % intervals covered {found['coverage']:.0%}"
         )
         lines += wrap(printable(text), WIDTH, initial_indent="  ", subsequent_indent="    ")
     return lines
+
+
+def used(predictors: dict[str, float]) -> str:
+    """The predictors with a tenth of the weight of a forecast or more; maybe none."""
+    return ", ".join(f"{name} {share:.0%}" for name, share in predictors.items() if share >= 0.1)
 
 
 def summary_table(record: dict[str, Any]) -> str:
