@@ -142,8 +142,8 @@ def _notes(records: Sequence[dict[str, Any]], names: Sequence[str]) -> list[str]
         notes.append("The runs start from different weights.")
     if len({frozenset(r["off_target"]) for r in records if r["off_target"]}) > 1:
         notes.append("Their off-target tasks differ: mean and worst forgetting do not compare.")
-    elif _differ_in_images(records):
-        notes.append("Images, prompts or preprocessing of a task differ between runs of one name.")
+    if _differ_in_images(records):
+        notes.append("Images, prompts or preprocessing of a task, or its metric, differ.")
     early = [n for n, r in zip(names, records, strict=True) if not is_complete(r)]
     if early:
         whole = "from the untouched model to the last planned step"

@@ -784,6 +784,10 @@ def test_the_page_of_several_runs_has_picture_tables_and_numbers(tmp_path):
         ({"task": "x"}, "The runs learn different tasks"),
         ({"model_fingerprint": "2f"}, "The runs start from different weights"),
         ({"fingerprints": {"digits": "other"}}, "Images, prompts or preprocessing of a task"),
+        (
+            {"fingerprints": {"digits": "other"}, "off_target": ["emoji"]},
+            "Images, prompts or preprocessing of a task",
+        ),
         (make_record(off_target=False), "Without off-target tasks, and not in the picture: b"),
     ],
 )
