@@ -245,6 +245,8 @@ def _scatter(record: dict[str, Any], past: Sequence[Outcome], name: str) -> Pict
     axis.set_ylabel(f"{_WORDS[name]} (points)")
     legend_above(axis)
     told = _told(name, runs, same, line)
+    if name == "forgetting" and (n := _on_other_tasks(record, runs)):
+        told += f" Other off-target tasks than this run had {n}: these do not compare with it."
     return Picture(
         f"past_{name}", f"{_WORDS[name].capitalize()} of past runs against IIMM",
         f"Scatter plot of {_WORDS[name]} in points against IIMM before training. {told} {here}",
@@ -295,6 +297,13 @@ def _told(name: str, runs: Sequence[Outcome], same: Sequence[Outcome], line: Lin
         "for the eye: runs of one task are not independent, and the forecast weighs other "
         "predictors too."
     )
+
+
+def _on_other_tasks(record: dict[str, Any], runs: Sequence[Outcome]) -> int:
+    """Runs measured on other off-target tasks; a run on one of these is measured on the rest."""
+    tasks = set(record["off_target"])
+    sets = tasks, tasks | {record["task"]}
+    return sum(all(o.off_target_before.keys() != s - {o.task} for s in sets) for o in runs)
 
 
 def ceiling_note(record: dict[str, Any]) -> str:

@@ -572,6 +572,22 @@ def test_only_runs_of_the_method_make_the_line(tmp_path):
     assert page.shows("Their line rises by 8.0 points per 0.1 of IIMM and explains 100.0 %")
 
 
+def test_past_runs_with_other_off_target_tasks_are_counted(tmp_path):
+    record = full_record()
+    tasks = {name: 0.5 for name in record["off_target"]}
+    canaries = {"before": tasks | {record["task"]: 0.5}, "after": tasks | {record["task"]: 0.4}}
+    alike = [
+        outcome("t0", 0.3, off_target_before=tasks, off_target_after=tasks),
+        outcome(
+            "t1", 0.4,
+            off_target_before=canaries["before"], off_target_after=canaries["after"],
+        ),
+    ]  # fmt: skip
+    told = "Other off-target tasks than this run had"
+    assert not report(record, tmp_path, alike).shows(told)
+    assert report(record, tmp_path, [*alike, *PAST]).shows(f"{told} 5: these do not compare")
+
+
 def test_a_line_that_is_none_is_said_to_be_chance(tmp_path):
     noise = [outcome(f"t{i}", 0.3 + 0.05 * i, gain=g) for i, g in enumerate((0.1, 0.3, 0, 0.2))]
     assert report(full_record(), tmp_path, noise).shows("not more than chance gives (p = ")
