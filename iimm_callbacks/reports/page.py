@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -245,8 +245,9 @@ def _scatter(record: dict[str, Any], past: Sequence[Outcome], name: str) -> Pict
     axis.set_ylabel(f"{_WORDS[name]} (points)")
     legend_above(axis)
     told = _told(name, runs, same, line)
-    if name == "forgetting" and (n := _on_other_tasks(record, runs)):
-        told += f" Other off-target tasks than this run had {n}: these do not compare with it."
+    if n := _of_another_kind(record, runs, name):
+        what = "Another metric" if name == "gain" else "Other off-target tasks or metrics"
+        told += f" {what} than this run had {n}: these do not compare with it."
     return Picture(
         f"past_{name}", f"{_WORDS[name].capitalize()} of past runs against IIMM",
         f"Scatter plot of {_WORDS[name]} in points against IIMM before training. {told} {here}",
@@ -299,11 +300,27 @@ def _told(name: str, runs: Sequence[Outcome], same: Sequence[Outcome], line: Lin
     )
 
 
-def _on_other_tasks(record: dict[str, Any], runs: Sequence[Outcome]) -> int:
-    """Runs measured on other off-target tasks; a run on one of these is measured on the rest."""
+def _of_another_kind(record: dict[str, Any], runs: Sequence[Outcome], name: str) -> int:
+    """Runs whose gain is by another metric, or forgetting by one or on other off-target tasks.
+
+    A run on one of the off-target tasks is measured on the rest of them.
+    """
+
+    def scored(recipe: Mapping[str, Any], tasks: Iterable[str]) -> set[tuple[str, str]]:
+        named = recipe.get("metrics")
+        found = named if isinstance(named, dict) else {}
+        return {(task, str(found.get(task, "accuracy"))) for task in tasks}
+
+    learnt, recipe = record["task"], record["recipe"]
+    if name == "gain":
+        ((_, own),) = scored(recipe, [learnt])
+        return sum(scored(o.recipe, [o.task]) != {(o.task, own)} for o in runs)
     tasks = set(record["off_target"])
-    sets = tasks, tasks | {record["task"]}
-    return sum(all(o.off_target_before.keys() != s - {o.task} for s in sets) for o in runs)
+    sets = tasks, tasks | {learnt}
+    return sum(
+        all(scored(o.recipe, o.off_target_before) != scored(recipe, s - {o.task}) for s in sets)
+        for o in runs
+    )
 
 
 def ceiling_note(record: dict[str, Any]) -> str:

@@ -572,20 +572,21 @@ def test_only_runs_of_the_method_make_the_line(tmp_path):
     assert page.shows("Their line rises by 8.0 points per 0.1 of IIMM and explains 100.0 %")
 
 
-def test_past_runs_with_other_off_target_tasks_are_counted(tmp_path):
+def test_past_runs_of_another_kind_are_counted(tmp_path):
     record = full_record()
     tasks = {name: 0.5 for name in record["off_target"]}
-    canaries = {"before": tasks | {record["task"]: 0.5}, "after": tasks | {record["task"]: 0.4}}
-    alike = [
-        outcome("t0", 0.3, off_target_before=tasks, off_target_after=tasks),
-        outcome(
-            "t1", 0.4,
-            off_target_before=canaries["before"], off_target_after=canaries["after"],
-        ),
-    ]  # fmt: skip
-    told = "Other off-target tasks than this run had"
-    assert not report(record, tmp_path, alike).shows(told)
-    assert report(record, tmp_path, [*alike, *PAST]).shows(f"{told} 5: these do not compare")
+    canaries = tasks | {record["task"]: 0.5}
+    alike, canary = (
+        outcome(name, 0.3, off_target_before=probed, off_target_after=probed)
+        for name, probed in (("t0", tasks), ("t1", canaries))
+    )
+    recall = outcome("t2", 0.4, off_target_before=tasks, off_target_after=tasks,
+                     recipe={"metrics": {"t2": "recall@5"}})  # fmt: skip
+    told = "than this run had {}: these do not compare with it."
+    assert not report(record, tmp_path, [alike, canary]).shows("than this run had")
+    page = report(record, tmp_path, [alike, canary, recall, *PAST])
+    assert page.shows("Another metric " + told.format(1))
+    assert page.shows("Other off-target tasks or metrics " + told.format(5))
 
 
 def test_a_line_that_is_none_is_said_to_be_chance(tmp_path):
