@@ -49,6 +49,7 @@ def list_outcomes(
     store: Store = None,
 ) -> Answer:
     """List the saved runs, the newest last."""
+    from ..records.lines import name_of
     from ..reports import tables
 
     path, found = open_record(store)
@@ -62,7 +63,10 @@ def list_outcomes(
         "n_found": len(chosen),
         "page": page,
         "n_pages": max(-(-len(chosen) // limit), 1),
-        "outcomes": [asdict(o) | {name: getattr(o, name) for name in derived} for o in shown],
+        "outcomes": [
+            asdict(o) | {name: getattr(o, name) for name in derived} | {"name": name_of(o)}
+            for o in shown
+        ],
     }
     return Answer(data, tables.outcomes(data))
 
@@ -219,7 +223,7 @@ def sync(
 
 @command(app, "retire")
 def retire(
-    name: Annotated[str, typer.Argument(help="Its run, as list --json has it", metavar="RUN")],
+    name: Annotated[str, typer.Argument(help="Its name, as list --json has it", metavar="NAME")],
     why: Annotated[str, typer.Option(help="In words")],
     store: Store = None,
 ) -> Answer:

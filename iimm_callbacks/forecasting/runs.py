@@ -294,6 +294,12 @@ def _contradictions(record: Sequence[Run], own: Sequence[Run], ask: Ask) -> list
             f"the saved runs used {n_sets} different sets of off-target tasks: their forgetting "
             "does not quite compare"
         )
+    former = [run for run in own if run.outcome.linear_probe_form == "probabilities"]
+    if former:
+        notes.append(
+            f"{_count(former)} of this model were saved with the linear probe in its former form, "
+            "some points off the present one; the gain's forecast uses it as it is"
+        )
     bare = [run for run in own if not run.off_target]
     if bare and len(bare) < len(own):
         notes.append(f"{_count(bare)} without off-target tasks have only a gain")

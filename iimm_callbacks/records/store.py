@@ -84,9 +84,7 @@ def _append_line(path: Path, line: bytes) -> None:
     except NotImplementedError as error:  # filelock before 3.24, where there are no locks
         raise OSError(f"cannot append to {path}: {error}") from error
     except OSError as error:
-        raise OSError(
-            error.errno, f"cannot append an outcome ({error.strerror or error})", str(path)
-        ) from error
+        raise objects.cannot_add(error, path) from error
 
 
 def _put(address: Address, line: bytes) -> None:
@@ -303,7 +301,7 @@ def retire(path: str | Path | Address, name: str, why: str) -> Outcome:
     known = {name_of(o): o for o in (read_outcomes(store) if store.exists() else [])}
     if name not in known:
         raise ValueError(
-            f"`name` must be the `run` of a saved run that counts, got {name!r}; "
+            f"`name` must be that of a saved run that counts, got {name!r:.60}; "
             "`iimm outcomes list --json` has them"
         )
     line = to_line(Retired(name, why, provenance()))

@@ -507,6 +507,17 @@ def test_runs_that_all_ended_the_same_are_no_certainty():
     assert 0 < forecast.forgetting.probability_above(0.06) < 0.5
 
 
+def test_probes_of_the_former_form_are_used_and_said():
+    rows = [replace(row, linear_probe_accuracy=0.6) for row in scattered(6)]
+    former = [replace(row, schema_version=1) for row in rows[:2]]
+    forecast = predict([*former, *rows[2:]], linear_probe_accuracy=0.6)
+    assert "2 complete runs of this model were saved with the linear probe in its former form" in (
+        " ".join(forecast.notes)
+    )
+    assert forecast.gain == (now := predict(rows, linear_probe_accuracy=0.6)).gain
+    assert "former" not in " ".join(now.notes)
+
+
 def test_contradicting_fingerprints_are_said_and_not_mixed():
     strangers = planted(4, model_fingerprint="9")
     forecast = predict([*planted(), *strangers])

@@ -441,4 +441,27 @@ def test_the_command_retires_a_run(own_store):
     append_outcome(own_store, runs(1)[0])
     assert ask("outcomes", "retire", "0", "--why", "a <b>test</b>")["retired"] == "0"
     assert ask("outcomes", "list")["n_outcomes"] == 1
-    assert "must be the `run` of a saved run" in fails("outcomes", "retire", "0", "--why", "x")
+    assert "must be that of a saved run" in fails("outcomes", "retire", "0", "--why", "x")
+
+
+def test_a_run_without_a_name_is_retired_by_the_one_that_list_tells(tmp_path):
+    rows = [replace(RUN, run="", ended=ended) for ended in ("first", "second")]
+    for row in rows:
+        append_outcome(tmp_path / "o.jsonl", row)
+    store = ("--store", tmp_path / "o.jsonl")
+    first, _ = ask("outcomes", "list", *store)["outcomes"]
+    assert (first["ended"], len(first["name"])) == ("first", 32)
+    ask("outcomes", "retire", first["name"], "--why", "by mistake", *store)
+    assert read_outcomes(tmp_path / "o.jsonl") == rows[1:]
+
+
+def test_a_folder_for_a_file_and_a_file_for_a_folder_are_told(tmp_path):
+    (tmp_path / "team").mkdir()
+    with pytest.raises(OSError, match=r"ends with a slash: .*/team/\)"):
+        append_outcome(tmp_path / "team", RUN)
+    append_outcome(f"{tmp_path}/team/", RUN)
+    append_outcome(tmp_path / "team", replace(RUN, run="again"))  # it holds objects now
+    assert len(read_outcomes(tmp_path / "team")) == 2
+    (tmp_path / "runs").write_text("")
+    with pytest.raises(OSError, match=r"cannot append an outcome \(File exists\)"):
+        append_outcome(f"{tmp_path}/runs/", RUN)
