@@ -198,7 +198,7 @@ class Pace:
         Args:
             elapsed: Seconds since training began, looks included.
             step: Optimizer steps done; of a resumed run those before `is_scheduled` was first asked
-                do not count.
+                do not count, so that each try stays within the budget of its own steps.
             total_steps: Of the whole training.
             taken: Looks in training so far.
             agree: A number of this rank -> the least over all ranks: all look or none, and at the
@@ -209,7 +209,7 @@ class Pace:
             return True
         begun, total_steps = self._first_step or 0, max(step, total_steps)
         looks = looks_to_come(self.every, step, total_steps)
-        part = agree(self.budget.part(elapsed, step - begun, total_steps, looks))
+        part = agree(self.budget.part(elapsed, step - begun, total_steps - begun, looks))
         self._is_paid = part > 0
         if not part and self._guarded and is_needed(step, total_steps, taken):
             part = PARTS[-1]

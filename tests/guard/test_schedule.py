@@ -168,10 +168,30 @@ def test_a_resumed_run_counts_the_steps_from_its_first_question():
     pace.began(0.0, 1.0, resumed=True)
     assert not pace.is_scheduled(501, 1000, None)
     assert pace.is_scheduled(510, 1000, None)
-    # 1 second for 10 steps: 100 in all, 5.3 for 49 looks, 0.11 each; an eighth takes 0.125.
-    assert not pace.pays(1.0, 510, 1000, 0, float)
-    assert pace.pays(2.0, 510, 1000, 0, float)
+    # 2 seconds for 10 steps: 100 for the 500 left, 5.3 for 49 looks, 0.11 each; an eighth takes
+    # 0.125.
+    assert not pace.pays(2.0, 510, 1000, 0, float)
+    assert pace.pays(3.0, 510, 1000, 0, float)
     assert pace.part == 0.125
+
+
+@pytest.mark.parametrize("killed_at", [(), (500,), (100, 300, 500, 900)])
+@pytest.mark.parametrize("look", [0.2, 1.0, 6.0])
+def test_a_resumed_run_stays_within_its_share_too(killed_at, look):
+    total, in_looks, begun = 1000, 0.0, 0
+    for end in (*killed_at, total):
+        pace, clock = Pace(10, 0.05, guarded=False), 0.0
+        pace.began(0.0, look, resumed=begun > 0)
+        for step in range(begun + 1, end + 1):
+            clock += 0.5
+            scheduled = pace.is_scheduled(step, total, None)
+            if step < total and scheduled and pace.pays(clock, step, total, 0, float):
+                seconds = look * pace.part
+                pace.budget.took(seconds, pace.part)
+                clock += seconds
+                in_looks += seconds
+        begun = end
+    assert 0.01 < in_looks / (in_looks + 0.5 * total) <= 0.05
 
 
 @pytest.mark.parametrize(("every", "steps"), [(None, [9]), (4, [9, 12, 16]), (0.5, [9, 12, 16])])
