@@ -8,7 +8,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from ..records.saved import check_names
+from ..records.as_dataset import check_names
 
 
 def load(

@@ -20,7 +20,6 @@ from .log import get_logger
 from .objects import Address, as_store
 from .outcomes import Outcome, Retired
 from .provenance import provenance
-from .saved import read_table
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -319,7 +318,7 @@ def _scan(path: str | Path | Address) -> Iterator[Found]:
         yield from parse_each(objects.fetch(store, names), decode_line)
         yield from waiting_for(store, listing)
     elif is_folder:
-        from .as_dataset import scan_tables
+        from .as_dataset import read_table, scan_tables
 
         table = read_table(store)
         yield from scan_tables([] if table is None else [table])

@@ -8,8 +8,7 @@ from datasets import Dataset, DatasetDict, Features, Image, Value
 from test_outcomes import PUBLISHED, RUN
 
 from iimm_callbacks import read_outcomes
-from iimm_callbacks.records.as_dataset import from_dataset, to_dataset
-from iimm_callbacks.records.saved import check_names, read_table
+from iimm_callbacks.records.as_dataset import check_names, from_dataset, read_table, to_dataset
 from iimm_callbacks.records.store import as_outcomes, check_store
 
 

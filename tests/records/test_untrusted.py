@@ -20,11 +20,10 @@ from test_outcomes import RUN, json_values
 from test_report import make_record
 
 import iimm_callbacks
-from iimm_callbacks.records.as_dataset import from_dataset, to_dataset
+from iimm_callbacks.records.as_dataset import check_names, from_dataset, to_dataset
 from iimm_callbacks.records.by_hand import read_csv
 from iimm_callbacks.records.outcomes import parse_outcome
 from iimm_callbacks.records.run_file import read_run, save_run
-from iimm_callbacks.records.saved import check_names
 from iimm_callbacks.records.store import append_outcome, check_store, read_outcomes
 from iimm_callbacks.reports.figures import plot_run
 from iimm_callbacks.reports.terminal import (
