@@ -1,13 +1,19 @@
-"""A batch of the probe's images -> model inputs and digests, by several threads."""
+"""A batch of the probe's images -> model inputs and digests, by several threads.
+
+Threads read images one after the other, so all of them read the batch that is embedded first; each
+batch is preprocessed as a whole, as one process would.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -158,33 +164,46 @@ class Reader:
         Only where the data set itself decodes: all others are read by one thread at a time.
         """
         for number, task in enumerate(self._tasks):
-            few = next((b.positions for b in batches if b.task == number and b.positions), [])
-            few = few[: _FEW // 2]
-            if not (few and copy_for_threads(task)):
+            batch = next((b for b in batches if b.task == number and b.positions), None)
+            if batch is None or not copy_for_threads(task):
                 continue
+            few = range(len(batch.positions))[: _FEW // 2]
 
-            def read(position: int, task: Task = task) -> bytes:
-                return content(task.images([position])[0])
+            def read(row: int, task: Task = task, batch: Batch = batch) -> Any:
+                return task.images([batch.positions[row]])[0]
 
             is_same = False
             with suppress(Exception):  # told of when the batch is read
                 began = time.perf_counter()
-                expected = [read(position) for position in few]
-                if time.perf_counter() - began > _WORTH_THREADS * len(few):
-                    is_same = list(ahead(read, few[::-1], self.threads)) == expected[::-1]
+                read(0)
+                if time.perf_counter() - began > _WORTH_THREADS:
+                    for row in few:
+                        key = number, batch.first + row
+                        self._tried[key] = self._tried.get(key) or read(row)
+                    alone = [content(self._tried[number, batch.first + row]) for row in few]
+                    is_same = (
+                        list(map(content, ahead(read, few[::-1], self.threads))) == alone[::-1]
+                    )
             if not is_same:
                 copy_for_threads(task, False)
 
     def _read_all(self, batches: Sequence[Batch], digests: Sequence[Tensor]) -> None:
-        with tqdm(
-            total=sum(len(b.positions) for b in batches),
-            desc="IIMM probe: preprocessing",
-            unit="image",
-            disable=None if self._progress else True,
-            leave=False,
-            delay=2,
-        ) as bar:
-            for batch, found in zip(batches, ahead(self._read, batches, self.threads), strict=True):
+        with (
+            tqdm(
+                total=sum(len(b.positions) for b in batches),
+                desc="IIMM probe: preprocessing",
+                unit="image",
+                disable=None if self._progress else True,
+                leave=False,
+                delay=2,
+            ) as bar,
+            ThreadPoolExecutor(self.threads, thread_name_prefix="iimm image") as pool,
+        ):
+            each = pool.map if self.threads > 1 else map
+            begun = (  # by this thread, so that images come in order, batch after batch
+                (b, each(partial(self._read_image, b), range(len(b.positions)))) for b in batches
+            )
+            for batch, found in zip(batches, ahead(self._read, begun, self.threads), strict=True):
                 if found.problem is not None:
                     self.problems.setdefault(batch.task, found.problem)
                 digests[batch.task][batch.first : batch.first + len(found.digests)] = found.digests
@@ -194,21 +213,15 @@ class Reader:
                     self._embed(self._encoder, batch, found.inputs)
                 bar.update(len(found.digests))
 
-    def _read(self, batch: Batch) -> _Read:
-        task = self._tasks[batch.task]
+    def _read(self, begun: tuple[Batch, Iterator[Any]]) -> _Read:
+        batch, read = begun
         found = _Read(torch.zeros(len(batch.positions), 32, dtype=torch.float64))
         images = {}
-        for row, position in enumerate(batch.positions):
-            if (image := self._tried.pop((batch.task, batch.first + row), None)) is not None:
+        for row, image in enumerate(read):
+            if isinstance(image, Exception):
+                found.problem = found.problem or f"{image}"
+            else:
                 images[row] = image
-                continue
-            for last_try in (False, True):  # the second where a disk or a network hiccuped
-                try:
-                    images[row] = same_image(task, position, self.draws)
-                    break
-                except Exception as error:
-                    if last_try:
-                        found.problem = found.problem or f"{error}"
         try:
             inputs = self._preprocess(images)
         except Exception:
@@ -221,6 +234,18 @@ class Reader:
         if isinstance(found.inputs, Packed) and torch.cuda.is_available():
             found.inputs = found.inputs.pinned()
         return found
+
+    def _read_image(self, batch: Batch, row: int) -> Any:
+        """The image of a row; or why it cannot be read."""
+        if (image := self._tried.pop((batch.task, batch.first + row), None)) is not None:
+            return image
+        for last_try in (False, True):  # the second where a disk or a network hiccuped
+            try:
+                return same_image(self._tasks[batch.task], batch.positions[row], self.draws)
+            except Exception as error:
+                if last_try:
+                    return error
+        return None
 
     def _preprocess(self, images: dict[int, Any]) -> Any:
         if self.draws:
