@@ -251,16 +251,16 @@ def oldest_first(address: Address, there: Listing, names: Iterable[str]) -> list
         there: As `listing`.
         names: Some of it.
     """
-    folder = address.folder
+    return sorted(names, key=lambda name: (written(address, there, name), name))
 
-    def written(name: str) -> float:
-        at = there[name]
-        if at is None:
-            with suppress(FileNotFoundError):
-                return os.stat(f"{folder}/{name}").st_mtime
-        return at or 0.0
 
-    return sorted(names, key=lambda name: (written(name), name))
+def written(address: Address, there: Listing, name: str) -> float:
+    """When an object was written, in seconds; 0 where that is not known."""
+    at = there.get(name, 0.0)
+    if at is None:
+        with suppress(FileNotFoundError):
+            return os.stat(f"{address.folder}/{name}").st_mtime
+    return at or 0.0
 
 
 def _list(address: Address) -> list[tuple[str, float | None]]:

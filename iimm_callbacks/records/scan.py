@@ -32,7 +32,13 @@ WORDS = ("model", "model_fingerprint", "method", "task")
 _ROW = np.dtype(
     [(word, np.int32) for word in WORDS]
     + [("name", "S32"), ("complete", np.bool_), ("has_run", np.bool_), ("kind", np.int8)]
-    + [("object", "S32"), ("start", np.int64), ("size", np.int64), ("check", np.int64)]
+    + [
+        ("object", "S32"),
+        ("start", np.int64),
+        ("size", np.int64),
+        ("check", np.int64),
+        ("written", np.float64),
+    ]
 )
 _PIECE = 50_000_000  # bytes at least for each process, which takes half a second to start
 _MOST = 8  # processes
@@ -47,7 +53,7 @@ class Table:
             in `words`; ``name``, `hashed` from `lines.name_of` or from the run that is retired;
             ``complete``; ``has_run``, whether its `Outcome.run` is known; ``kind``; ``object``,
             `objects.digest` of the line; ``start`` and ``size`` in bytes; ``check``, the line's
-            CRC-32.
+            CRC-32; ``written``, when its object was, in seconds, or 0.
         words: Of each such column, its different values.
     """
 
@@ -57,7 +63,7 @@ class Table:
     def __len__(self) -> int:
         return len(self.rows)
 
-    def take(self, rows: NDArray[np.bool_]) -> Table:
+    def take(self, rows: NDArray[Any]) -> Table:
         """Some of the rows."""
         return Table(self.rows[rows], self.words)
 
@@ -154,7 +160,7 @@ def _rows(
                 place.setdefault(word, len(place))
                 for word, place in zip(words, places.values(), strict=True)
             ]
-            yield *codes, *facts, objects.digest(line), start, len(line), crc32(line)
+            yield *codes, *facts, objects.digest(line), start, len(line), crc32(line), 0.0
         start += len(line)
 
 

@@ -32,7 +32,7 @@ from .scan import DAMAGED, OUTCOME, RETIRED, Table, from_bytes, hashed, join, sc
 
 logger = get_logger(__name__)
 
-_VERSION = "4"  # of this layout
+_VERSION = "5"  # of this layout
 _LOCK_SECONDS = 30.0
 _Positions = NDArray[np.int64]
 _SAMPLE = 4096  # bytes that tell whether a store still begins with what its table is of
@@ -188,18 +188,13 @@ def of_file(path: Path) -> Table:
         whole = _whole(file, new) or end
         sample = _sample(file, whole)
     table = join([saved.take(saved.rows["start"] < end), new])
-    try:
-        place = _place(path)
-        place.parent.mkdir(parents=True, exist_ok=True)
-        told = {"v": _VERSION, "end": str(whole), "stamp": stamp, "sample": sample}
-        write_whole(place, table.to_bytes(**told))
-    except OSError as error:
-        logger.debug("the table of %s is not kept: %s", path, error)
+    told = {"v": _VERSION, "end": str(whole), "stamp": stamp, "sample": sample}
+    _save(path, table, told)
     return table
 
 
 def of_address(address: Address, listing: Listing) -> tuple[Table, list[Found]]:
-    """The table of the copy of an address, in the order in which it came to be copied.
+    """The table of the copy of an address, by the time at which the objects were written.
 
     Args:
         address: The store.
@@ -222,7 +217,15 @@ def of_address(address: Address, listing: Listing) -> tuple[Table, list[Found]]:
             others = _copy(address, lacking, lines)
             table = of_file(lines)
             names = _objects(table)
-    return table.take(np.array([name in listing for name in names], dtype=bool)), others
+        rows = table.rows.copy()
+        for i in np.flatnonzero(rows["written"] == 0).tolist():
+            rows["written"][i] = objects.written(address, listing, names[i])
+        if (rows["written"] != table.rows["written"]).any():  # so that none is asked again
+            table = Table(rows, table.words)
+            _save(lines, table, _load(lines)[1])
+    there = np.array([name in listing for name in names], dtype=bool)
+    order = np.lexsort((rows["object"], rows["written"]))
+    return table.take(order[there[order]]), others
 
 
 def _copy(address: Address, names: Sequence[str], lines: Path) -> list[Found]:
@@ -265,6 +268,14 @@ def _whole(file: BinaryIO, lines: Table) -> int:
     start, size = lines.rows[["start", "size"]][-1].tolist()
     file.seek(start + size - 1)
     return int(start + size if file.read(1) == b"\n" else start)
+
+
+def _save(lines: Path, table: Table, told: dict[str, str]) -> None:
+    try:
+        _place(lines).parent.mkdir(parents=True, exist_ok=True)
+        write_whole(_place(lines), table.to_bytes(**told))
+    except OSError as error:
+        logger.debug("the table of %s is not kept: %s", lines, error)
 
 
 def _load(lines: Path) -> tuple[Table, dict[str, str]]:
