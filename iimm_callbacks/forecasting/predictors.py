@@ -15,7 +15,9 @@ ZERO_SHOT = Candidate("zero-shot error", ("zero_shot_error",))
 _OVER_ERROR = {"gain": "zero_shot_error"}  # the paper's target; forgetting is taken as it is
 # Quantity -> the pooled forecast as it is. What that of the gain rests on was learnt on other tasks
 # and models too: ahead of what this record suggests.
-_BY_ERROR = Candidate("zero-shot error, pooled", offset="pooled", intercept=False)
+_BY_ERROR = Candidate(
+    "zero-shot error, pooled", offset="pooled", intercept=False, learnt_elsewhere=True
+)
 POOLED = {
     "gain": replace(_BY_ERROR, name="linear probe, pooled", credit=4.0),
     "forgetting": _BY_ERROR,

@@ -321,6 +321,17 @@ def test_slope_is_what_a_feature_moves_the_average_by():
         assert found.slope(name) == pytest.approx(change)
 
 
+@pytest.mark.parametrize("n", [3, 4, 7, 8, 12])
+def test_what_was_learnt_elsewhere_is_ahead_until_the_record_has_eight_tasks(n):
+    target = np.arange(n, dtype=float)
+    mean = (target.sum() - target) / (n - 1)  # of the other tasks
+    data = table(range(n), target, s=2 * target - mean)  # as far off, on the other side
+    elsewhere = replace(FREE, learnt_elsewhere=True)
+    weights = blend(data, [MEAN, elsewhere], "m", 0.9).weights
+    slopes = 0.8 * max(8 - n, 0)
+    assert weights[elsewhere] / weights[MEAN] == pytest.approx(4**slopes)
+
+
 def test_the_past_coverage_counts_runs_inside_intervals_from_other_tasks():
     # The mean's left-out errors of [0]*9 + [10]: -10/9 each, and 10. The last task alone is outside
     # what the others' errors allow.
