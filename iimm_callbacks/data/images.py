@@ -4,20 +4,17 @@ from __future__ import annotations
 
 import io
 import os
-import pickle
 import random
 import threading
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager
 from functools import cache
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps
-from torch.utils.data import Dataset
 
 from ..records.log import get_logger
 
@@ -93,74 +90,6 @@ def _as_bytes(array: Any) -> Any:
     return np.rint(array.astype(np.float64).clip(0, scale) * (255 / scale)).astype(np.uint8)
 
 
-_MOST_COPIED = 2**26  # bytes of a data set: file names and settings, not the pictures themselves
-
-
-class Copies:
-    """A map-style data set of torch's in a copy for each thread, as a DataLoader's workers have it.
-
-    Args:
-        dataset: The data set.
-
-    Raises:
-        Exception: It cannot be copied, such as one with open files; or it is large.
-    """
-
-    def __init__(self, dataset: Any) -> None:
-        if not isinstance(dataset, Dataset):
-            raise TypeError(f"`dataset` must be a torch data set, got {type(dataset).__name__}")
-        packed = _Bounded()
-        _Packer(packed).dump(dataset)
-        self._packed = packed.getvalue()
-        self._of_thread: WeakKeyDictionary[threading.Thread, Any] = WeakKeyDictionary()
-
-    def __getitem__(self, position: int) -> Any:
-        thread = threading.current_thread()
-        if thread not in self._of_thread:
-            self._of_thread[thread] = pickle.loads(self._packed)  # packed above
-        return self._of_thread[thread][position]
-
-    def __getstate__(self) -> bytes:
-        return self._packed
-
-    def __setstate__(self, packed: bytes) -> None:
-        self._packed, self._of_thread = packed, WeakKeyDictionary()
-
-
-def copy_for_threads(task: Any, wanted: bool = True) -> bool:
-    """Let each thread read a task's images by a copy of its data set, or no longer.
-
-    Args:
-        task: The `Task`.
-        wanted: Whether to.
-
-    Returns:
-        Whether they do: it is of torch's, and can be copied.
-    """
-    source = task._source
-    if not hasattr(source, "copies"):
-        return False
-    source.copies = None
-    if wanted:
-        with suppress(Exception):  # many ways in which a data set is none that pickle knows
-            source.copies = Copies(source.pairs)
-    return source.copies is not None
-
-
-class _Bounded(io.BytesIO):
-    def write(self, data: Any) -> int:
-        if self.tell() + len(data) > _MOST_COPIED:
-            raise ValueError("too large")
-        return super().write(data)
-
-
-class _Packer(pickle.Pickler):
-    def reducer_override(self, item: Any) -> Any:
-        if getattr(item, "nbytes", 0) > _MOST_COPIED:  # an array, before it is copied
-            raise ValueError("too large")
-        return NotImplemented
-
-
 _READING = threading.RLock()  # a data set may be made of another task
 
 
@@ -194,14 +123,14 @@ _LARGE_IMAGES = _ReadLargeImages()
 def read_image(source: Any, position: int) -> Any:
     """An image of a source, as `as_image`; threads may call it together.
 
-    Data sets, which tasks may share, and what is open already are read by one at a time, but for
-    `Copies`; encoded images are decoded by all.
+    Data sets, which tasks may share, and what is open already are read by one at a time; encoded
+    images are decoded by all.
 
     Raises:
         Exception: It cannot be read.
     """
     with _LARGE_IMAGES:
-        with nullcontext() if getattr(source, "copies", None) else _READING:
+        with _READING:
             item = source.image(position)
             is_encoded = isinstance(item, dict) and "bytes" in item
             if not is_encoded and not isinstance(item, bytes | str | os.PathLike):

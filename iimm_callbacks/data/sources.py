@@ -15,7 +15,6 @@ import numpy as np
 from PIL import Image
 
 from ..records.log import get_logger
-from .images import Copies
 from .labels import SPLITS, pick_columns
 from .streams import is_stream, read_stream
 
@@ -81,29 +80,28 @@ class _PairSource:
 
     def __init__(self, name: str, pairs: Any) -> None:
         self._name = name
-        self.pairs = pairs
+        self._pairs = pairs
         self.class_names = getattr(pairs, "classes", None)
-        self.copies: Copies | None = None  # that threads read, where they may
 
     def __len__(self) -> int:
-        return len(self.pairs)
+        return len(self._pairs)
 
     def labels(self) -> list[Any]:
-        targets = getattr(self.pairs, "targets", None)
+        targets = getattr(self._pairs, "targets", None)
         if targets is not None and len(targets) == len(self):
             self._check_targets(targets)
             return list(targets)
         return [self._pair(i)[1] for i in range(len(self))]
 
     def image(self, position: int) -> Any:
-        return self._pair(position, self.copies)[0]
+        return self._pair(position)[0]
 
     def _check_targets(self, targets: Any) -> None:
         """Raise where items have other labels than `.targets` says: compares some of them."""
         n = len(self)
         for position in sorted({n * part // _COMPARED for part in range(_COMPARED)}):
             try:
-                label = self.pairs[position][1]
+                label = self._pairs[position][1]
             except Exception:  # the probe reports one that cannot be read
                 continue
             if not np.array_equal(np.asarray(label), np.asarray(targets[position])):
@@ -113,8 +111,8 @@ class _PairSource:
                     "`target_transform`, or a list of its (image, label) pairs"
                 )
 
-    def _pair(self, position: int, copies: Copies | None = None) -> Any:
-        pair = (copies or self.pairs)[position]
+    def _pair(self, position: int) -> Any:
+        pair = self._pairs[position]
         _check_pair(self._name, pair, position)
         return pair
 

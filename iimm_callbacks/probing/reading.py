@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ..data.images import content, copy_for_threads, seed_all, streams
+from ..data.images import content, seed_all, streams
 from ..data.tasks import Task
 from ..models.encoders import Encoder
 from .ahead import ahead, n_threads
@@ -29,6 +29,7 @@ from .kept import Packed, find_levels
 FEWEST = 8  # images of a task that a look shows
 FAILED = "`processor` failed"
 _FEW = 8  # images that are read to try
+_DECODED = 2**32  # bytes of pictures in batches that are read ahead; one batch may have more
 _WORTH_THREADS = 2e-3  # seconds an image; below that threads wait for one another
 
 
@@ -111,6 +112,7 @@ class Reader:
     Attributes:
         draws: Whether they do.
         threads: That read.
+        n_ahead: Batches in work at once: as many as threads, fewer where pictures are large.
         problems: Task -> the first one, in words.
     """
 
@@ -128,7 +130,7 @@ class Reader:
         self._progress = progress
         self._embed = embed
         self._levels = find_levels(encoder.preprocess)
-        self.draws, self.threads = False, 1
+        self.draws, self.threads, self.n_ahead = False, 1, 1
         self._tried: dict[tuple[int, int], Any] = {}  # (task, row) -> image that was read already
         self.problems: dict[int, str] = {}
 
@@ -140,12 +142,13 @@ class Reader:
         an_image = self._try_few(batches[0])
         if streams() == before:
             self.threads = n_threads() if an_image > _WORTH_THREADS else 1
-            if self.threads > 1:
-                self._try_copies(batches)
+            largest = max((len(content(image)) for image in self._tried.values()), default=1)
+            of_batch = largest * max(len(batches[0].positions), 1)
+            self.n_ahead = max(min(self.threads, _DECODED // of_batch), 1)
             self._read_all(batches, digests)
         if streams() != before:
-            self.draws, self.threads, self._room, self.problems = True, 1, room, {}
-            self._tried = {}
+            self.draws, self.threads, self.n_ahead = True, 1, 1
+            self._room, self.problems, self._tried = room, {}, {}
             self._read_all(batches, digests)
 
     def _try_few(self, batch: Batch) -> float:
@@ -157,35 +160,6 @@ class Reader:
         with suppress(Exception):
             self._encoder.preprocess(list(self._tried.values()))
         return (time.perf_counter() - began) / max(len(few), 1)
-
-    def _try_copies(self, batches: Sequence[Batch]) -> None:
-        """Let threads read by copies where these, together and backwards, give the same pictures.
-
-        Only where the data set itself decodes: all others are read by one thread at a time.
-        """
-        for number, task in enumerate(self._tasks):
-            batch = next((b for b in batches if b.task == number and b.positions), None)
-            if batch is None or not copy_for_threads(task):
-                continue
-            few = range(len(batch.positions))[: _FEW // 2]
-
-            def read(row: int, task: Task = task, batch: Batch = batch) -> Any:
-                return task.images([batch.positions[row]])[0]
-
-            is_same = False
-            with suppress(Exception):  # told of when the batch is read
-                began = time.perf_counter()
-                read(0)
-                if time.perf_counter() - began > _WORTH_THREADS:
-                    for row in few:
-                        key = number, batch.first + row
-                        self._tried[key] = self._tried.get(key) or read(row)
-                    alone = [content(self._tried[number, batch.first + row]) for row in few]
-                    is_same = (
-                        list(map(content, ahead(read, few[::-1], self.threads))) == alone[::-1]
-                    )
-            if not is_same:
-                copy_for_threads(task, False)
 
     def _read_all(self, batches: Sequence[Batch], digests: Sequence[Tensor]) -> None:
         with (
@@ -203,7 +177,7 @@ class Reader:
             begun = (  # by this thread, so that images come in order, batch after batch
                 (b, each(partial(self._read_image, b), range(len(b.positions)))) for b in batches
             )
-            for batch, found in zip(batches, ahead(self._read, begun, self.threads), strict=True):
+            for batch, found in zip(batches, ahead(self._read, begun, self.n_ahead), strict=True):
                 if found.problem is not None:
                     self.problems.setdefault(batch.task, found.problem)
                 digests[batch.task][batch.first : batch.first + len(found.digests)] = found.digests

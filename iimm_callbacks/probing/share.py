@@ -57,7 +57,7 @@ class Share:
         batches: Of this rank.
         image, prompt: One of each as model inputs, the same on all ranks.
         draws: Whether reading images draws random numbers.
-        threads: That read images which are not in memory.
+        threads: That read images which are not in memory, a batch each.
     """
 
     encoder: Encoder
@@ -272,4 +272,4 @@ def _finish(
     seed_all(0)
     image = encoder.preprocess(tasks[0].images(readable[0][:1]))
     prompt = encoder.tokenize(tasks[0].fill(shown[0].prompts.names[:1])[:1])
-    return Share(encoder, shown, batches, image, prompt, reader.draws, reader.threads)
+    return Share(encoder, shown, batches, image, prompt, reader.draws, reader.n_ahead)

@@ -103,6 +103,35 @@ def test_what_is_not_kept_is_read_ahead_and_the_same(tiny_clip, processor, by_th
         assert whole.look(model, step).measurement == again.look(model, step).measurement
 
 
+@pytest.mark.parametrize(("room", "most"), [(1, 4), (2 * 4 * 3700, 16), (2**32, 20)])
+def test_large_pictures_are_not_read_far_ahead(
+    tiny_clip, processor, monkeypatch, by_threads, room, most
+):
+    monkeypatch.setattr(reading, "_DECODED", room)  # a picture has 3,609 bytes
+    model, waiting, seen = tiny_clip(), set(), []
+    real, read = find_encoder(model, processor), reading.Reader._read_image
+
+    def read_image(self, batch, row):
+        waiting.add((batch.first, row))
+        seen.append(len(waiting))
+        return read(self, batch, row)
+
+    def preprocess(images):
+        time.sleep(0.02)
+        for key in sorted(waiting)[: len(images)]:
+            waiting.discard(key)
+        return real.preprocess(images)
+
+    monkeypatch.setattr(reading.Reader, "_read_image", read_image)
+    slow = Encoder(**{**real.__dict__, "preprocess": preprocess})
+    monkeypatch.setattr("iimm_callbacks.probing.probe.find_encoder", lambda *_: slow)
+    probe = prepared(model, processor)
+    assert len(seen) == 40
+    assert max(seen) <= most
+    assert most == 4 or max(seen) > 4
+    assert probe._share.threads == {4: 1, 16: 2, 20: 3}[most]
+
+
 def test_a_picture_is_kept_in_a_quarter_of_its_memory(tiny_clip, processor, by_threads):
     probe = prepared(tiny_clip(), processor)
     assert sum(b.inputs.nbytes for b in probe._share.batches) == 40 * 3 * 16 * 16
@@ -392,106 +421,3 @@ def test_an_error_while_embedding_ahead_is_that_of_the_look(tiny_clip, processor
     with pytest.raises(OSError, match="the device is gone"):
         first_look(model, processor, overlaps=True)
     assert not [t for t in threading.enumerate() if t.name.startswith("iimm")]
-
-
-# --- data sets of torch that decode
-
-
-class Decoding(torch.utils.data.Dataset):
-    """Decodes in ``__getitem__``, through a file position that no two threads may share."""
-
-    targets, classes = [label for _, label in PICTURES], NAMES
-
-    def __init__(self):
-        self.file, self.readers = io.BytesIO(b"".join(jpeg for jpeg, _ in PICTURES)), set()
-        self.starts = np.cumsum([0] + [len(jpeg) for jpeg, _ in PICTURES]).tolist()
-
-    def __len__(self):
-        return len(PICTURES)
-
-    def __getitem__(self, position):
-        READERS.add((threading.current_thread().name, id(self)))
-        start, end = self.starts[position : position + 2]
-        self.file.seek(start)
-        time.sleep(0.002)
-        image = Image.open(io.BytesIO(self.file.read(end - start))).convert("RGB")
-        return image, self.targets[position]
-
-
-class Turning(Decoding):
-    """Draws from random numbers of its own."""
-
-    def __init__(self):
-        super().__init__()
-        self.rng = random.Random(0)
-
-    def __getitem__(self, position):
-        image, label = super().__getitem__(position)
-        return image.rotate(self.rng.randrange(360)), label
-
-
-class Open(Decoding):
-    """Holds an open file, which no copy can have."""
-
-    def __init__(self):
-        super().__init__()
-        self.open = open(__file__)  # closed by the test
-
-
-class Large(Decoding):
-    def __init__(self):
-        super().__init__()
-        self.pictures = np.zeros(2**26 + 1, np.uint8)
-
-
-READERS = set()
-
-
-@pytest.fixture
-def readers():
-    READERS.clear()
-    return READERS
-
-
-def test_torch_data_sets_are_read_by_a_copy_for_each_thread_and_the_same(
-    tiny_clip, processor, by_threads, monkeypatch, readers
-):
-    data = Decoding()
-    subset = torch.utils.data.Subset(data, range(40))
-    probes = [prepared(tiny_clip(), processor, one, cache_limit=0) for one in (data, subset)]
-    threads = {name for name, _ in readers if name.startswith("iimm")}
-    assert len(threads) > 2
-    assert all(held != id(data) for name, held in readers if name in threads)
-    plain = prepared(tiny_clip(), processor)
-    looks = [probe.look(tiny_clip(), 0).measurement for probe in (*probes, plain)]
-    assert looks[0] == looks[1] == looks[2]
-    assert probes[0].fingerprints == plain.fingerprints
-
-
-@pytest.mark.parametrize("kind", [Turning, Open, Large, lambda: Pairs()])
-def test_data_sets_that_copies_would_not_suit_are_read_one_at_a_time(
-    tiny_clip, processor, by_threads, readers, kind
-):
-    data = kind()
-    probe = prepared(tiny_clip(), processor, data)
-    assert probe.task._source.copies is None
-    assert len(probe._share.tasks[0].labels) == 40
-    own = {held for name, held in readers if name.startswith("iimm")}
-    if isinstance(data, Open):
-        data.open.close()
-    assert own <= {id(data)} or isinstance(data, Turning)  # which was tried
-
-
-def test_torch_data_sets_that_do_not_decode_are_not_copied(tiny_clip, processor, monkeypatch):
-    monkeypatch.setattr(reading, "n_threads", lambda: 3)
-    data = torch.utils.data.Subset(PICTURES, range(40))
-    data.targets, data.classes = Decoding.targets, NAMES
-    monkeypatch.setattr(reading, "_WORTH_THREADS", 0.05)
-    assert prepared(tiny_clip(), processor, data).task._source.copies is None
-
-
-def test_a_task_with_copies_goes_through_pickle_and_copy(tiny_clip, processor, by_threads):
-    probe = prepared(tiny_clip(), processor, Decoding())
-    assert probe.task._source.copies is not None
-    for other in (pickle.loads(pickle.dumps(probe.task)), copy.deepcopy(probe.task)):
-        assert other.images([3])[0].tobytes() == probe.task.images([3])[0].tobytes()
