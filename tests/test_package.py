@@ -1,9 +1,6 @@
-"""What a wheel holds and weighs; what importing the package adds to importing the Trainer."""
+"""What a wheel holds and weighs."""
 
 import io
-import json
-import subprocess
-import sys
 import zipfile
 from pathlib import Path
 
@@ -13,51 +10,6 @@ import iimm_callbacks
 
 PACKAGE = Path(iimm_callbacks.__file__).parent
 LARGEST = 20_000_000  # bytes
-
-# Timings are noise here; examples/benchmark.py takes them. This says what can make them worse.
-ADDED = """
-import json, sys
-from transformers import Trainer, TrainerCallback
-before = set(sys.modules)
-from iimm_callbacks import *
-added = set(sys.modules) - before
-import scipy.stats
-print(json.dumps([sorted(added), "scipy.stats" in set(sys.modules) - before]))
-"""
-# Seconds each, or of use to some users only.
-NOT_AT_IMPORT = (
-    "scipy.stats", "scipy.optimize", "evaluate", "matplotlib", "open_clip", "pandas", "peft",
-    "sklearn", "tensorboard", "torchvision", "typer", "iimm_callbacks.cli",
-    "iimm_callbacks.forecasting.grading", "iimm_callbacks.reports.page",
-    "iimm_callbacks.reports.compare", "iimm_callbacks.sample",
-)  # fmt: skip
-FEW = {"iimm_callbacks", "rich", "markdown_it", "mdurl", "pygments", "platformdirs"}
-
-
-@pytest.fixture(scope="module")
-def added():
-    """Modules that the public names load beyond those of the Trainer; and can the check fail?"""
-    command = [sys.executable, "-c", ADDED]
-    done = subprocess.run(command, cwd=PACKAGE.parent, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.splitlines()[-1])
-
-
-def test_importing_adds_no_large_library_to_the_trainer(added):
-    modules, _ = added
-    assert "iimm_callbacks.trainer.callback" in modules
-    assert [m for m in modules if m in NOT_AT_IMPORT or m.startswith("torchvision.")] == []
-
-
-def test_importing_adds_few_packages_to_the_trainer(added):
-    """Of scipy the Trainer may have loaded parts or nothing, by what is installed."""
-    modules, _ = added
-    third_party = {m.split(".")[0].lstrip("_") for m in modules} - set(sys.stdlib_module_names)
-    assert third_party - FEW - {"scipy", "numpy", "cython_runtime", "attr", "attrs"} == set()
-
-
-def test_the_check_of_what_is_imported_can_fail(added):
-    assert added[1]
 
 
 @pytest.fixture(scope="module")

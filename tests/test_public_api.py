@@ -14,7 +14,8 @@ ROOT = Path(__file__).parents[1]
 
 # Run in a fresh interpreter: notes each import by the package of what only some users need (the
 # Trainer itself imports peft where there is one, so `sys.modules` does not tell), every connection,
-# and changes to the root logger.
+# changes to the root logger, and the modules that the package adds to those of the Trainer: timings
+# are noise here, examples/benchmark.py takes them.
 WATCH = """
 import builtins, json, logging, socket, sys
 OPTIONAL = ("torchvision", "matplotlib", "peft", "evaluate", "open_clip", "iimm_callbacks.sample")
@@ -27,9 +28,15 @@ def watched(name, globals=None, locals=None, fromlist=(), level=0):
     return plain(name, globals, locals, fromlist, level)
 builtins.__import__ = watched
 socket.socket.connect = lambda self, address: connections.append(str(address))
+from transformers import Trainer, TrainerCallback
+before = set(sys.modules)
 from iimm_callbacks import *
+added = set(sys.modules) - before
+import scipy.stats
 import torch
 found = {
+    "added": sorted(added),
+    "added can fail": "scipy.stats" in set(sys.modules) - before,
     "imports": list(seen),
     "sample": "iimm_callbacks.sample" in sys.modules,
     "plots": "matplotlib" in sys.modules,
@@ -45,6 +52,16 @@ except ImportError:  # it is seen even where it is not installed
 found["can fail"] = seen
 print(json.dumps(found))
 """
+
+
+# Seconds each, or of use to some users only.
+NOT_AT_IMPORT = (
+    "scipy.stats", "scipy.optimize", "evaluate", "matplotlib", "open_clip", "pandas", "peft",
+    "sklearn", "tensorboard", "torchvision", "typer", "iimm_callbacks.cli",
+    "iimm_callbacks.forecasting.grading", "iimm_callbacks.reports.page",
+    "iimm_callbacks.reports.compare", "iimm_callbacks.sample",
+)  # fmt: skip
+FEW = {"iimm_callbacks", "rich", "markdown_it", "mdurl", "pygments", "platformdirs"}
 
 
 @pytest.fixture(scope="module")
@@ -81,6 +98,23 @@ def test_importing_loads_nothing_optional(fresh_import):
 
 def test_the_import_check_can_fail(fresh_import):
     assert fresh_import["can fail"] == ["matplotlib"]
+
+
+def test_importing_adds_no_large_library_to_the_trainer(fresh_import):
+    modules = fresh_import["added"]
+    assert "iimm_callbacks.trainer.callback" in modules
+    assert [m for m in modules if m in NOT_AT_IMPORT or m.startswith("torchvision.")] == []
+
+
+def test_importing_adds_few_packages_to_the_trainer(fresh_import):
+    """Of scipy the Trainer may have loaded parts or nothing, by what is installed."""
+    roots = {m.split(".")[0].lstrip("_") for m in fresh_import["added"]}
+    third_party = roots - set(sys.stdlib_module_names)
+    assert third_party - FEW - {"scipy", "numpy", "cython_runtime", "attr", "attrs"} == set()
+
+
+def test_the_check_of_what_is_imported_can_fail(fresh_import):
+    assert fresh_import["added can fail"]
 
 
 def test_importing_connects_nowhere_and_sets_up_no_logging_and_no_device(fresh_import):

@@ -1307,7 +1307,7 @@ import sys
 class Watch:
     def find_spec(self, name, *_):
         if name == "torch":
-            print("importing torch", file=sys.stderr)
+            sys.exit("importing torch")
 sys.meta_path.insert(0, Watch())
 from iimm_callbacks.cli import main
 sys.argv = ["iimm", "doctor"]
