@@ -13,7 +13,7 @@ from ..data.tasks import OFF_TARGET_PROBE_SIZE
 from ..records.forecast import COVERAGE, Evidence, Prediction
 from . import pooling
 from .candidates import Blend, Candidate, Floats, Question, Table, blend
-from .pooling import Pooled, bounded
+from .pooling import Pooled
 from .predictors import MEAN, POOLED, RECIPE, ZERO_SHOT, before_training, during_training
 from .runs import Ask, Run, Runs, of_a_kind
 from .tabulate import beyond, tabulate, with_pooled, within
@@ -100,7 +100,7 @@ class Estimates:
             scale = 0.5 / math.sqrt(ask.n_images or OFF_TARGET_PROBE_SIZE)
             words.append(f"all {len(rows)} runs ended with the same {quantity}")
         found = Prediction(point, max(scale, min(scale * widening, widest)), dof)
-        return bounded(found, ask, quantity), _evidence(fitted), words
+        return _bounded(found, ask, quantity), _evidence(fitted), words
 
     def during(
         self, runs: Runs, ask: Ask, sight: Sight
@@ -116,7 +116,7 @@ class Estimates:
         if runs.own:
             found = self._blended_during(runs, ask, sight)
             if found is not None:
-                return bounded(found[0], ask, quantity), found[1]
+                return _bounded(found[0], ask, quantity), found[1]
         before = self._pooled(runs, ask, quantity, 1.0)
         pooled = pooling.during_training(
             of_a_kind(self._all_runs(runs, ask), ask, quantity),
@@ -252,12 +252,28 @@ def _is_pooled(ask: Ask, quantity: str, share: float) -> bool:
     return share >= 1 if quantity != "gain" else _has_probe(ask, quantity)
 
 
+def _bounded(prediction: Prediction, ask: Ask, quantity: str) -> Prediction:
+    """The prediction within the range of accuracies, [0, 1]."""
+    before = ask.off_target_accuracies
+    if quantity == "gain":
+        least, most = -ask.zero_shot_accuracy, 1 - ask.zero_shot_accuracy
+    elif not before:
+        least, most = -1.0, 1.0
+    elif quantity == "worst":
+        least, most = min(before) - 1, max(before)
+    else:
+        mean = float(np.mean(before))
+        least, most = mean - 1, mean
+    point = min(max(prediction.point, least), most)
+    return replace(prediction, point=point, least=least, most=most)
+
+
 def _of_pool(
     pooled: Pooled | None, ask: Ask, quantity: str
 ) -> tuple[Prediction, Evidence] | tuple[None, None]:
     if pooled is None:
         return None, None
-    return bounded(pooled.prediction, ask, quantity), pooled.evidence
+    return _bounded(pooled.prediction, ask, quantity), pooled.evidence
 
 
 def _evidence(fitted: Blend) -> Evidence:

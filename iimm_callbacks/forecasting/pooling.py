@@ -267,28 +267,6 @@ def _join(
     return Pooled(joined, evidence, {})
 
 
-def bounded(prediction: Prediction, ask: Ask, quantity: str) -> Prediction:
-    """The prediction within the range of accuracies, [0, 1].
-
-    Args:
-        prediction: Of the quantity.
-        ask: The run, with its zero-shot accuracies.
-        quantity: "gain", "forgetting" or "worst".
-    """
-    before = ask.off_target_accuracies
-    if quantity == "gain":
-        least, most = -ask.zero_shot_accuracy, 1 - ask.zero_shot_accuracy
-    elif not before:
-        least, most = -1.0, 1.0
-    elif quantity == "worst":
-        least, most = min(before) - 1, max(before)
-    else:
-        mean = float(np.mean(before))
-        least, most = mean - 1, mean
-    point = min(max(prediction.point, least), most)
-    return replace(prediction, point=point, least=least, most=most)
-
-
 def _pool(
     runs: Sequence[Run],
     ask: Ask,
