@@ -119,6 +119,7 @@ def test_it_is_small_and_tells_nothing_of_the_machine():
         assert trace not in without_pictures
 
 
+@pytest.mark.once
 @pytest.mark.whole
 def test_it_runs_and_shows_what_is_stored(tmp_path):
     written = tmp_path / "story.ipynb"

@@ -13,6 +13,8 @@ from iimm_callbacks.measures.accuracy import Drop, Forgetting
 from iimm_callbacks.records import verdict
 from iimm_callbacks.records.forecast import Prediction
 
+pytestmark = pytest.mark.once
+
 
 def forecast(mean, scale, worst=None):
     """Predicted mean and worst forgetting, Student-t with 10 degrees of freedom."""

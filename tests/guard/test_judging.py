@@ -13,6 +13,8 @@ from iimm_callbacks.measures.accuracy import Drop, Forgetting, Score, forgetting
 from iimm_callbacks.records.forecast import Prediction
 from iimm_callbacks.records.look import Look
 
+pytestmark = pytest.mark.once
+
 MEASURED = Measurement(0.3, 0.2, 0.4, 0.01, 40, 4)
 
 

@@ -7,6 +7,8 @@ import pytest
 from iimm_callbacks.guard.pace import PARTS, Budget, Pace, first_look
 from iimm_callbacks.guard.schedule import check_every, is_due, is_needed, looks_to_come, next_needed
 
+pytestmark = pytest.mark.once
+
 
 def due(every, total):
     return [step for step in range(1, total + 1) if is_due(every, step, total)]

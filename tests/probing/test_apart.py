@@ -15,6 +15,8 @@ from torch import distributed, nn
 from iimm_callbacks.models.sharded import InStep, OutOfStepError
 from iimm_callbacks.probing import ranks
 
+pytestmark = pytest.mark.once
+
 WORKER = Path(__file__).parents[1] / "apart_worker.py"
 LIMIT = 1.0  # the worker's
 TAIL = "within 1 s: it has failed, has died or is slow, see its output; `IIMM_CALLBACKS_TIMEOUT`"

@@ -60,6 +60,10 @@ def test_a_second_run_embeds_one_batch_and_has_the_same_numbers(folder, look, ti
     assert len(list(folder.iterdir())) == 1
 
 
+def is_fast(processor):
+    return hasattr(processor.tokenizer, "backend_tokenizer")
+
+
 def test_a_second_run_tokenizes_one_template_and_one_batch(folder, look, tiny_clip, processor):
     asked = []
     tokenizer = type(processor.tokenizer)
@@ -74,7 +78,8 @@ def test_a_second_run_tokenizes_one_template_and_one_batch(folder, look, tiny_cl
         first = sum(asked)
         asked.clear()
         assert torch.equal(look(tiny_clip())[0], fresh)
-    assert (first, sum(asked)) == (300 + 600 + 1, 300 + 256 + 1)  # 1: what a pass is tried with
+    again = 256 if is_fast(processor) else 600
+    assert (first, sum(asked)) == (300 + 600 + 1, 300 + again + 1)  # 1: what a pass is tried with
 
 
 def test_another_tokenizer_is_another_file(folder, look, tiny_clip, processor):
@@ -86,7 +91,8 @@ def test_another_tokenizer_is_another_file(folder, look, tiny_clip, processor):
         look(model)
     finally:
         processor.tokenizer.model_max_length = truncation
-    assert len(list(folder.iterdir())) == 2
+    # Of a slow tokenizer only the tokens are told, and these short prompts have the same.
+    assert len(list(folder.iterdir())) == (2 if is_fast(processor) else 1)
 
 
 def test_a_tokenizer_of_ones_own_is_told_by_its_tokens(folder, look, tiny_clip, processor):

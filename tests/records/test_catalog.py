@@ -27,6 +27,8 @@ from iimm_callbacks.records.store import (
 )
 from iimm_callbacks.sample import load_outcomes
 
+pytestmark = pytest.mark.once
+
 
 def run(i, model="a", method="full", task="t", **fields):
     return replace(

@@ -9,6 +9,8 @@ import pytest
 
 from iimm_callbacks.records import checks
 
+pytestmark = pytest.mark.once
+
 
 def test_what_passes_comes_back():
     assert checks.list_of(checks.text)(["a", ""], "x") == ["a", ""]

@@ -30,6 +30,8 @@ from iimm_callbacks.records.store import (
     sync,
 )
 
+pytestmark = pytest.mark.once
+
 STOPPED = replace(RUN, complete=False, ended="stopped")
 
 

@@ -180,6 +180,7 @@ def test_random_records_on_known_images_change_no_forecast(seed):
     assert Listed([*wrong, *good]).relevant(model) == Listed(good).relevant(model)
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("seed", [pytest.param(0, marks=pytest.mark.whole), 2])
 def test_random_records_of_new_tasks_hardly_move_the_gain(seed):
     """5 % of them, which nothing contradicts, each of a task of its own."""

@@ -36,6 +36,8 @@ from iimm_callbacks.reports.page import PICTURES, fit_line, past_runs, write_rep
 from iimm_callbacks.reports.terminal import summary_table
 from iimm_callbacks.reports.words import printable
 
+pytestmark = pytest.mark.once
+
 PNG = b"\x89PNG\r\n\x1a\n"
 VOID = {"meta", "br", "path", "use", "rect"}
 BEHIND = ("paper", "panel")

@@ -15,6 +15,8 @@ from iimm_callbacks.reports.terminal import (
 )
 from iimm_callbacks.reports.words import page, printable
 
+pytestmark = pytest.mark.once
+
 FIRST = {
     "eval_iimm": 0.4321,
     "eval_iimm_inter": 0.2,

@@ -76,6 +76,7 @@ def test_the_data_card_has_the_recorded_gains_and_forgetting():
         assert f"| {' | '.join(cells)} |" in card
 
 
+@pytest.mark.once
 @pytest.mark.whole
 def test_the_recorded_runs_are_of_the_tasks_as_they_are_probed_now():
     """Else the forecast would take its own past tasks for others of the same name."""
@@ -89,6 +90,7 @@ def test_the_recorded_runs_are_of_the_tasks_as_they_are_probed_now():
         assert look.measurement.iimm == pytest.approx(outcome.iimm, abs=1e-4)
 
 
+@pytest.mark.once
 def test_the_recorded_linear_probes_are_those_of_the_tasks(monkeypatch):
     monkeypatch.syspath_prepend(str(STUDY))
     study = importlib.import_module("linear_probe")

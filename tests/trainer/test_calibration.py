@@ -177,6 +177,7 @@ def test_the_choice_gains_most_of_what_likely_stays_within_the_limit():
     assert seen.risk(Limits(0.08)) == 0.0
 
 
+@pytest.mark.once
 @pytest.mark.whole
 def test_killed_after_any_run_it_goes_on_to_the_same_outcomes(start, tmp_path, monkeypatch):
     whole = start(store=tmp_path / "whole.jsonl", output=tmp_path / "whole").outcomes
@@ -433,6 +434,7 @@ assert not FAIL, "the optimizer is on fire"
 """
 
 
+@pytest.mark.once
 @pytest.mark.whole
 def test_a_script_of_ones_own_is_run_for_each_task(start, tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([path for path in sys.path if path]))
