@@ -1,7 +1,7 @@
 """Every model family under every fine-tuning method: real guarded Trainer runs of tiny models.
 
 What each cell came to is in `matrix.json`, and in the table of models/README.md. A cell that comes
-to something else fails; `pytest tests/test_matrix.py --record-matrix` records again.
+to something else fails; `pytest tests/test_matrix.py --whole --record-matrix` records again.
 """
 
 import contextlib
@@ -75,6 +75,7 @@ MAY_CHANGE = {
     "clip_adapter": r"^dual_encoder\.(up|down)\.weight$",
     "linear_probe": r"^dual_encoder\.classifier\.(weight|bias)$",
 }
+QUICK = ("full", "lora")  # what is tried without --whole
 LEARNING_RATE = dict.fromkeys(MAY_CHANGE, 1e-2) | {"full": 1e-3, "linear_probe": 1e-3}
 SOUNDS = ("tone", "noise", "click", "square")
 RATE = 8000
@@ -203,7 +204,10 @@ def embed(classifier, cell):
         )
 
 
-@pytest.mark.parametrize("method", MAY_CHANGE)
+@pytest.mark.parametrize(
+    "method",
+    [pytest.param(m, marks=() if m in QUICK else pytest.mark.whole) for m in MAY_CHANGE],
+)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_cell(family, method, data, tmp_path, record):
     try:

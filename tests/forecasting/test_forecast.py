@@ -158,6 +158,7 @@ def simulate(r2, draws, tasks=9, seed=0):
     return {"gain": gain.mean(0), "forgetting": forgetting.mean(0)}
 
 
+@pytest.mark.whole
 def test_with_the_papers_strength_it_is_near_the_least_squares_line():
     for quantity, (error, line, mean, covered) in simulate(0.9, 300).items():
         assert error < 1.2 * line, quantity  # 1.08 over many draws
@@ -165,6 +166,7 @@ def test_with_the_papers_strength_it_is_near_the_least_squares_line():
         assert 0.85 <= covered <= 0.95, quantity
 
 
+@pytest.mark.whole
 def test_with_no_relation_it_is_near_the_plain_mean():
     for quantity, (error, line, mean, covered) in simulate(0.0, 300).items():
         assert error < 1.05 * mean, quantity  # 1.01 to 1.03 over 1,000 draws

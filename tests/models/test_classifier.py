@@ -227,6 +227,7 @@ def test_the_dual_encoder_saves_and_reloads_by_itself(
         torch.testing.assert_close(trainer.model(**batch)["logits"], expected, atol=0, rtol=0)
 
 
+@pytest.mark.whole
 def test_compiled_training_ends_near_the_plain_one(make_trainer):
     ends = []
     for arguments in ({}, {"torch_compile": True, "torch_compile_backend": "eager"}):

@@ -12,7 +12,7 @@ from torch import nn
 from iimm_callbacks.models.sharded import check_measurable
 from iimm_callbacks.probing.probe import Probe
 
-pytestmark = pytest.mark.once
+pytestmark = [pytest.mark.once, pytest.mark.whole]
 
 WORKER = Path(__file__).parents[1] / "probe_worker.py"
 SEVERAL = (2, 3)

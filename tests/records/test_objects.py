@@ -145,6 +145,7 @@ def test_torn_changed_and_foreign_objects_are_named_skipped_and_left(place, capl
     assert len(files.ls(root)) == 6
 
 
+@pytest.mark.whole
 def test_writers_that_are_killed_lose_nothing_that_they_were_sure_of(tmp_path, monkeypatch):
     """Three of the rounds that killed_writers.py makes by hand."""
     monkeypatch.setattr(store, "_LARGE", 1)

@@ -32,6 +32,8 @@ def test_train_and_test_of_a_task_have_no_picture_in_common(name):
     assert not [image for image in test["image"] if image.tobytes() in seen]
 
 
+@pytest.mark.once
+@pytest.mark.whole
 def test_zero_shot_accuracy_is_above_chance_on_most_tasks_and_far_from_perfect():
     model, processor = sample.load_model(), sample.load_processor()
     tasks = [sample.load_task(name, probe_size=128) for name in sample.task_names()]

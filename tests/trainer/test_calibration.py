@@ -464,6 +464,7 @@ def test_a_script_without_a_guard_is_told(tmp_path):
         runs.run_script(script, tmp_path, tmp_path, WATCH)
 
 
+@pytest.mark.whole
 def test_a_script_that_takes_too_long_is_killed_with_what_it_started(tmp_path):
     script, beside = tmp_path / "train.py", tmp_path / "alive"
     later = f"import time, pathlib; time.sleep(2); pathlib.Path({str(beside)!r}).touch()"
