@@ -27,7 +27,7 @@ from .embeddings import ArrayLike, as_labels, as_matrix, autocast_off, row_norms
 GROUPS = 32  # of the jackknife
 # Which jackknife group an image belongs to depends on its position alone, so that any chunking
 # gives the same standard error. A fixed shuffle, because data sets often come sorted by class.
-GROUP_OF = torch.randperm(1024, generator=torch.Generator().manual_seed(0)) % GROUPS
+_GROUP_OF = torch.randperm(1024, generator=torch.Generator().manual_seed(0)) % GROUPS
 # Which rows share a float32 sum depends on the chunks, and its rounding averages out over many
 # images only. By position, not by chunk size, so that any chunking does the same.
 _EXACT = 4096
@@ -194,7 +194,7 @@ class IIMMAccumulator:
             x = images[rows].to(texts.dtype)
             weights = 1 / row_norms(x, "image_embeds", first_row=rows.start)
             place = self._position + rows.start
-            group, order, starts, bag_group = _layout(place % len(GROUP_OF), len(x), x.device)
+            group, order, starts, bag_group = _layout(place % len(_GROUP_OF), len(x), x.device)
             exact = torch.float64 if place < _EXACT else x.dtype
             # embedding_bag reads each row once, where index_add or a one-hot product takes 3 to 5
             # times as long. It adds in the rows' dtype, so bags are small and added in float64.
@@ -327,7 +327,7 @@ def _layout(phase: int, n: int, device: torch.device) -> tuple[Tensor, Tensor, T
     Returns:
         group [n], order [n], first row of each bag in that order, group of each bag.
     """
-    group = GROUP_OF[(phase + torch.arange(n)) % len(GROUP_OF)]
+    group = _GROUP_OF[(phase + torch.arange(n)) % len(_GROUP_OF)]
     order = group.argsort()
     first = torch.searchsorted(group[order], torch.arange(GROUPS))
     rank = torch.arange(n) - first[group[order]]

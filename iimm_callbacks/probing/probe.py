@@ -234,7 +234,7 @@ class Probe:
         sums.seconds[ranks.world()[0]] = time.perf_counter() - start
         sums = sums.of_all_ranks(failure)
         accumulator = accumulate(classes.cpu(), share.tasks[0])
-        accumulator.state = sums.state()
+        accumulator.state = sums.state
         n_shown = sums.n_shown.long().tolist()
         seen = [numbers[:n] for numbers, n in zip(sums.seen, n_shown, strict=True)]
         scored = score(share.tasks, seen)

@@ -153,22 +153,19 @@ def add_up(values: Tensor, failure: Exception | None = None) -> Tensor:
 
 
 def packed(values: Tensor, bits: int) -> Tensor:
-    """Whole numbers [n], several in one float64 of 52 bits, for `add_up`.
+    """Whole numbers [n] in [0, 2**bits), several in one float64 of 52 bits, for `add_up`.
 
-    They add up as they would alone, as long as their sum is in [0, 2**bits), or, signed, of a
-    magnitude below 2**(bits - 1).
+    Where one rank has a number and the others 0, packed numbers add up as they would.
     """
     each = 52 // bits
     rows = torch.nn.functional.pad(values.long(), (0, -len(values) % each)).reshape(-1, each)
     return (rows << bits * torch.arange(each)).sum(1).double()
 
 
-def unpacked(sums: Tensor, bits: int, n: int, *, signed: bool = False) -> Tensor:
+def unpacked(sums: Tensor, bits: int, n: int) -> Tensor:
     """The n numbers that `packed` was given, as float64."""
-    shifts = bits * torch.arange(52 // bits)
-    half = (1 << bits - 1) if signed else 0  # added to each, none borrows from the next
-    rows = (sums.long() + (half << shifts).sum())[:, None] >> shifts
-    return (rows % (1 << bits) - half).flatten()[:n].double()
+    rows = sums.long()[:, None] >> bits * torch.arange(52 // bits)
+    return (rows % (1 << bits)).flatten()[:n].double()
 
 
 def together(make: Callable[[], _T]) -> _T:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..data.metrics import Metric
 from ..data.tasks import Task
 from ..measures.accuracy import Score, zero_shot_correct, zero_shot_scores
-from ..measures.measure import GROUP_OF, GROUPS, IIMMAccumulator
+from ..measures.measure import GROUPS, IIMMAccumulator
 from ..models.undisturbed import undisturbed
 from ..records.log import get_logger
 from . import ranks
@@ -22,8 +22,6 @@ from .reading import Batch
 from .share import ProbeTask
 
 logger = get_logger(__name__)
-
-_BITS = 17  # of a sum of a jackknife group: three in one float64
 
 
 @dataclass
@@ -126,17 +124,12 @@ def warn_of_mixed_units(off_target: Sequence[Task]) -> None:
 
 @dataclass
 class Sums:
-    """What the ranks add up: of the task what IIMM needs; of each task [N] numbers.
+    """What the ranks add up: of the task `IIMMAccumulator.state`; of each task [N] numbers.
 
-    These are 1 where an image is right, or what the task's metric sees of it. The jackknife groups'
-    sums are whole numbers of steps, rounded batch by batch, so they add up the same on any number
-    of ranks. Only the standard error has that rounding: 1e-4 to 1e-3 of itself.
+    These are 1 where an image is right, or what the task's metric sees of it.
     """
 
-    total: Tensor  # [D] sum of the task's normalised images
-    groups: Tensor  # [32, D] in steps, as `IIMMAccumulator.state`
-    cosines: Tensor  # [32, 2] likewise: of images with the text of their class; their number
-    step: float
+    state: Tensor
     seen: list[Tensor]
     bits: list[int]  # that such a number has, by task
     seconds: Tensor  # [ranks]
@@ -152,13 +145,8 @@ class Sums:
             width: Of the embeddings.
             keep: Whether the embeddings of the task being learnt are kept.
         """
-        place = torch.arange(len(tasks[0].labels)) % len(GROUP_OF)
-        most = int(torch.bincount(GROUP_OF[place]).max())  # images, and so batches, of a group
         return cls(
-            torch.zeros(width, dtype=torch.float64),
-            torch.zeros(GROUPS, width, dtype=torch.float64),
-            torch.zeros(GROUPS, 2, dtype=torch.float64),
-            most / (2 ** (_BITS - 1) - 1 - most / 2),  # no sum leaves its bits, rounding included
+            torch.zeros(GROUPS, width + 2, dtype=torch.float64),
             [torch.zeros(len(t.labels), dtype=torch.float64) for t in tasks],
             [1 if t.task.metric is None else 26 for t in tasks],  # a class is below 2**26
             torch.zeros(ranks.world()[1], dtype=torch.float64),
@@ -170,34 +158,22 @@ class Sums:
         """The sums over all ranks; raises what failed on one of them, on all."""
         return self.read(ranks.add_up(self.message(), failure))
 
-    def state(self) -> Tensor:
-        """[32, D + 2] as `IIMMAccumulator.state`, the groups adding up to `total`."""
-        groups = self.groups * self.step
-        groups += (self.total - groups.sum(0)) / GROUPS
-        return torch.cat([groups, self.cosines], 1)
-
     def message(self) -> Tensor:
         """What travels: `read` of the sum of all ranks' has their sums.
 
-        At D = 512 it has 48 kB whatever the number of images, of which these are a bit each; where
+        At D = 512 it has 132 kB whatever the number of images, of which these are a bit each; where
         a task has a metric, 4 bytes. A look at step 0 has embeddings of the task as well.
         """
-        groups = ranks.packed(self.groups.flatten(), _BITS)
-        return torch.cat([self.total, groups, self.cosines.flatten(), *self._numbers(),
-                          self.seconds, self.embeds.flatten(), self.n_shown])  # fmt: skip
+        return torch.cat([self.state.flatten(), *self._numbers(), self.seconds,
+                          self.embeds.flatten(), self.n_shown])  # fmt: skip
 
     def read(self, added: Tensor) -> Sums:
         """The sums from the sum of all ranks' messages."""
         numbers = self._numbers()
-        sizes = [len(self.total), -(-self.groups.numel() // (52 // _BITS)), self.cosines.numel()]
-        sizes += [*map(len, numbers), len(self.seconds), self.embeds.numel(), len(self.n_shown)]
-        total, groups, cosines, *seen, seconds, embeds, n_shown = torch.split(added, sizes)
-        unpacked = ranks.unpacked(groups, _BITS, self.groups.numel(), signed=True)
+        sizes = [self.state.numel(), *map(len, numbers), len(self.seconds), self.embeds.numel()]
+        state, *seen, seconds, embeds, n_shown = torch.split(added, [*sizes, len(self.n_shown)])
         return Sums(
-            total,
-            unpacked.reshape(self.groups.shape),
-            cosines.reshape(self.cosines.shape),
-            self.step,
+            state.reshape(self.state.shape),
             [
                 ranks.unpacked(packed, bits, len(own))
                 for packed, bits, own in zip(seen, self.bits, self.seen, strict=True)
@@ -228,10 +204,7 @@ class Sums:
         if batch.task == 0:
             accumulator = accumulate(texts, shown, batch.first)
             accumulator.update(images, labels)
-            state = accumulator.state.cpu()
-            self.total += state[:, :-2].sum(0)
-            self.groups += (state[:, :-2] / self.step).round()
-            self.cosines += state[:, -2:]
+            self.state += accumulator.state.cpu()
             if len(self.embeds):
                 self.embeds[rows] = images.detach().cpu().double()
         if shown.owners is not None:

@@ -106,11 +106,8 @@ def test_tasks_that_do_as_expected_count_as_before():
 
 def test_with_normal_tails_no_task_counts_less():
     known = of_tasks(0.05, 0.04, 0.06, 0.45)
-    assert (
-        not heavy_tailed(known, covariance(known, known, TASKS), "task", np.inf)
-        .numbers["odd"]
-        .any()
-    )
+    rows = heavy_tailed(known, covariance(known, known, TASKS), "task", np.inf)
+    assert not rows.numbers["odd"].any()
 
 
 def test_what_is_left_out_of_an_odd_task_is_as_wide_as_of_a_new_one():

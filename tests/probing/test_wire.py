@@ -47,16 +47,11 @@ def test_the_messages_of_any_number_of_ranks_add_up_to_the_whole(world, monkeypa
     parts = [shown(tasks, texts, images, monkeypatch, rank, world) for rank in range(world)]
     whole = parts[0].read(sum(part.message() for part in parts))
     accumulator = accumulate(texts, tasks[0])
-    accumulator.state = whole.state()
+    accumulator.state = whole.state
     found, expected = accumulator.compute(), iimm(images[0], texts, tasks[0].labels)
     assert found.n_images == 130
-    for name in ("iimm", "inter", "intra"):
+    for name in ("iimm", "inter", "intra", "standard_error"):
         assert getattr(found, name) == pytest.approx(getattr(expected, name), abs=1e-12)
-    assert found.standard_error == pytest.approx(expected.standard_error, rel=1e-4)
-    alone = shown(tasks, texts, images, monkeypatch, 0, 1)
-    assert torch.equal(whole.groups, alone.groups)  # of one process: to the last bit
-    accumulator.state = alone.state()
-    assert found.standard_error == pytest.approx(accumulator.compute().standard_error, abs=1e-12)
     for task, x, seen in zip(tasks, images, whole.seen, strict=True):
         nearest = (x @ torch.nn.functional.normalize(texts[: task.n_prompts]).T).argmax(1)
         right = nearest if task.task.metric else nearest == task.labels
@@ -65,45 +60,10 @@ def test_the_messages_of_any_number_of_ranks_add_up_to_the_whole(world, monkeypa
     assert whole.seconds.tolist() == [rank + 1.0 for rank in range(world)]
 
 
-@pytest.mark.parametrize("n_images", [3, 100, 512, 3000])
-@pytest.mark.parametrize("narrow", [0.0, 0.5, 3.0])
-def test_rounding_moves_the_standard_error_by_less_than_its_second_digit(
-    n_images, narrow, monkeypatch
-):
-    torch.manual_seed(n_images)
-    task = probed("task", n_images, 10)
-    texts = torch.randn(10, 512)
-    centre = narrow * torch.randn(512) + 5 * narrow * torch.eye(512)[0]  # of a narrow cone
-    images = torch.randn(n_images, 512) + centre + 0.5 * torch.randn(10, 512)[task.labels]
-    sums = Sums.zeros([task], 512, keep=False)
-    for first in range(0, n_images, 64):
-        some = images[first : first + 64]
-        sums.add(Batch(0, first, list(range(len(some)))), some, texts, task, None)
-    accumulator = accumulate(texts, task)
-    accumulator.state = sums.read(sums.message()).state()
-    found, expected = accumulator.compute(), iimm(images, texts, task.labels)
-    assert found.iimm == pytest.approx(expected.iimm, abs=1e-12)
-    assert found.standard_error == pytest.approx(expected.standard_error, rel=0.01)
-
-
-def test_images_that_are_all_the_same_fill_their_bits_and_leave_none(monkeypatch):
-    for sign in (1.0, -1.0):
-        task = probed("task", 512, 2)
-        sums = Sums.zeros([task], 4, keep=False)
-        for i in range(512):
-            image = torch.tensor([[sign, 0.0, 0.0, 0.0]])
-            sums.add(Batch(0, i, [i]), image, torch.eye(4)[:2], task, None)
-        read = sums.read(sums.message())
-        assert torch.equal(read.groups, sums.groups)
-        assert 2**15 < read.groups.abs().max() < 2**16
-        assert read.state()[:, 0].sum() == pytest.approx(512 * sign, abs=1e-12)
-
-
 @pytest.mark.parametrize("width", [512, 768, 1024])
 @pytest.mark.parametrize("n_classes", [10, 1000])
 def test_a_look_sends_as_much_whatever_classes_and_images(width, n_classes, monkeypatch):
-    # The sum of images; those of 32 groups, three numbers in a float64, and two exact ones of each.
-    state = 8 * (width + 32 * width / 3 + 1 + 64)
+    state = 8 * 32 * (width + 2)  # the groups of the jackknife: 132 kB at D = 512
     for world, n_off_target in ((64, 10), (512, 100)):
         monkeypatch.setattr(ranks, "world", lambda world=world: (0, world))
         tasks = [probed("task", 512, n_classes)] + [probed("off", 256, 10)] * n_off_target
@@ -111,17 +71,7 @@ def test_a_look_sends_as_much_whatever_classes_and_images(width, n_classes, monk
         n_images = 512 + 256 * n_off_target
         # A bit an image, in eights of 52 bits; 8 bytes for each rank's clock and each task.
         assert size <= state + 8 * (n_images / 52 + 2 * len(tasks) + world + 1)
-        assert size < {512: 64_000, 768: 84_000, 1024: 108_000}[width]
-
-
-def test_signed_packed_numbers_come_back_and_add_up():
-    rng = np.random.default_rng(0)
-    for n in (0, 1, 2, 3, 100):
-        parts = [torch.from_numpy(rng.integers(-(2**14), 2**14, n)) for _ in range(4)]
-        parts[0][:2] = 2**16 - 1 - parts[1][:2] - parts[2][:2] - parts[3][:2]  # the extremes
-        parts[0][2:4] = 1 - 2**16 - parts[1][2:4] - parts[2][2:4] - parts[3][2:4]
-        added = sum(ranks.packed(part, 17) for part in parts)
-        assert torch.equal(ranks.unpacked(added, 17, n, signed=True), sum(parts).double())
+        assert size < state + 12_000
 
 
 def test_packed_numbers_come_back_and_add_up():
