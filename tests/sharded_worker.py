@@ -1,0 +1,187 @@
+"""What every rank of `test_sharded.py` runs: weights or optimizer spread over ranks, on CPUs.
+
+    python sharded_worker.py FOLDER RANKS SCENARIO...
+
+FOLDER is as for `ranks_worker.py`; each rank leaves `<scenario>-<rank>.pt` there.
+"""
+
+import sys
+from functools import partial
+from itertools import count
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator, FullyShardedDataParallelPlugin
+from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType
+from datasets import load_from_disk
+from forked import on_ranks
+from transformers import CLIPModel, CLIPProcessor, Trainer, TrainingArguments
+from transformers.utils import logging as transformers_logging
+
+from iimm_callbacks import IIMMCallback, IIMMMonitor, ImageCollator, PromptClassifier, Task
+from iimm_callbacks.models.sharded import full_parameters
+
+LAYER = "CLIPEncoderLayer"
+SAVED = {"save_strategy": "steps", "save_steps": 3}
+FSDP = {"fsdp": True, "fsdp_config": {"version": 2, "transformer_layer_cls_to_wrap": [LAYER]}}
+FSDP1 = {"fsdp_config": FSDP["fsdp_config"] | {"version": 1, "sync_module_states": False}}
+
+
+def zero(stage):
+    config = {"zero_optimization": {"stage": stage}, "train_micro_batch_size_per_gpu": 8}
+    return {"deepspeed": config | {"zero_allow_untested_optimizer": True}}
+
+
+def with_fsdp_on_cpus():
+    """accelerate leaves FSDP out where no accelerator is; its FSDP itself needs none."""
+    own = AcceleratorState.__init__
+
+    def init(self, *arguments, fsdp_plugin=None, **more):
+        own(self, *arguments, fsdp_plugin=fsdp_plugin, **more)
+        if plugin := fsdp_plugin or self.__dict__.get("fsdp_plugin"):
+            self.distributed_type, self.fsdp_plugin = DistributedType.FSDP, plugin
+            self.device = torch.device("cpu")
+
+    AcceleratorState.__init__ = init
+
+
+def parts(folder, output):
+    """Model, processor, and the two tasks; settings of a guard."""
+    task = Task("colours", load_from_disk(folder / "colours"), templates="a {}", probe_size=32)
+    shapes = Task("shapes", load_from_disk(folder / "shapes"), templates="a {}", probe_size=24)
+    model = CLIPModel.from_pretrained(folder / "model")
+    # FSDP 2 and DeepSpeed take no parameter without a dimension, guarded or not.
+    model.logit_scale = torch.nn.Parameter(model.logit_scale.detach()[None])
+    processor = CLIPProcessor.from_pretrained(folder / "model")
+    store = output / "store.jsonl"
+    settings = {"every": 2, "max_overhead": None, "verbose": False, "outcomes": store}
+    return model, processor, task, shapes, settings
+
+
+def at_its_second_call(verdict, calls=count(1)):  # noqa: B008
+    return next(calls) == 2
+
+
+def weights_of(model):
+    """All of them, put together; all ranks at once."""
+    return {name: whole.detach().clone() for name, _, whole in full_parameters(model)}
+
+
+def train(folder, output, more, guarded=True, resume=None, **settings):
+    model, processor, task, shapes, own = parts(folder, output)
+    guard = IIMMCallback(task, [shapes], **own | settings) if guarded else None
+    arguments = {
+        "output_dir": str(output), "max_steps": 6, "per_device_train_batch_size": 8,
+        "learning_rate": 1e-3, "logging_steps": 1, "save_strategy": "no", "report_to": "none",
+        "remove_unused_columns": False, "use_cpu": True, "disable_tqdm": True,
+    }  # fmt: skip
+    trainer = Trainer(
+        PromptClassifier(model, task, processor),
+        TrainingArguments(**arguments | more),
+        train_dataset=task.dataset,
+        data_collator=ImageCollator(processor),
+        callbacks=[guard] if guard else [],
+    )
+    error = None
+    try:
+        trainer.train(resume_from_checkpoint=resume and str(folder / resume))
+    except ValueError as refused:
+        error = str(refused)
+    wrapped = trainer.model_wrapped
+    return {
+        "error": error,
+        "wrapper": type(wrapped).__name__,
+        "weights": {} if error else weights_of(wrapped),
+        "rows": guard.monitor.history if guard and guard.monitor else [],
+        "losses": [row["loss"] for row in trainer.state.log_history if "loss" in row],
+        "ended": guard.outcome.ended if guard and guard.outcome else "",
+    }
+
+
+def loop(folder, output, guarded=True, resume=None):
+    """One's own loop with accelerate, saved after three steps."""
+    model, processor, task, shapes, settings = parts(folder, output)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    plugin = FullyShardedDataParallelPlugin(
+        fsdp_version=2, auto_wrap_policy="transformer_based_wrap",
+        transformer_cls_names_to_wrap=[LAYER], state_dict_type="SHARDED_STATE_DICT",
+    )  # fmt: skip
+    accelerator = Accelerator(cpu=True, fsdp_plugin=plugin)
+    net = PromptClassifier(model, task, processor)
+    loader = torch.utils.data.DataLoader(task.dataset, 8, collate_fn=ImageCollator(processor))
+    optimizer = torch.optim.AdamW(net.parameters(), lr=1e-3)
+    net, optimizer, loader = accelerator.prepare(net, optimizer, loader)
+    monitor = IIMMMonitor(task, [shapes], **settings) if guarded else None
+    first = 1
+    if monitor:
+        accelerator.register_for_checkpointing(monitor)
+    if resume:
+        accelerator.load_state(str(folder / resume))
+        first = 4
+    batches = [batch for _ in range(6) for batch in loader][:6]
+    if monitor:
+        monitor.begin(net, recipe={"learning_rate": 1e-3, "steps": 6})
+    losses = []
+    for step in range(first, 7):
+        loss = net(**batches[step - 1])["loss"]
+        accelerator.backward(loss)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(float(loss))
+        if monitor:
+            monitor.step(step)
+        if step == 3 and not resume:
+            accelerator.save_state(str(output / "saved"))
+    outcome = monitor.end() if monitor else None
+    return {
+        "error": None,
+        "wrapper": type(net).__name__,
+        "weights": weights_of(net),
+        "rows": monitor.history if monitor else [],
+        "losses": losses,
+        "ended": outcome.ended if outcome else "",
+    }
+
+
+# name -> what runs; one that resumes goes on from the one before
+SCENARIOS = {
+    "ddp": partial(train, more={}),
+    "fsdp-plain": partial(train, more=FSDP | SAVED, guarded=False),
+    "fsdp": partial(train, more=FSDP | SAVED),
+    "fsdp-resumed": partial(train, more=FSDP | SAVED, resume="out-fsdp/checkpoint-3"),
+    "fsdp-stopped": partial(train, more=FSDP, action=at_its_second_call),
+    "fsdp-rescue": partial(train, more=FSDP, action="rescue"),
+    "fsdp1": partial(train, more=FSDP | FSDP1),
+    "loop-plain": partial(loop, guarded=False),
+    "loop": loop,
+    "loop-resumed": partial(loop, resume="out-loop/saved"),
+    **{
+        f"zero{stage}{kind}": partial(train, more=zero(stage) | SAVED, **more)
+        for stage in (1, 2)
+        for kind, more in {
+            "-plain": {"guarded": False},
+            "": {},
+            "-resumed": {"resume": f"out-zero{stage}/checkpoint-3"},
+        }.items()
+    },
+    "zero3": partial(train, more=zero(3)),
+}
+
+
+def main():
+    """All scenarios that are named, on all ranks."""
+    transformers_logging.set_verbosity_error()
+    folder = Path(sys.argv[1])
+
+    def run(rank):
+        with_fsdp_on_cpus()
+        for name in sys.argv[3:]:
+            result = SCENARIOS[name](folder, folder / f"out-{name.removesuffix('-resumed')}")
+            torch.save(result, folder / f"{name}-{rank}.pt")
+
+    on_ranks(int(sys.argv[2]), run, seconds=60)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,143 @@
+"""Weights or optimizer spread over ranks by FSDP or DeepSpeed, under the Trainer and accelerate.
+
+accelerate takes FSDP for accelerators only; the worker tells it that CPUs are some. All else is
+what runs on GPUs, with gloo for NCCL.
+"""
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+WORKER = Path(__file__).parents[1] / "sharded_worker.py"
+FSDP = [
+    "ddp", "fsdp-plain", "fsdp", "fsdp-resumed", "fsdp-stopped", "fsdp-rescue", "fsdp1",
+    "loop-plain", "loop", "loop-resumed",
+]  # fmt: skip
+ZERO = [f"zero{stage}{kind}" for stage in (1, 2) for kind in ("-plain", "", "-resumed")]
+pytestmark = [pytest.mark.whole, pytest.mark.once]
+
+
+def launch(folder, n_ranks, names):
+    """Scenario -> what each rank came back with."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, str(WORKER), str(folder), str(n_ranks), *names]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return {
+        name: [torch.load(folder / f"{name}-{rank}.pt") for rank in range(n_ranks)]
+        for name in names
+    }
+
+
+@pytest.fixture(scope="module")
+def launched():
+    """Filled by the first test of each number of ranks."""
+    return {}
+
+
+@pytest.fixture
+def ranks(request, launched, tmp_path_factory, tiny_clip, processor, colours, shapes):
+    n_ranks, names = request.param
+    if (key := (n_ranks, *names)) not in launched:
+        folder = tmp_path_factory.mktemp("sharded")
+        tiny_clip().save_pretrained(folder / "model")
+        processor.save_pretrained(folder / "model")
+        colours.save_to_disk(folder / "colours")
+        shapes.save_to_disk(folder / "shapes")
+        launched[key] = launch(folder, n_ranks, names)
+    return launched[key]
+
+
+needs_deepspeed = pytest.mark.skipif(
+    importlib.util.find_spec("deepspeed") is None, reason="deepspeed is not installed"
+)
+both = pytest.mark.parametrize("ranks", [(2, FSDP), (4, FSDP)], indirect=True, ids=["2", "4"])
+
+
+def assert_same_run(one, other):
+    """The same weights and numbers, bit for bit."""
+    assert one["weights"].keys() == other["weights"].keys() != set()
+    for name, value in one["weights"].items():
+        assert torch.equal(value, other["weights"][name]), name
+
+
+def numbers(row):
+    """Of a look, without the clock's."""
+    return {k: v for k, v in row.items() if k != "time" and not k.endswith("runtime")}
+
+
+def assert_measured_as(known, rank):
+    """The untouched model to the last digit; later as sums in another order let it train."""
+    assert [row["step"] for row in rank["rows"]] == [0, 2, 4, 6]
+    assert numbers(rank["rows"][0]) == numbers(known["rows"][0])
+    for row, other in zip(rank["rows"], known["rows"], strict=True):
+        for name in ("eval_iimm", "eval_iimm_accuracy", "eval_iimm_shapes_accuracy"):
+            assert row[name] == pytest.approx(other[name], abs=1e-5)
+
+
+@both
+@pytest.mark.parametrize("name", ["fsdp", "loop"])
+def test_fsdp_trains_the_same_with_and_without_the_guard(ranks, name):
+    for plain, guarded in zip(ranks[f"{name}-plain"], ranks[name], strict=True):
+        assert guarded["wrapper"] == "FSDPPromptClassifier"
+        assert guarded["ended"] == "finished"
+        assert plain["losses"] == guarded["losses"]
+        assert len(plain["losses"]) == 6
+        assert_same_run(plain, guarded)
+
+
+@both
+@pytest.mark.parametrize("name", ["fsdp", "fsdp1"])
+def test_fsdp_is_measured_as_ddp_is_on_all_ranks(ranks, name):
+    for rank in ranks[name]:
+        assert_measured_as(ranks["ddp"][0], rank)
+
+
+@both
+@pytest.mark.parametrize("name", ["fsdp", "loop"])
+def test_an_fsdp_run_that_goes_on_from_a_checkpoint_has_the_record_of_one_in_one_piece(ranks, name):
+    for whole, resumed in zip(ranks[name], ranks[f"{name}-resumed"], strict=True):
+        assert [*map(numbers, resumed["rows"])] == [*map(numbers, whole["rows"])]
+        assert_same_run(whole, resumed)
+
+
+@both
+def test_an_fsdp_run_stops_on_all_ranks(ranks):
+    for rank in ranks["fsdp-stopped"]:
+        assert [row["step"] for row in rank["rows"]] == [0, 2]
+        assert rank["ended"].startswith("stopped by the guard at step 2")
+
+
+@both
+def test_a_rescue_of_an_fsdp_run_is_refused_before_the_first_step(ranks):
+    for rank in ranks["fsdp-rescue"]:
+        assert "one that FSDP shards; save it, and rescue what was saved" in rank["error"]
+        assert rank["losses"] == []
+
+
+@needs_deepspeed
+@pytest.mark.parametrize("ranks", [(2, ["ddp", *ZERO, "zero3"])], indirect=True, ids=["2"])
+@pytest.mark.parametrize("stage", [1, 2])
+def test_zero_1_and_2_train_measure_and_resume_as_without_them(ranks, stage):
+    for plain, guarded, resumed in zip(
+        *(ranks[f"zero{stage}{kind}"] for kind in ("-plain", "", "-resumed")), strict=True
+    ):
+        assert guarded["wrapper"] == "DeepSpeedEngine"
+        assert plain["losses"] == guarded["losses"]
+        assert_same_run(plain, guarded)
+        assert_measured_as(ranks["ddp"][0], guarded)
+        assert [*map(numbers, resumed["rows"])] == [*map(numbers, guarded["rows"])]
+        assert_same_run(guarded, resumed)
+
+
+@needs_deepspeed
+@pytest.mark.parametrize("ranks", [(2, ["ddp", *ZERO, "zero3"])], indirect=True, ids=["2"])
+def test_zero_3_is_refused_before_the_first_step(ranks):
+    for rank in ranks["zero3"]:
+        assert "got DeepSpeed ZeRO-3" in rank["error"]
+        assert rank["losses"] == []
