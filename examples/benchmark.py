@@ -409,11 +409,10 @@ def guard_row(settings, model, processor, pairs, first, later):
 
 
 # What a new process does with a store: it prints seconds, those of CPU time in all processes,
-# and MB beyond torch and scipy.
+# and its MB.
 USE_STORE = """
 import os, re, sys, time
 from pathlib import Path
-import scipy.stats, torch
 from iimm_callbacks import Forecaster, append_outcome
 from iimm_callbacks.forecasting.runs import about, measured
 from iimm_callbacks.records.store import open_store
@@ -424,7 +423,7 @@ def memory():
 def cpu():
     return sum(os.times()[:4])
 
-begun, before, used = time.perf_counter(), memory(), cpu()
+begun, used = time.perf_counter(), cpu()
 found = open_store(sys.argv[1])
 found.n_outcomes
 opened, used = time.perf_counter(), cpu() - used
@@ -432,7 +431,7 @@ runs = found.relevant(f"{3:016x}")
 forecast = Forecaster().fit(runs).predict(measured(runs[0]), **about(runs[0]))
 done, most = time.perf_counter(), memory()
 append_outcome(sys.argv[1], runs[-1])
-print(opened - begun, done - opened, time.perf_counter() - done, most - before, used)
+print(opened - begun, done - opened, time.perf_counter() - done, most, used)
 """
 
 
@@ -477,7 +476,7 @@ def store_rows(settings):
                 yield f"{start} start", f"{seconds[0]:.2f} s, {seconds[4]:.2f} of CPU", f"{aim} s"
             yield "  reading what is relevant, and the forecast", f"{later[1]:.2f} s", "1 s"
             yield "  appending", f"{1e3 * later[2]:.0f} ms", "20 ms"
-            yield "  memory beyond torch and scipy", f"{later[3]:.0f} MB", "300 MB"
+            yield "  memory in all", f"{later[3]:.0f} MB", "300 MB"
 
 
 def in_a_child(function):

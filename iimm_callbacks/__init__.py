@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .data.tasks import Task
     from .forecasting.forecaster import Forecaster
-    from .measures.accuracy import forgetting, gain_over_zero_shot_error, zero_shot_accuracy
-    from .measures.measure import IIMMAccumulator, Measurement, drift_bound, iimm
+    from .measures.accuracy import zero_shot_accuracy
+    from .measures.measure import IIMMAccumulator, drift_bound, iimm
     from .measures.probe_accuracy import LinearProbe, linear_probe
+    from .measures.results import Measurement, forgetting, gain_over_zero_shot_error
     from .models.classifier import ImageCollator, PromptClassifier
     from .models.families import Family, register_encoder
     from .monitor import IIMMMonitor
@@ -29,7 +30,8 @@ __version__ = "0.1.0"
 # Where each public name lives. It is imported when first asked for, as transformers does it: what
 # needs no Trainer does not wait for it, and `iimm doctor` runs where transformers is broken.
 _HOMES = {
-    "measures.accuracy": ("forgetting", "gain_over_zero_shot_error", "zero_shot_accuracy"),
+    "measures.accuracy": ("zero_shot_accuracy",),
+    "measures.results": ("Measurement", "forgetting", "gain_over_zero_shot_error"),
     "trainer.calibration.calibrate": ("calibrate",),
     "trainer.calibration.recipes": ("Recipe",),
     "trainer.callback": ("IIMMCallback",),
@@ -37,7 +39,7 @@ _HOMES = {
     "records.forecast": ("Forecast",),
     "forecasting.forecaster": ("Forecaster",),
     "records.verdict": ("Limits", "Verdict"),
-    "measures.measure": ("IIMMAccumulator", "Measurement", "drift_bound", "iimm"),
+    "measures.measure": ("IIMMAccumulator", "drift_bound", "iimm"),
     "models.classifier": ("ImageCollator", "PromptClassifier"),
     "models.families": ("Family", "register_encoder"),
     "monitor": ("IIMMMonitor",),

@@ -88,6 +88,7 @@ def own_store(tmp_path, monkeypatch):
     """Guarded runs are saved in the user's cache folder otherwise."""
     path = tmp_path / "store" / "outcomes.jsonl"
     monkeypatch.setenv("IIMM_CALLBACKS_STORE", str(path))
+    monkeypatch.setattr("iimm_callbacks.records.store._told_waiting", set())
     return path
 
 

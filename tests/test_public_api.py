@@ -106,6 +106,23 @@ def test_importing_adds_no_large_library_to_the_trainer(fresh_import):
     assert [m for m in modules if m in NOT_AT_IMPORT or m.startswith("torchvision.")] == []
 
 
+def test_a_forecast_from_saved_runs_needs_no_torch():
+    code = (
+        "import sys; from iimm_callbacks import Forecaster; "
+        "from iimm_callbacks.forecasting.runs import about, measured; "
+        "from iimm_callbacks.records.store import read_outcomes; "
+        f"runs = read_outcomes({str(ROOT / 'iimm_callbacks/sample/outcomes.jsonl')!r}); "
+        "print(Forecaster().fit(runs[1:]).predict(measured(runs[0]), **about(runs[0])).gain, "
+        "'torch' in sys.modules)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    gain, has_torch = done.stdout.rsplit(maxsplit=1)
+    assert gain.startswith("Prediction(point=0.096"), gain
+    assert has_torch == "False"
+
+
 def test_importing_adds_few_packages_to_the_trainer(fresh_import):
     """Of scipy the Trainer may have loaded parts or nothing, by what is installed."""
     roots = {m.split(".")[0].lstrip("_") for m in fresh_import["added"]}

@@ -13,7 +13,7 @@ from itertools import combinations
 import numpy as np
 from scipy import stats
 
-from iimm_callbacks.measures.accuracy import gain_over_zero_shot_error
+from iimm_callbacks.measures.results import gain_over_zero_shot_error
 
 METHODS = ("full", "attention", "bitfit", "lora", "clip_adapter")  # others follow
 LEVELS = ("gentle", "harsh")

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from ..data.tasks import Task
-    from ..measures.measure import Measurement
+    from ..measures.results import Measurement
     from ..probing.probe import Probe
     from ..records.catalog import Catalog
     from ..records.verdict import Limits

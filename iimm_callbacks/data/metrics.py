@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..measures.accuracy import Score
+from ..measures.results import Score
 from ..records import checks
 
 # Evaluations of a metric per look, for its standard error: `evaluate` takes 5 to 10 ms for each.

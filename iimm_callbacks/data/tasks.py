@@ -18,7 +18,6 @@ from .streams import STREAM_SIZE
 from .templates import check_utf8, given_templates
 
 TASK_PROBE_SIZE = 512
-OFF_TARGET_PROBE_SIZE = 256
 
 
 class Task:

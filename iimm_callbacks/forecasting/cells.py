@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
-from ..data.tasks import OFF_TARGET_PROBE_SIZE
+from ..records.outcomes import OFF_TARGET_PROBE_SIZE
 from .mixed_model import Rows
 from .runs import Ask, Run
 

@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from ..data.tasks import OFF_TARGET_PROBE_SIZE
 from ..records.forecast import COVERAGE, Evidence, Prediction
+from ..records.outcomes import OFF_TARGET_PROBE_SIZE
 from . import pooling
 from .candidates import Blend, Candidate, Floats, Question, Table, blend
 from .pooling import Pooled

@@ -13,8 +13,7 @@ from dataclasses import replace
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
-from ..measures.accuracy import NEAR_CEILING
-from ..measures.measure import Measurement
+from ..measures.results import NEAR_CEILING, Measurement
 from ..records.catalog import thin
 from ..records.forecast import QUANTITIES, Forecast, Prediction
 from ..records.outcomes import Outcome, at_the_last_step, one_of_each_run

@@ -11,7 +11,7 @@ import numpy as np
 
 from ..guard.judging import judge
 from ..guard.schedule import DEFAULT_SHARES
-from ..measures.accuracy import Drop, Forgetting
+from ..measures.results import Drop, Forgetting
 from ..records.forecast import QUANTITIES, Prediction
 from ..records.outcomes import Outcome, at_the_last_step, one_of_each_run
 from ..records.verdict import Limits

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from ..measures.measure import Measurement
+from ..measures.results import Measurement
 from ..records.outcomes import Outcome
 from .candidates import MIN_TASKS
 

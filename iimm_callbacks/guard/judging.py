@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from scipy import special
 
-from ..measures.accuracy import Forgetting, forgetting, paired_drop
+from ..measures.results import Forgetting, forgetting, paired_drop
 from ..records import keys
 from ..records.forecast import Forecast, Prediction
 from ..records.look import Look

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from numbers import Real
 from typing import Any
 
-from ..data.tasks import OFF_TARGET_PROBE_SIZE
 from ..data.training import SAMPLE_SIZE
+from ..records.outcomes import OFF_TARGET_PROBE_SIZE
 from .schedule import (
     DEFAULT_SHARES,
     Every,

@@ -15,7 +15,6 @@ and "intra" swapped; the words here are the paper's.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
@@ -23,6 +22,7 @@ import torch
 from torch import Tensor
 
 from .embeddings import ArrayLike, as_labels, as_matrix, autocast_off, row_norms, unit_rows
+from .results import Measurement
 
 GROUPS = 32  # of the jackknife
 # Which jackknife group an image belongs to depends on its position alone, so that any chunking
@@ -32,33 +32,6 @@ _GROUP_OF = torch.randperm(1024, generator=torch.Generator().manual_seed(0)) % G
 # images only. By position, not by chunk size, so that any chunking does the same.
 _EXACT = 4096
 _CHUNK_BYTES = {"cpu": 2**21, "cuda": 2**26}  # CPU: what stays in a core's cache
-
-
-@dataclass(frozen=True)
-class Measurement:
-    """IIMM of one task: how close its images are to each other and to the wrong classes' texts.
-
-    A higher IIMM went, across tasks of one model, with more gain and more forgetting when that
-    model was fine-tuned (arXiv 2407.15731). It is *not* for ranking encoders, nor for comparing
-    measurements that differ in prompts, preprocessing, subset or dtype.
-
-    Attributes:
-        iimm: ``(inter + intra) / 2``, in [-1, 1].
-        inter: Mean cosine of an image and the text of a wrong class, in [-1, 1].
-        intra: Mean cosine of two distinct images, same class included, in [-1, 1].
-        standard_error: Of `iimm` over the drawing of the images, prompts held fixed (delete-a-group
-            jackknife, up to 32 groups); NaN below 3 images. In captions mode the texts are drawn
-            together with the images, so it is a little too small there.
-        n_images: N.
-        n_classes: C; the number of captions in captions mode.
-    """
-
-    iimm: float
-    inter: float
-    intra: float
-    standard_error: float
-    n_images: int
-    n_classes: int
 
 
 @torch.no_grad()

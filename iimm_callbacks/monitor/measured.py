@@ -15,7 +15,6 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from ..data.tasks import OFF_TARGET_PROBE_SIZE
 from ..forecasting.forecaster import Forecaster
 from ..forecasting.runs import about
 from ..guard.judging import Judged, judge_look
@@ -32,7 +31,7 @@ from ..records.journal import Journal, Journaled, opening
 from ..records.ledger import Ledger
 from ..records.log import get_logger
 from ..records.objects import Address
-from ..records.outcomes import Outcome
+from ..records.outcomes import OFF_TARGET_PROBE_SIZE, Outcome
 from ..records.store import as_catalog
 from ..records.verdict import Limits
 from ..rescue.mixing import trained_before

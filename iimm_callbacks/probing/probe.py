@@ -11,7 +11,7 @@ import torch
 from accelerate.utils.memory import clear_device_cache
 from torch import Tensor, nn
 
-from ..data.tasks import OFF_TARGET_PROBE_SIZE, TASK_PROBE_SIZE, Task
+from ..data.tasks import TASK_PROBE_SIZE, Task
 from ..data.training import SAMPLE_SIZE
 from ..measures.embeddings import NotFiniteError, autocast_off
 from ..models.encoders import EncodePair, find_encoder, move
@@ -20,6 +20,7 @@ from ..models.undisturbed import FrozenPart, autocast, undisturbed
 from ..models.wrappers import adapt, find_dual_encoder
 from ..records.log import get_logger
 from ..records.look import Learnable, Look
+from ..records.outcomes import OFF_TARGET_PROBE_SIZE
 from . import ranks
 from .embedding import Early, Halving, check_rows, embed_classes, own_logits, runs, width_of
 from .learnable import TrainingSet, embed_sample, learn, read_sample, why_none

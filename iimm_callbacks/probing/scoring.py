@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from ..data.metrics import Metric
 from ..data.tasks import Task
-from ..measures.accuracy import Score, zero_shot_correct, zero_shot_scores
+from ..measures.accuracy import zero_shot_correct, zero_shot_scores
 from ..measures.measure import GROUPS, IIMMAccumulator
+from ..measures.results import Score
 from ..models.undisturbed import undisturbed
 from ..records.log import get_logger
 from . import ranks

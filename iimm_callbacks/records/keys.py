@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # for the types alone: the command line reads keys without torch
-    from ..measures.accuracy import Forgetting
+    from ..measures.results import Forgetting
     from .forecast import Forecast, Prediction
     from .look import Look
     from .outcomes import Outcome

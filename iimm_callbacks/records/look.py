@@ -8,9 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from ..measures.accuracy import Score
-from ..measures.measure import Measurement
 from ..measures.probe_accuracy import LinearProbe
+from ..measures.results import Measurement, Score
 from . import checks
 
 

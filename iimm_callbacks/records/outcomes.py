@@ -25,6 +25,7 @@ from .checks import (
 )
 
 SCHEMA_VERSION = 2  # 1, read as it is: the linear probe added its ridge to the probabilities
+OFF_TARGET_PROBE_SIZE = 256  # images of an off-target task, where no other number is given
 
 
 @dataclass(frozen=True)

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 logger = get_logger(__name__)
 
 LOCK_SECONDS = 60.0
+_told_waiting: set[Address] = set()  # places that were said to be waited for
 _LARGE, _MANY = 4_000_000, 500  # bytes of a file, objects at an address: what has a table
 
 
@@ -44,8 +45,8 @@ def append_outcome(path: str | Path | Address, outcome: Outcome) -> None:
     Any number of processes may do so at once. In a file of JSON lines a lock file beside it,
     ``<path>.lock``, lets one at a time; the line is on disk when this returns; a crash before costs
     this line only. In a folder, or at an address, it becomes an object, see `objects`. Where an
-    address cannot be written it is kept on this machine, with a warning, and the next outcome that
-    reaches the address, or `sync`, carries it over.
+    address cannot be written it is kept on this machine, which is said once, and the next outcome
+    that reaches the address, or `sync`, carries it over.
 
     Args:
         path: A file, or as `objects.as_store`.
@@ -94,10 +95,12 @@ def _put(address: Address, line: bytes) -> None:
         if address.folder is not None:
             raise
         _append_line(waiting, line)
-        logger.warning(
+        tell = logger.debug if address in _told_waiting else logger.warning
+        tell(
             "%s; it is kept in %s until the next outcome that can be written there, or "
-            "`iimm outcomes sync`", error, waiting,
+            "`iimm outcomes sync`, and so are those that follow", error, waiting,
         )  # fmt: skip
+        _told_waiting.add(address)
         return
     try:
         _carry_over(address)
@@ -139,9 +142,11 @@ def sync(one: str | Path | Address, other: str | Path | Address) -> tuple[int, i
 
     Raises:
         OSError, ImportError, TypeError, ValueError: As `read_outcomes` and `append_outcome`; or a
-            store cannot be written.
+            store cannot be written, or there is neither.
     """
     stores = [as_store(path) for path in (one, other)]
+    if not any(store.exists() for store in stores):
+        raise ValueError(f"`one` or `other` must exist, got {one} and {other}: neither does")
     lines: list[dict[bytes, None]] = []
     for store in stores:
         if isinstance(store, Address):
@@ -238,8 +243,7 @@ def check_store(path: str | Path | Address) -> list[str]:
         One problem each, such as ``"line 3: `iimm` is missing"``; none where all is well.
 
     Raises:
-        OSError: The file cannot be read.
-        TypeError, ValueError: As `read_outcomes`.
+        OSError, TypeError, ValueError: As `read_outcomes`.
     """
     return [f"{where}: {found}" for where, found in _scan(path) if isinstance(found, ValueError)]
 
@@ -250,16 +254,15 @@ def as_outcomes(
     """Outcomes, in whatever form they are given, as a list.
 
     Args:
-        source: A store, as `read_outcomes`, a
-            `datasets.Dataset` of `as_dataset.to_dataset`, or records. ``None``: none.
+        source: A store, as `read_outcomes`, a `datasets.Dataset` of `as_dataset.to_dataset`, or
+            records. ``None``: none.
 
     Returns:
         The outcomes.
 
     Raises:
-        OSError: The file cannot be read.
-        TypeError: It holds something else than `Outcome` records, or a folder of several splits.
-        ValueError: As `read_outcomes`.
+        TypeError: It holds something else than `Outcome` records.
+        OSError, TypeError, ValueError: As `read_outcomes`.
     """
     if source is None:
         return []

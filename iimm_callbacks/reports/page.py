@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from scipy import stats
 
 from ..forecasting.candidates import MIN_TASKS
-from ..measures.accuracy import NEAR_CEILING
+from ..measures.results import NEAR_CEILING
 from ..records import keys
 from ..records.forecast import COVERAGE
 from ..records.outcomes import Outcome, one_of_each_run

@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 
 from ..data.metrics import check_by_images
 from ..data.tasks import Task, check_tasks
-from ..measures.accuracy import forgetting, paired_drop
+from ..measures.results import forgetting, paired_drop
 from ..models.encoders import EncodePair
 from ..models.untouched import load_untouched
 from ..probing import ranks

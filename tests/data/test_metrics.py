@@ -12,7 +12,7 @@ from torch import nn
 
 from iimm_callbacks import IIMMCallback, IIMMMonitor, Task
 from iimm_callbacks.data.metrics import Metric, RecallAt, as_metric
-from iimm_callbacks.measures.accuracy import paired_drop
+from iimm_callbacks.measures.results import paired_drop
 from iimm_callbacks.models.tuning import prepare
 from iimm_callbacks.probing.probe import Probe
 

@@ -12,7 +12,7 @@ from iimm_callbacks import Forecast, Forecaster, Limits, Measurement
 from iimm_callbacks.forecasting.grading import POLICIES
 from iimm_callbacks.guard.judging import judge, recommend
 from iimm_callbacks.guard.schedule import is_due, next_share
-from iimm_callbacks.measures.accuracy import Drop, Forgetting
+from iimm_callbacks.measures.results import Drop, Forgetting
 from iimm_callbacks.records.forecast import Prediction
 
 pytestmark = pytest.mark.once

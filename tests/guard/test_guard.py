@@ -9,7 +9,7 @@ import pytest
 
 from iimm_callbacks import Forecast, Limits, Verdict
 from iimm_callbacks.guard.judging import judge
-from iimm_callbacks.measures.accuracy import Drop, Forgetting
+from iimm_callbacks.measures.results import Drop, Forgetting
 from iimm_callbacks.records import verdict
 from iimm_callbacks.records.forecast import Prediction
 

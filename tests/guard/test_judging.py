@@ -9,7 +9,7 @@ from scipy import special
 
 from iimm_callbacks import Forecast, Forecaster, Limits, Measurement
 from iimm_callbacks.guard.judging import judge, judge_first, judge_look
-from iimm_callbacks.measures.accuracy import Drop, Forgetting, Score, forgetting, paired_drop
+from iimm_callbacks.measures.results import Drop, Forgetting, Score, forgetting, paired_drop
 from iimm_callbacks.records.forecast import Prediction
 from iimm_callbacks.records.look import Look
 

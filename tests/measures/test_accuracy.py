@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from iimm_callbacks import forgetting, gain_over_zero_shot_error, zero_shot_accuracy
-from iimm_callbacks.measures.accuracy import paired_drop, zero_shot_correct, zero_shot_scores
+from iimm_callbacks.measures.accuracy import zero_shot_correct, zero_shot_scores
+from iimm_callbacks.measures.results import paired_drop
 
 
 def bits(text):

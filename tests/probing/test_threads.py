@@ -318,9 +318,7 @@ def test_no_more_is_computed_ahead_than_there_are_threads():
     assert len(begun) <= 5
     results.close()
     assert len(begun) <= 5
-    assert threading.active_count() == 1 or not any(
-        thread.name.startswith("iimm") for thread in threading.enumerate()
-    )
+    assert not any(thread.name.startswith("iimm") for thread in threading.enumerate())
 
 
 def test_ranks_of_a_machine_share_its_cores(monkeypatch):
@@ -406,7 +404,7 @@ def test_reading_and_embedding_take_the_longer_of_both_not_the_sum(
         probe.look(model, 0)
         assert (both[0] >= 4) is overlaps
         assert probe.seconds > 10 * 0.03  # what a later look will take
-    assert threading.active_count() < 10
+    assert not any(thread.name.startswith("iimm") for thread in threading.enumerate())
 
 
 def test_an_error_while_embedding_ahead_is_that_of_the_look(tiny_clip, processor, by_threads):

@@ -216,6 +216,20 @@ def test_what_cannot_be_written_waits_on_this_machine_and_is_carried_over(flaky,
     assert by_task(read_outcomes(flaky)) == by_task([RUN, STOPPED])
 
 
+def test_a_place_that_stays_away_is_told_of_once(flaky, caplog):
+    for record in (RUN, STOPPED):
+        Flaky.failing = 3
+        append_outcome(flaky, record)
+    assert len(caplog.records) == 1
+    assert by_task(read_outcomes(flaky)) == by_task([RUN, STOPPED])
+
+
+def test_two_stores_that_do_not_exist_are_an_error_of_sync(tmp_path):
+    with pytest.raises(ValueError, match=r"got .*one\.jsonl and .*other/: neither does"):
+        sync(tmp_path / "one.jsonl", f"{tmp_path}/other/")
+    assert not list(tmp_path.glob("*o*e*"))
+
+
 def test_sync_carries_over_what_waits(flaky, tmp_path):
     Flaky.failing = 3
     append_outcome(flaky, RUN)

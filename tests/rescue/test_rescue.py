@@ -20,7 +20,7 @@ from transformers import TrainerCallback
 
 from iimm_callbacks import IIMMCallback, PromptClassifier
 from iimm_callbacks.data.tasks import Task
-from iimm_callbacks.measures.measure import Measurement
+from iimm_callbacks.measures.results import Measurement
 from iimm_callbacks.models.tuning import prepare
 from iimm_callbacks.models.wrappers import ClipAdapter
 from iimm_callbacks.probing.probe import Probe

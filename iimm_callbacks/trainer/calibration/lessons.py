@@ -11,10 +11,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from ...data.tasks import OFF_TARGET_PROBE_SIZE, TASK_PROBE_SIZE, Task
+from ...data.tasks import TASK_PROBE_SIZE, Task
 from ...data.training import SAMPLE_SIZE, training_task
 from ...probing.learnable import TrainingSet
 from ...probing.probe import Probe
+from ...records.outcomes import OFF_TARGET_PROBE_SIZE
 from .choice import most_different
 from .runs import LOOKS
 

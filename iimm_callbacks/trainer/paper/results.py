@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
-from ...measures.accuracy import gain_over_zero_shot_error
+from ...measures.results import gain_over_zero_shot_error
 from ...records.outcomes import Outcome
 from .experiment import Found, Part
 from .published import BATCH_SIZE, CLAIMS, EPOCHS, MODELS, RATES, TASKS
