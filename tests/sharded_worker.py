@@ -16,15 +16,30 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
 from datasets import load_from_disk
 from forked import on_ranks
+from torch import distributed
 from transformers import CLIPModel, CLIPProcessor, Trainer, TrainingArguments
 from transformers.utils import logging as transformers_logging
 
 from iimm_callbacks import IIMMCallback, IIMMMonitor, ImageCollator, PromptClassifier, Task
 from iimm_callbacks.models.sharded import full_parameters
+from iimm_callbacks.models.tuning import prepare
 
 LAYER = "CLIPEncoderLayer"
 SAVED = {"save_strategy": "steps", "save_steps": 3}
 FSDP = {"fsdp": True, "fsdp_config": {"version": 2, "transformer_layer_cls_to_wrap": [LAYER]}}
+OPTIONS = [
+    {"reshard_after_forward": False},
+    {"activation_checkpointing": True},
+    {"offload_params": True},
+    {"cpu_ram_efficient_loading": True},
+]
+LOADING = {
+    "uneven": {"even_batches": False},
+    "evened": {"even_batches": True},
+    "split": {"split_batches": True},
+    "dispatched": {"dispatch_batches": True},
+    "dispatched-split": {"dispatch_batches": True, "split_batches": True},
+}
 FSDP1 = {"fsdp_config": FSDP["fsdp_config"] | {"version": 1, "sync_module_states": False}}
 
 
@@ -68,8 +83,22 @@ def weights_of(model):
     return {name: whole.detach().clone() for name, _, whole in full_parameters(model)}
 
 
-def train(folder, output, more, guarded=True, resume=None, **settings):
+def frozen_text(model):
+    model.text_model.requires_grad_(False)
+    return model
+
+
+def empty_but_on_first(model):
+    """As `from_pretrained` leaves it where the first rank alone reads the file."""
+    if distributed.get_rank():
+        for parameter in model.parameters():
+            torch.nn.init.zeros_(parameter)
+    return model
+
+
+def train(folder, output, more, guarded=True, resume=None, change=None, rows=96, **settings):
     model, processor, task, shapes, own = parts(folder, output)
+    model = change(model) if change else model
     guard = IIMMCallback(task, [shapes], **own | settings) if guarded else None
     arguments = {
         "output_dir": str(output), "max_steps": 6, "per_device_train_batch_size": 8,
@@ -79,7 +108,7 @@ def train(folder, output, more, guarded=True, resume=None, **settings):
     trainer = Trainer(
         PromptClassifier(model, task, processor),
         TrainingArguments(**arguments | more),
-        train_dataset=task.dataset,
+        train_dataset=task.dataset.select(range(rows)),
         data_collator=ImageCollator(processor),
         callbacks=[guard] if guard else [],
     )
@@ -96,10 +125,11 @@ def train(folder, output, more, guarded=True, resume=None, **settings):
         "rows": guard.monitor.history if guard and guard.monitor else [],
         "losses": [row["loss"] for row in trainer.state.log_history if "loss" in row],
         "ended": guard.outcome.ended if guard and guard.outcome else "",
+        "run": guard.outcome.run if guard and guard.outcome else "",
     }
 
 
-def loop(folder, output, guarded=True, resume=None):
+def loop(folder, output, guarded=True, resume=None, fsdp=True):
     """One's own loop with accelerate, saved after three steps."""
     model, processor, task, shapes, settings = parts(folder, output)
     AcceleratorState._reset_state(reset_partial_state=True)
@@ -107,7 +137,7 @@ def loop(folder, output, guarded=True, resume=None):
         fsdp_version=2, auto_wrap_policy="transformer_based_wrap",
         transformer_cls_names_to_wrap=[LAYER], state_dict_type="SHARDED_STATE_DICT",
     )  # fmt: skip
-    accelerator = Accelerator(cpu=True, fsdp_plugin=plugin)
+    accelerator = Accelerator(cpu=True, fsdp_plugin=plugin if fsdp else None)
     net = PromptClassifier(model, task, processor)
     loader = torch.utils.data.DataLoader(task.dataset, 8, collate_fn=ImageCollator(processor))
     optimizer = torch.optim.AdamW(net.parameters(), lr=1e-3)
@@ -141,18 +171,38 @@ def loop(folder, output, guarded=True, resume=None):
         "rows": monitor.history if monitor else [],
         "losses": losses,
         "ended": outcome.ended if outcome else "",
+        "run": outcome.run if outcome else "",
     }
 
 
 # name -> what runs; one that resumes goes on from the one before
 SCENARIOS = {
-    "ddp": partial(train, more={}),
+    "ddp": partial(train, more=SAVED),
+    "ddp-resumed": partial(train, more=SAVED, resume="out-ddp/checkpoint-3"),
+    "ddp-loop": partial(loop, fsdp=False),
+    "ddp-loop-resumed": partial(loop, fsdp=False, resume="out-ddp-loop/saved"),
     "fsdp-plain": partial(train, more=FSDP | SAVED, guarded=False),
     "fsdp": partial(train, more=FSDP | SAVED),
     "fsdp-resumed": partial(train, more=FSDP | SAVED, resume="out-fsdp/checkpoint-3"),
     "fsdp-stopped": partial(train, more=FSDP, action=at_its_second_call),
     "fsdp-rescue": partial(train, more=FSDP, action="rescue"),
     "fsdp1": partial(train, more=FSDP | FSDP1),
+    **{
+        f"fsdp-{next(iter(option))}": partial(
+            train,
+            more=FSDP | {"fsdp_config": FSDP["fsdp_config"] | option},
+            change=empty_but_on_first if "cpu_ram_efficient_loading" in option else None,
+        )
+        for option in OPTIONS
+    },
+    **{  # 37 rows in batches of 8: five, the last one of 5, so that one rank has one more
+        name: partial(train, more={"accelerator_config": loading}, rows=37)
+        for name, loading in LOADING.items()
+    },
+    "fsdp-accumulating": partial(train, more=FSDP | {"gradient_accumulation_steps": 2}),
+    "fsdp-bf16": partial(train, more=FSDP | {"bf16": True}),
+    "fsdp-frozen": partial(train, more=FSDP, change=frozen_text),
+    "fsdp-lora": partial(train, more=FSDP, change=partial(prepare, method="lora", rank=2)),
     "loop-plain": partial(loop, guarded=False),
     "loop": loop,
     "loop-resumed": partial(loop, resume="out-loop/saved"),

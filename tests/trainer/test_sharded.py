@@ -12,12 +12,18 @@ from pathlib import Path
 
 import pytest
 import torch
+from sharded_worker import LOADING, OPTIONS, parts
+
+from iimm_callbacks.probing.probe import Probe
 
 WORKER = Path(__file__).parents[1] / "sharded_worker.py"
 FSDP = [
     "ddp", "fsdp-plain", "fsdp", "fsdp-resumed", "fsdp-stopped", "fsdp-rescue", "fsdp1",
     "loop-plain", "loop", "loop-resumed",
 ]  # fmt: skip
+OPTIONAL = [f"fsdp-{next(iter(option))}" for option in OPTIONS]
+MODELS = ["fsdp-accumulating", "fsdp-bf16", "fsdp-frozen", "fsdp-lora"]
+SAVED = ["ddp", "ddp-loop", "fsdp", "loop"]
 ZERO = [f"zero{stage}{kind}" for stage in (1, 2) for kind in ("-plain", "", "-resumed")]
 pytestmark = [pytest.mark.whole, pytest.mark.once]
 
@@ -41,14 +47,20 @@ def launched():
 
 
 @pytest.fixture
-def ranks(request, launched, tmp_path_factory, tiny_clip, processor, colours, shapes):
+def folder(tmp_path_factory, tiny_clip, processor, colours, shapes):
+    """The model and the data of a launch."""
+    folder = tmp_path_factory.mktemp("sharded")
+    tiny_clip().save_pretrained(folder / "model")
+    processor.save_pretrained(folder / "model")
+    colours.save_to_disk(folder / "colours")
+    shapes.save_to_disk(folder / "shapes")
+    return folder
+
+
+@pytest.fixture
+def ranks(request, launched, folder):
     n_ranks, names = request.param
     if (key := (n_ranks, *names)) not in launched:
-        folder = tmp_path_factory.mktemp("sharded")
-        tiny_clip().save_pretrained(folder / "model")
-        processor.save_pretrained(folder / "model")
-        colours.save_to_disk(folder / "colours")
-        shapes.save_to_disk(folder / "shapes")
         launched[key] = launch(folder, n_ranks, names)
     return launched[key]
 
@@ -118,6 +130,73 @@ def test_a_rescue_of_an_fsdp_run_is_refused_before_the_first_step(ranks):
     for rank in ranks["fsdp-rescue"]:
         assert "one that FSDP shards; save it, and rescue what was saved" in rank["error"]
         assert rank["losses"] == []
+
+
+def alone(folder, weights):
+    """A look of one process at a bare model of these weights."""
+    model, processor, task, shapes, _ = parts(folder, folder)
+    names = {name.replace("_fsdp_wrapped_module.", ""): w for name, w in weights.items()}
+    model.load_state_dict({n.partition("dual_encoder.")[2]: w for n, w in names.items()})
+    return Probe(task, [shapes], processor=processor, progress=False).look(model, 0)
+
+
+@both
+@pytest.mark.parametrize("name", ["ddp", "fsdp", "fsdp1", "loop"])
+def test_a_look_at_spread_weights_is_that_of_one_process_at_the_whole_ones(ranks, name, folder):
+    known, last = alone(folder, ranks[name][0]["weights"]), ranks[name][0]["rows"][-1]
+    assert last["eval_iimm"] == pytest.approx(known.measurement.iimm, abs=1e-6)
+    assert last["eval_iimm_accuracy"] == known.accuracy("colours")
+    assert last["eval_iimm_shapes_accuracy"] == known.accuracy("shapes")
+
+
+@pytest.mark.parametrize("ranks", [(2, ["ddp", *OPTIONAL])], indirect=True, ids=["2"])
+@pytest.mark.parametrize("name", OPTIONAL)
+def test_whatever_fsdp_is_told_it_is_measured_as_ddp_is(ranks, name):
+    for rank in ranks[name]:
+        assert rank["wrapper"] == "FSDPPromptClassifier"
+        assert_measured_as(ranks["ddp"][0], rank)
+
+
+@pytest.mark.parametrize("ranks", [(2, MODELS)], indirect=True, ids=["2"])
+@pytest.mark.parametrize("name", MODELS)
+def test_fsdp_with_accumulation_bf16_a_frozen_tower_or_lora_is_measured(ranks, name, folder):
+    first, second = ranks[name]
+    assert [numbers(row) for row in first["rows"]] == [numbers(row) for row in second["rows"]]
+    assert [row["step"] for row in first["rows"]] == [0, 2, 4, 6]
+    assert first["ended"] == "finished"
+    if name != "fsdp-lora":  # whose weights have other names
+        known = alone(folder, first["weights"]).measurement.iimm
+        tolerance = 5e-3 if name == "fsdp-bf16" else 1e-6
+        assert first["rows"][-1]["eval_iimm"] == pytest.approx(known, abs=tolerance)
+    assert first["rows"][-1]["eval_iimm"] != first["rows"][0]["eval_iimm"]
+
+
+def test_a_run_goes_on_with_any_other_number_of_ranks(folder):
+    before = launch(folder, 2, SAVED)
+    for n_ranks in (1, 3, 4):
+        after = launch(folder, n_ranks, [f"{name}-resumed" for name in SAVED])
+        for name in SAVED:
+            known = [numbers(row) for row in before[name][0]["rows"]]
+            for rank in after[f"{name}-resumed"]:
+                rows = [numbers(row) for row in rank["rows"]]
+                assert rows[:2] == known[:2], (name, n_ranks)  # baseline and record
+                assert [row["step"] for row in rows] == [0, 2, 4, 6]
+                assert rank["ended"] == "finished"
+                assert rank["run"] == before[name][0]["run"] != ""
+            last = alone(folder, rank["weights"]).measurement.iimm
+            assert rows[-1]["eval_iimm"] == pytest.approx(last, abs=1e-6)
+
+
+@pytest.mark.parametrize("ranks", [(2, ["ddp", *LOADING])], indirect=True, ids=["2"])
+@pytest.mark.parametrize("name", LOADING)
+def test_however_batches_are_dealt_all_ranks_look_at_the_same_steps(ranks, name, folder):
+    first, second = ranks[name]
+    assert [numbers(row) for row in first["rows"]] == [numbers(row) for row in second["rows"]]
+    assert [row["step"] for row in first["rows"]] == [0, 2, 4, 6]
+    untouched = numbers(ranks["ddp"][0]["rows"][0])  # its training set is a larger one
+    assert first["rows"][0]["eval_iimm"] == untouched["eval_iimm"]
+    last = alone(folder, first["weights"]).measurement.iimm
+    assert first["rows"][-1]["eval_iimm"] == pytest.approx(last, abs=1e-6)
 
 
 @needs_deepspeed
