@@ -7,6 +7,7 @@ Each scenario of a world size leaves what its ranks came back with in `<scenario
 
 import copy
 import logging
+import os
 import sys
 from datetime import timedelta
 from functools import partial
@@ -17,6 +18,7 @@ from conftest import make_dataset
 from forked import on_ranks
 from tiny import FAMILIES
 from torch import distributed
+from torch.distributed.algorithms.join import Join
 
 from iimm_callbacks import IIMMMonitor, Task
 from iimm_callbacks.models.wrappers import model_fingerprint
@@ -356,6 +358,35 @@ def sharded_bad_image(kind):
     return error, told(probe.look(model, 2))[0]
 
 
+def joined():
+    """A loop in which rank 0 has a batch more; torch's `Join` trains on without rank 1."""
+    torch.manual_seed(0)
+    model, processor = FAMILIES["SigLIP"]()
+    net = torch.nn.parallel.DistributedDataParallel(model)
+    task, (rank, _) = colour_task(), ranks.world()
+    monitor = IIMMMonitor(
+        task, [shape_task()], processor=processor, outcomes=None, verbose=False, every=2,
+        max_overhead=None,
+    )  # fmt: skip
+    monitor.begin(net, recipe={"steps": 9})
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.02)
+    inputs = processor(text=task.prompts([]), images=PICTURES[:8], return_tensors="pt",
+                       padding="max_length")  # fmt: skip
+    labels = torch.tensor([row["label"] for row in COLOURS.select(range(8))])
+    os.environ[ranks.TIMEOUT] = "1"  # the process group's own limit is longer
+    with Join([net]):
+        for step in range(1, 5 - rank):
+            loss_of(net, inputs, labels).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            monitor.step(step)
+    del os.environ[ranks.TIMEOUT]
+    outcome = monitor.end()
+    steps = [(row["step"], row["eval_iimm"]) for row in monitor.history]
+    alone = Probe(task, processor=processor, progress=False).look(model, 9).measurement.iimm
+    return steps, outcome.ended, alone
+
+
 def linear_probe():
     """The linear probe on a training set, without one, and where one rank cannot read it."""
     model, processor = FAMILIES["CLIP"]()
@@ -405,6 +436,7 @@ TWO |= {
     for kind in ("fsdp1", "fsdp2")
     for tower in ("vision_model", "text_model")
 }
+TWO |= {"joined": joined}
 SCENARIOS = {1: ANY, 2: ANY | SEVERAL | TWO, 3: ANY | SEVERAL, 7: ANY}
 
 

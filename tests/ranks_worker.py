@@ -82,6 +82,8 @@ BUSY = {"gradient_accumulation_steps": 2, "dataloader_num_workers": 1, "eval_str
 MODEL_ONLY = {"save_strategy": "steps", "save_steps": 3, "save_only_model": True}
 STREAM = {"accelerator_config": {"dispatch_batches": False, "even_batches": True}}
 DISPATCHED = {"accelerator_config": {"dispatch_batches": True}}
+SPLIT = {"accelerator_config": {"split_batches": True}}
+UNEVEN = {"accelerator_config": {"even_batches": False}}
 # name -> (settings of the guard, its probe, arguments of the Trainer); None: no guard
 SCENARIOS = {
     "plain": (None, Probe, BUSY),
@@ -95,6 +97,8 @@ SCENARIOS = {
     "no-base": ({"base_model": base_model_but_on_rank_1}, Probe, {}),  # goes on from unguarded
     "stream": ({"every": 2}, Probe, STREAM),
     "dispatched": ({"every": 2}, Probe, DISPATCHED),
+    "split": ({"every": 2}, Probe, SPLIT),
+    "uneven": ({"every": 2}, Probe, UNEVEN),
     "saved": ({"every": 2}, Probe, MODEL_ONLY),
     "resumed-alone": ({"every": 2}, Probe, {}),  # goes on from saved, for one process
     "batch-of-4": (None, Probe, SGD | {"per_device_train_batch_size": 4}),
@@ -131,7 +135,9 @@ def train(folder, scenario, output):
     } | arguments
     data = task.dataset
     if "accelerator_config" in arguments:  # 20 rows: the last batch of an epoch is uneven
-        data = data.select(range(20)).to_iterable_dataset(num_shards=2)
+        data = data.select(range(20))
+        if "dispatch_batches" in arguments["accelerator_config"]:
+            data = data.to_iterable_dataset(num_shards=2)
     trainer = Trainer(
         PromptClassifier(model, task, processor),
         TrainingArguments(**arguments),

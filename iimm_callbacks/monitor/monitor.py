@@ -335,7 +335,9 @@ class IIMMMonitor(Measured):
         now, total = self._now
         done = whole(step, "step") if step is not None else now or None
         now = done if done is not None else 0 if ended else total
-        if done is None or not self.has_seen(now):
+        now = max(now, -int(ranks.least(-now, "the last step")))  # uneven batches: of any rank
+        done = done and now
+        if ranks.any_rank(done is None or not self.has_seen(now), "the last look"):
             self.check(self._trained("end") if model is None else model, now, total)
         if now > total > 0:
             journal.plan(now)  # it was longer than was said

@@ -41,12 +41,12 @@ class _Scope:
 
     Attributes:
         name: In words, for the error.
-        number: How many of that name there have been.
+        number: How many of that name there have been; of one in another, where in that it came.
         exchanges: In it so far.
     """
 
     name: str
-    number: int = 0
+    number: int | str = 0
     exchanges: int = 0
 
 
@@ -63,8 +63,13 @@ def during(what: str) -> Iterator[None]:
         what: Such as "the look at step 40".
     """
     _count_anew()
-    _entered[what] += 1
-    _scopes.append(_Scope(what, _entered[what]))
+    outer = _scopes[-1]
+    if len(_scopes) > 1:  # whatever each rank did alone before, they are together in this
+        number: int | str = f"{outer.name} {outer.number}.{outer.exchanges}"
+        outer.exchanges += 1
+    else:
+        number = _entered[what] = _entered[what] + 1
+    _scopes.append(_Scope(what, number))
     try:
         yield
     finally:
@@ -96,10 +101,11 @@ def world() -> tuple[int, int]:
 
 
 def time_limit() -> float:
-    """Seconds that a rank waits for another: ``$IIMM_CALLBACKS_TIMEOUT``, else as in training.
+    """Seconds that a rank waits for another: ``$IIMM_CALLBACKS_TIMEOUT``, else half as in training.
 
-    That is the process group's own limit, such as the Trainer's ``ddp_timeout``; 300 where the
-    group does not tell.
+    That is half of the process group's own limit, such as the Trainer's ``ddp_timeout``: the other
+    rank may wait in a collective of the training, which must not end first; 300 where the group
+    does not tell.
 
     Raises:
         ValueError: The variable is not a positive number.
@@ -116,7 +122,7 @@ def time_limit() -> float:
 def _limit_of_group() -> float:
     try:
         group: Any = distributed.distributed_c10d._get_default_group()
-        return float(group._get_backend(_device()).options._timeout.total_seconds())
+        return float(group._get_backend(_device()).options._timeout.total_seconds()) / 2
     except (AttributeError, RuntimeError, ValueError):  # there is none, or of another kind
         return _DEFAULT_TIMEOUT
 

@@ -14,6 +14,7 @@ from transformers.trainer_utils import default_compute_objective
 
 from ..guard.schedule import Every, waits_for_end
 from ..monitor.telling import no_look
+from ..probing import ranks
 from ..probing.learnable import TrainingSet
 from ..records import keys
 from ..records.log import get_logger
@@ -95,9 +96,23 @@ def comes_and_goes(key: str) -> bool:
 
 
 def best_step(state: TrainerState) -> int | None:
-    """The step of the best checkpoint; None where its name does not tell."""
+    """The step of the best checkpoint; None where its name does not tell, or ranks have others.
+
+    All ranks call it.
+    """
     best = Path(state.best_model_checkpoint or "").name.rpartition("-")[2]
-    return int(best) if best.isdecimal() else None
+    step, what = int(best) if best.isdecimal() else -1, "which checkpoint is the best"
+    if ranks.any_rank(step != ranks.least(step, what), what):
+        if state.is_world_process_zero:
+            logger.warning(
+                "`load_best_model_at_end` has put parts of different checkpoints together: this "
+                "rank loaded %r, another rank another one. Under FSDP with "
+                "`state_dict_type='SHARDED_STATE_DICT'` the Trainer looks for a checkpoint before "
+                "it is written. Load the best one yourself, or use 'FULL_STATE_DICT'",
+                state.best_model_checkpoint,
+            )
+        return None
+    return step if step >= 0 else None
 
 
 def searches_by_own_objective() -> bool:

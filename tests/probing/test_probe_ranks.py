@@ -197,6 +197,15 @@ def test_an_image_that_vanishes_is_an_error_on_all_ranks_sharded_or_not(results,
     assert first[1] == second[1]
 
 
+def test_a_rank_without_batches_costs_a_look_and_the_last_one_is_of_the_most_steps(results):
+    first, second = results("joined", 2)
+    assert first == second
+    steps, ended, last = first
+    assert [step for step, _ in steps] == [0, 2, 4]
+    assert steps[-1][1] == last
+    assert ended == "stopped early"
+
+
 def test_zero_3_is_refused_with_the_reason(tiny_clip, colour_task, processor):
     model = tiny_clip()
     next(model.parameters()).ds_id = 0  # what DeepSpeed marks its split weights with
