@@ -199,6 +199,9 @@ SCENARIOS = {
         name: partial(train, more={"accelerator_config": loading}, rows=37)
         for name, loading in LOADING.items()
     },
+    "uneven-epochs": partial(
+        train, more={"accelerator_config": LOADING["uneven"]}, rows=37, every="epoch"
+    ),
     "fsdp-accumulating": partial(train, more=FSDP | {"gradient_accumulation_steps": 2}),
     "fsdp-bf16": partial(train, more=FSDP | {"bf16": True}),
     "fsdp-frozen": partial(train, more=FSDP, change=frozen_text),

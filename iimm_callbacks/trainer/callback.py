@@ -186,6 +186,7 @@ class IIMMCallback(GuardedRun, TrainerCallback):  # type: ignore[misc]  # transf
     ) -> None:
         """Measure the untouched model; a model that cannot be measured raises before training."""
         host.check_alone(self)
+        host.check_same_epochs(self.every, kwargs.get("train_dataloader"))
         if state.is_world_process_zero:
             host.warn_of_direction(args)
             host.warn_of_no_look(args, state, self.every, self.limits)

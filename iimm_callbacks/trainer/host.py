@@ -290,6 +290,30 @@ def training_loss(state: TrainerState, step: int) -> float | None:
     return losses[-1] if losses else None
 
 
+def check_same_epochs(every: Every, loader: Any) -> None:
+    """Raise where looks at the end of an epoch would come at other steps on each rank.
+
+    Args:
+        every: When looks are taken.
+        loader: Of this rank; one that does not know its length is taken to be as long on all.
+
+    Raises:
+        ValueError: Epochs are of other lengths, as uneven ones are without ``even_batches``.
+    """
+    if every != "epoch":
+        return
+    try:
+        n = len(loader)
+    except TypeError:
+        n = 0
+    least, most = (sign * ranks.least(sign * n, "the length of an epoch") for sign in (1, -1))
+    if least != most:
+        raise ValueError(
+            "`every` must be steps or a share of them where ranks have epochs of other lengths, "
+            f"got 'epoch' with {least:.0f} to {most:.0f} batches; or set `even_batches` to True"
+        )
+
+
 def training_set(loader: Any) -> TrainingSet | None:
     """The data set behind the Trainer's data loader, as the guard finds it; None without one."""
     data = getattr(loader, "dataset", None)

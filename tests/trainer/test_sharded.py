@@ -24,6 +24,7 @@ FSDP = [
 OPTIONAL = [f"fsdp-{next(iter(option))}" for option in OPTIONS]
 MODELS = ["fsdp-accumulating", "fsdp-bf16", "fsdp-frozen", "fsdp-lora"]
 SAVED = ["ddp", "ddp-loop", "fsdp", "loop"]
+DEALT = ["ddp", *LOADING, "uneven-epochs"]
 ZERO = [f"zero{stage}{kind}" for stage in (1, 2) for kind in ("-plain", "", "-resumed")]
 pytestmark = [pytest.mark.whole, pytest.mark.once]
 
@@ -187,7 +188,7 @@ def test_a_run_goes_on_with_any_other_number_of_ranks(folder):
             assert rows[-1]["eval_iimm"] == pytest.approx(last, abs=1e-6)
 
 
-@pytest.mark.parametrize("ranks", [(2, ["ddp", *LOADING])], indirect=True, ids=["2"])
+@pytest.mark.parametrize("ranks", [(2, DEALT)], indirect=True, ids=["2"])
 @pytest.mark.parametrize("name", LOADING)
 def test_however_batches_are_dealt_all_ranks_look_at_the_same_steps(ranks, name, folder):
     first, second = ranks[name]
@@ -197,6 +198,13 @@ def test_however_batches_are_dealt_all_ranks_look_at_the_same_steps(ranks, name,
     assert first["rows"][0]["eval_iimm"] == untouched["eval_iimm"]
     last = alone(folder, first["weights"]).measurement.iimm
     assert first["rows"][-1]["eval_iimm"] == pytest.approx(last, abs=1e-6)
+
+
+@pytest.mark.parametrize("ranks", [(2, DEALT)], indirect=True, ids=["2"])
+def test_looks_at_the_end_of_epochs_of_other_lengths_are_refused_before_the_first_step(ranks):
+    for rank in ranks["uneven-epochs"]:
+        assert "got 'epoch' with 2 to 3 batches" in rank["error"]
+        assert rank["losses"] == []
 
 
 @needs_deepspeed
