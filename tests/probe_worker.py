@@ -12,6 +12,7 @@ import sys
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from conftest import make_dataset
@@ -25,6 +26,7 @@ from iimm_callbacks.models.wrappers import model_fingerprint
 from iimm_callbacks.probing import ranks
 from iimm_callbacks.probing.learnable import TrainingSet
 from iimm_callbacks.probing.probe import Probe
+from iimm_callbacks.trainer.host import best_step
 
 WORLDS = (1, 2, 3, 7)
 COLOURS, SHAPES = make_dataset("colour", 40, seed=1), make_dataset("shape", 30, seed=2)
@@ -358,6 +360,15 @@ def sharded_bad_image(kind):
     return error, told(probe.look(model, 2))[0]
 
 
+def best_apart():
+    """The step of the best checkpoint: one and the same, and another one on each rank."""
+    states = [
+        SimpleNamespace(best_model_checkpoint=f"out/checkpoint-{step}", is_world_process_zero=True)
+        for step in (4, 2 + ranks.world()[0])
+    ]
+    return [best_step(state) for state in states]
+
+
 def joined():
     """A loop in which rank 0 has a batch more; torch's `Join` trains on without rank 1."""
     torch.manual_seed(0)
@@ -436,7 +447,7 @@ TWO |= {
     for kind in ("fsdp1", "fsdp2")
     for tower in ("vision_model", "text_model")
 }
-TWO |= {"joined": joined}
+TWO |= {"joined": joined, "best_apart": best_apart}
 SCENARIOS = {1: ANY, 2: ANY | SEVERAL | TWO, 3: ANY | SEVERAL, 7: ANY}
 
 

@@ -206,6 +206,10 @@ def test_a_rank_without_batches_costs_a_look_and_the_last_one_is_of_the_most_ste
     assert ended == "stopped early"
 
 
+def test_a_best_checkpoint_that_is_another_one_on_each_rank_is_none(results):
+    assert results("best_apart", 2) == [[4, None], [4, None]]
+
+
 def test_zero_3_is_refused_with_the_reason(tiny_clip, colour_task, processor):
     model = tiny_clip()
     next(model.parameters()).ds_id = 0  # what DeepSpeed marks its split weights with
