@@ -170,19 +170,22 @@ class Pace:
         self.budget.began(wall, look)
         self._first_step = None if resumed else 0
 
-    def is_scheduled(self, step: int, total_steps: int, event: str | None) -> bool:
+    def is_scheduled(
+        self, step: int, total_steps: int, event: str | None, since: int | None = None
+    ) -> bool:
         """Whether a look is due, whatever it costs.
 
         Args:
             step: Optimizer steps done. The last one is due; steps beyond it go by `every`.
             total_steps: Of the whole training.
             event: One of `schedule.EVENTS`, or None.
+            since: As `schedule.is_due`.
         """
         if self._first_step is None:
             self._first_step = step - 1
         if step >= total_steps and self._last_step is None:
             self._last_step = step
-        due = self.every == event if event else is_due(self.every, step, total_steps)
+        due = self.every == event if event else is_due(self.every, step, total_steps, since)
         return due or step == self._last_step
 
     def pays(

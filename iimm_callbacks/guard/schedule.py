@@ -64,29 +64,33 @@ def moments(every: Sequence[float] | None, total_steps: int) -> list[int]:
     return sorted({math.ceil(share * total_steps - 1e-9) for share in shares})
 
 
-def is_due(every: Every, step: int, total_steps: int) -> bool:
-    """Whether a look is due after this optimizer step.
+def is_due(every: Every, step: int, total_steps: int, since: int | None = None) -> bool:
+    """Whether a look is due after this optimizer step, or was at one that nobody asked about.
 
     Args:
         every: As `check_every`; ``None`` means `DEFAULT_SHARES`. The last step is always due;
             "epoch" and "evaluate" are events and never due by step.
         step: Optimizer steps done, from 1.
         total_steps: Of the whole training.
+        since: The step that was asked about before; ``None``: the one before this.
 
     Example:
         >>> [s for s in range(1, 101) if is_due(None, s, 100)]
         [5, 10, 20, 30, 50, 70, 100]
+        >>> [s for s in range(8, 101, 8) if is_due(None, s, 100, since=s - 8)]
+        [8, 16, 24, 32, 56, 72]
     """
+    since = step - 1 if since is None else min(since, step - 1)
     if step == total_steps:
         return True
     if isinstance(every, str):
         return False
     if isinstance(every, int):
-        return step % every == 0
+        return step // every > since // every
     if not isinstance(every, float):
-        return step in moments(every, total_steps)
-    gap = every * total_steps  # due where a multiple of it lies in (step - 1, step]
-    return math.floor((step + 1e-9) / gap) > math.floor((step - 1 + 1e-9) / gap)
+        return any(since < due <= step for due in moments(every, total_steps))
+    gap = every * total_steps  # due where a multiple of it lies in (since, step]
+    return math.floor((step + 1e-9) / gap) > math.floor((since + 1e-9) / gap)
 
 
 def next_share(every: Every, step: int, total_steps: int, last_step: int) -> float:

@@ -210,7 +210,8 @@ class IIMMMonitor(Measured):
         """Call it after each optimizer step: it looks at the model where a look is due.
 
         Args:
-            step: Optimizer steps done, from 1 on.
+            step: Optimizer steps done, from 1 on. Where it is not called after each, a look that
+                was due in between is taken now.
             training_loss: As `check`.
             event: As `is_due`; what ``every="epoch"`` and ``every="evaluate"`` wait for.
 
@@ -247,9 +248,9 @@ class IIMMMonitor(Measured):
         """
         journal = self._require_begun("is_due")
         step, total_steps = whole(step, "step"), whole(total_steps, "total_steps")
-        self._now = step, total_steps
+        since, self._now = self._now[0], (step, total_steps)
         self._warned.of_length(step, total_steps)
-        scheduled = self._pace.is_scheduled(step, total_steps, event)
+        scheduled = self._pace.is_scheduled(step, total_steps, event, since)
         if self.looked_at == step or not scheduled:
             return False
         elapsed, taken = time.perf_counter() - self._began, journal.looks_taken

@@ -156,13 +156,16 @@ def off_target_tasks(task: Task, given: Task | Sequence[Task] | None) -> list[Ta
     """The off-target tasks that were given, as a list; ``None``: the canaries.
 
     Raises:
+        TypeError: One is not a `Task`.
         ValueError: None were given, and the images of the task are sounds or videos: the shipped
             tasks are pictures.
     """
-    from ..data.tasks import as_tasks
+    from ..data.tasks import as_tasks, check_tasks
 
+    off_target = [] if given is None else as_tasks(given)
+    check_tasks(task, off_target)
     if given is not None:
-        return as_tasks(given)
+        return off_target
     if (found := task.kind()) != "image":
         raise ValueError(
             f"`off_target` must be given for a task of {found}s, got None: the shipped tasks are "

@@ -317,6 +317,26 @@ def test_a_loop_that_is_not_looked_at_before_its_end_is_told_so_once(
     assert all(re.search(says, message) for message in said)
 
 
+@pytest.mark.parametrize(
+    ("every", "looks"),
+    [(None, [0, 7, 14, 21, 35, 49, 70]), (20, [0, 21, 42, 63, 70]), (0.25, [0, 21, 35, 56, 70])],
+)
+def test_a_loop_that_tells_every_seventh_step_is_looked_at_from_where_a_look_was_due(
+    tiny_clip, make_monitor, every, looks
+):
+    monitor, model = make_monitor(every=every, max_overhead=None), tiny_clip()
+    monitor.begin(model, recipe={"steps": 70})
+    for step in range(7, 71, 7):
+        monitor.step(step)
+    assert [row["step"] for row in monitor.history] == looks
+
+
+@pytest.mark.parametrize("off_target", [None, []])
+def test_what_is_no_task_is_named(off_target):
+    with pytest.raises(TypeError, match="must be `Task`s, got str; wrap the data set"):
+        IIMMMonitor("flowers", off_target)
+
+
 def test_a_step_at_which_an_epoch_ends_is_looked_at(tiny_clip, make_monitor, caplog):
     monitor, model = make_monitor(every="epoch", max_overhead=None), tiny_clip()
     monitor.begin(model, recipe={"steps": 9})
