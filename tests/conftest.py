@@ -67,6 +67,7 @@ def pytest_collection_modifyitems(config, items):
 IN_ONE_PLACE = (
     "test_apart.py", "test_demo.py", "test_kill.py", "test_package.py", "test_paper.py",
     "test_probe_ranks.py", "test_public_api.py", "test_ranks.py", "test_rescue.py",
+    "test_sharded.py",
 )  # fmt: skip
 
 
