@@ -255,12 +255,12 @@ def oldest_first(address: Address, there: Listing, names: Iterable[str]) -> list
 
 
 def written(address: Address, there: Listing, name: str) -> float:
-    """When an object was written, in seconds; 0 where that is not known."""
-    at = there.get(name, 0.0)
-    if at is None:
+    """When an object was written, in seconds; 0 where that is not known. A folder is asked once."""
+    if there.get(name, 0.0) is None:
+        there[name] = 0.0
         with suppress(FileNotFoundError):
-            return os.stat(f"{address.folder}/{name}").st_mtime
-    return at or 0.0
+            there[name] = os.stat(f"{address.folder}/{name}").st_mtime
+    return there.get(name) or 0.0
 
 
 def _list(address: Address) -> list[tuple[str, float | None]]:
