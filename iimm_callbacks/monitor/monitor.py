@@ -210,8 +210,7 @@ class IIMMMonitor(Measured):
         """Call it after each optimizer step: it looks at the model where a look is due.
 
         Args:
-            step: Optimizer steps done, from 1 on. Where it is not called after each, a look that
-                was due in between is taken now.
+            step: Optimizer steps done, from 1 on; a look due since the last call is taken now.
             training_loss: As `check`.
             event: As `is_due`; what ``every="epoch"`` and ``every="evaluate"`` wait for.
 
