@@ -181,13 +181,13 @@ def judge_look(
         share: Of the steps that are done, in [0, 1].
         coming: Share of the steps at which the next look is due.
     """
-    baseline = baseline.first(look)
+    shown = baseline.first(look)
     task, *off_target = look.correct
-    gain = paired_drop(baseline.seen(task), look.seen(task))
+    gain = paired_drop(shown.seen(task), look.seen(task))
     seen = {"gain": (-gain.value, gain.standard_error)}
     observed = drops = None
     if off_target:
-        before, after = ({t: one.seen(t) for t in off_target} for one in (baseline, look))
+        before, after = ({t: one.seen(t) for t in off_target} for one in (shown, look))
         observed = forgetting(before, after)
         seen["forgetting"] = (observed.mean.value, observed.mean.standard_error)
         seen["worst"] = (observed.worst.value, observed.worst.standard_error)

@@ -52,19 +52,21 @@ def look_row(
 
     Args:
         look: The look; the first task in it is being learnt, the others are off-target.
-        baseline: The look at the untouched model.
+        baseline: The look at the untouched model, with these images and maybe more. Accuracies of
+            a look at fewer are then the baseline's, plus what changed on these.
         forecast: At this look.
         observed: Forgetting so far; ``None`` at the baseline and without off-target tasks.
         verdict: At this look.
     """
     m = look.measurement
     task, *off_target = look.correct
+    gain = look.accuracy(task) - baseline.first(look).accuracy(task)
     row = {
         PREFIX: m.iimm,
         INTER: m.inter,
         INTRA: m.intra,
-        ACCURACY: look.accuracy(task),
-        observed_key("gain"): look.accuracy(task) - baseline.accuracy(task),
+        ACCURACY: _accuracy(look, baseline, task),
+        observed_key("gain"): gain,
         RUNTIME: look.runtime,
     }
     if not math.isnan(m.standard_error):
@@ -78,7 +80,15 @@ def look_row(
     row |= _interval("gain", forecast.gain) | _interval("forgetting", forecast.forgetting)
     if verdict.exceed_probability is not None:
         row[EXCEED] = verdict.exceed_probability
-    return row | {accuracy_key(name): look.accuracy(name) for name in off_target}
+    return row | {accuracy_key(name): _accuracy(look, baseline, name) for name in off_target}
+
+
+def _accuracy(look: Look, baseline: Look, task: str) -> float:
+    """The baseline's, of all its images, plus what changed on those that the look shows."""
+    now, before = look.accuracy(task), baseline.first(look).accuracy(task)
+    if len(look.correct[task]) == len(baseline.correct[task]):
+        return now
+    return min(max(baseline.accuracy(task) + now - before, 0.0), 1.0)
 
 
 def as_outcome(

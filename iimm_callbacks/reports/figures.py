@@ -243,6 +243,7 @@ def _measure(record: dict[str, Any]) -> Picture:
         )  # fmt: skip
     _over_steps(axis, record, "cosine similarity", zero=False)
     legend_above(axis, 3)
+    fewer = len({row.get("n_images") for row in rows}) > 1
     seen = told(
         rows, lambda r: f"{r[keys.PREFIX]:.3f}, {r[keys.INTER]:.3f} and {r[keys.INTRA]:.3f}"
     )
@@ -250,7 +251,8 @@ def _measure(record: dict[str, Any]) -> Picture:
         "measure", "IIMM and its two terms",
         f"Line chart over the steps of IIMM, its inter-modal and its intra-modal term, at {seen}.",
         "IIMM is the mean of the two terms. The forecast before training uses the value at step 0 "
-        "only: that IIMM moves during training is no sign of forgetting by itself.",
+        "only: that IIMM moves during training is no sign of forgetting by itself."
+        + (" Some looks show fewer images: theirs is that of these." if fewer else ""),
         figure,
     )  # fmt: skip
 

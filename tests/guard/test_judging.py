@@ -31,13 +31,17 @@ def look(step, learnt, kept, by_metric=()):
 
 
 def judged(by_metric, after):
+    return judged_look(look(5, *after, by_metric), by_metric)
+
+
+def judged_look(now, by_metric=()):
     baseline = look(0, 0.5, 0.9, by_metric)
     forecaster = Forecaster().fit([], base_rates=False)
     prior = forecaster.predict(MEASURED, method="full", zero_shot_accuracy=0.5, model="m")
     limits = Limits(0.1)
     first = judge_first(baseline, prior, limits)
     return first, judge_look(
-        look(5, *after, by_metric),
+        now,
         baseline,
         prior,
         forecaster.update,
@@ -76,6 +80,18 @@ def test_what_is_seen_and_what_is_expected_add_up(ahead, seen, level, probabilit
     drop = Drop(limit + se * float(special.ndtri(seen)), se)
     found = judge(forecast, Forgetting({"a": drop}, drop, "a"), Limits(limit))
     assert (found.level, found.exceed_probability) == (level, pytest.approx(probability))
+
+
+@pytest.mark.parametrize(("right", "accuracy"), [(20, 0.5), (15, 0.25), (10, 0.0), (0, 0.0)])
+def test_accuracies_of_a_look_at_fewer_images_compare_with_those_before_training(right, accuracy):
+    """The first 20 of 40 images are right before training, of the task all that are."""
+    correct = {"task": np.arange(20) < right, "other": np.arange(20) < 20}
+    first, fewer = judged_look(Look(5, MEASURED, correct, 0.1, {}))
+    assert first.row["eval_iimm_accuracy"] == 0.5
+    assert fewer.row["eval_iimm_gain_observed"] == right / 20 - 1
+    assert fewer.row["eval_iimm_accuracy"] == pytest.approx(accuracy)
+    assert fewer.row["eval_iimm_other_accuracy"] == pytest.approx(0.9)  # and not 1, of these 20
+    assert fewer.row["drops"] == {"other": 0.0}
 
 
 def test_verdict_and_row_are_in_the_metrics_units():
