@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from ..records import keys
 from . import hub
 from .images import kind, random_streams_kept, read_image
 from .labels import read_labels
@@ -303,7 +304,8 @@ def check_tasks(task: Task, off_target: Sequence[Task]) -> None:
 
     Raises:
         TypeError: One is not a `Task`.
-        ValueError: Two of one name, or an off-target task on the data of the task.
+        ValueError: Two of one name, one whose logged key is taken, or an off-target task on the
+            data of the task.
     """
     for candidate in (task, *off_target):
         if not isinstance(candidate, Task):
@@ -323,6 +325,11 @@ def check_tasks(task: Task, off_target: Sequence[Task]) -> None:
         raise ValueError(
             f"`task` and `off_target` must have names of their own, got {doubles} more than once; "
             "they name the logged keys"
+        )
+    if any(keys.accuracy_key(t.name) == keys.LINEAR_PROBE for t in off_target):
+        raise ValueError(
+            "`off_target` tasks must not be named 'linear_probe': that one's accuracy has the "
+            f"logged key {keys.LINEAR_PROBE!r}; give the task another name"
         )
 
 

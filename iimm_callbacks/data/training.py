@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import suppress
 from copy import copy
+from itertools import zip_longest
 from typing import Any
 
 from .labels import pick_columns
@@ -16,6 +18,10 @@ SAMPLE_SIZE = 1024
 
 class NoTrainingSetError(ValueError):
     """The training set cannot be read as the task is; the message says why."""
+
+
+class OtherLabelsError(NoTrainingSetError):
+    """A class of the task has another label in the training set."""
 
 
 def training_task(train: Any, task: Task, *, given: bool = True) -> Task:
@@ -34,6 +40,7 @@ def training_task(train: Any, task: Task, *, given: bool = True) -> Task:
     Raises:
         NoTrainingSetError: It is a stream, it has captions, other classes or another order of them
             than `task`, or, not `given`, labels that only reading every image would tell.
+        OtherLabelsError: Of these: a class of `task` has another label.
         TypeError: As `Task`.
         ValueError: As `Task`.
     """
@@ -99,10 +106,22 @@ def _named_as(train: Task, task: Task) -> Task:
         named.class_names = task.class_names
         return named
     what = "the classes of `task` in another order" if same else "other classes than `task`"
-    raise NoTrainingSetError(
-        f"`train` has {what}: [{some(train.class_names)}] against [{some(task.class_names)}]; "
-        "give both the same `class_names`, in label order"
+    both = zip_longest(train.class_names, task.class_names)
+    label, (theirs, ours) = next((i, pair) for i, pair in enumerate(both) if pair[0] != pair[1])
+    mixed = _has_other_labels(train.class_names, task.class_names) or _has_other_labels(
+        train.own_names or train.class_names, task.own_names or task.class_names
     )
+    raise (OtherLabelsError if mixed else NoTrainingSetError)(
+        f"`train` has {what}: [{some(train.class_names)}] against [{some(task.class_names)}], "
+        f"first label {label}, {theirs!r} against {ours!r}; give both the same `class_names`, in "
+        "label order"
+    )
+
+
+def _has_other_labels(names: Sequence[str], others: Sequence[str]) -> bool:
+    """Whether a name stands in both at different places."""
+    labels = {name: label for label, name in enumerate(others)}
+    return any(labels.get(name, label) != label for label, name in enumerate(names))
 
 
 def _check_cheap(train: Any) -> None:

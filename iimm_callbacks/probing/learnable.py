@@ -6,7 +6,7 @@ Training images where there are any at hand, else leave-one-out inside the task'
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -17,7 +17,7 @@ from scipy import optimize
 from torch import Tensor, nn
 
 from ..data.tasks import Task
-from ..data.training import NoTrainingSetError, training_task
+from ..data.training import NoTrainingSetError, OtherLabelsError, training_task
 from ..measures.embeddings import autocast_off, unit_rows
 from ..measures.probe_accuracy import LinearProbe, linear_probe
 from ..models.encoders import Encoder
@@ -28,10 +28,11 @@ from ..records.log import get_logger
 from ..records.look import Learnable
 from . import ranks
 from .embedding import Early, Halving, runs
-from .share import ProbeTask, Share, read_share
+from .share import ProbeTask, Share, among, read_share, tell_of_shared
 
 logger = get_logger(__name__)
 
+_TOO_HIGH = "accuracy on images that are trained on is too high: use held-out ones"
 CAPTIONS = "captions have no classes, so there is no linear probe"
 
 
@@ -65,6 +66,13 @@ def read_sample(train: TrainingSet | None, task: Task) -> tuple[Task | None, str
     except NoTrainingSetError as error:
         if train.given:
             raise
+        if isinstance(error, OtherLabelsError) and ranks.world()[0] == 0:
+            logger.warning(
+                "Labels of the training set are not those of task %r: %s. A model that learns "
+                "them with this task's prompts learns wrong classes",
+                task.name,
+                error,
+            )
         return None, str(error)
     except Exception as error:
         why_not = f"the training set cannot be used ({type(error).__name__}: {error})"
@@ -90,6 +98,7 @@ def learn(
     embed_training: Callable[[], tuple[ProbeTask, Tensor]] | None,
     n_train: int | None,
     why_not: str,
+    off_target: Sequence[ProbeTask] = (),
 ) -> Learnable:
     """Fit and score the linear probe of a task; the same on all ranks, which must all call it.
 
@@ -102,12 +111,15 @@ def learn(
             embeddings; ``None``: there is none.
         n_train: Images in the training set.
         why_not: Why there is no training sample, in words.
+        off_target: As they are probed.
     """
     labels = shown.labels
     if embed_training is not None:
         try:
             train, embeds = embed_training()
-            new = ~_among(train.digest, shown.digest)  # held-out images must not be learnt from
+            for held_out in (shown, *off_target):
+                tell_of_shared(held_out, train, "the training images that were read", _TOO_HIGH)
+            new = ~among(train.digest, shown.digest)  # held-out images must not be learnt from
             learnt = ranks.from_first(
                 lambda: _fit(embeds[new], classes, train.labels[new], scale, (images, labels))
             )
@@ -158,12 +170,6 @@ def _likeliest_scale(images: Tensor, classes: Tensor, labels: Tensor) -> float:
 
     found = optimize.minimize_scalar(loss, bounds=(0.0, math.log(200)), method="bounded")
     return math.exp(found.x)
-
-
-def _among(digests: Tensor, others: Tensor) -> Tensor:
-    """[n] whether a row is one of the others."""
-    known = {tuple(row) for row in others.tolist()}
-    return torch.tensor([tuple(row) in known for row in digests.tolist()], dtype=torch.bool)
 
 
 def _show(

@@ -25,7 +25,7 @@ from . import ranks
 from .embedding import Early, Halving, check_rows, embed_classes, own_logits, runs, width_of
 from .learnable import TrainingSet, embed_sample, learn, read_sample, why_none
 from .scoring import Sums, accumulate, fingerprint, score, warn_of_mixed_units
-from .share import Share, read_share
+from .share import Share, check_apart, read_share
 from .texts import KeptTexts
 
 logger = get_logger(__name__)
@@ -128,12 +128,7 @@ class Probe:
                 progress=self.progress,
                 embed=early,
             )
-            for other in share.tasks[1:]:
-                if other.fingerprint == share.tasks[0].fingerprint:
-                    raise ValueError(
-                        f"`off_target` task {other.task.name!r} is the task itself (same images, "
-                        "labels and prompts); off-target tasks are those that are not trained on"
-                    )
+            check_apart(*share.tasks)
             self._width = ranks.together(lambda: width_of(model, self._core(model), share))
         self._share = share
         self.check_fingerprints(then or self.fingerprints)
@@ -275,7 +270,8 @@ class Probe:
                 autocast_dtype=autocast_dtype, halving=self._halving, overlaps=self._may_overlap,
             )  # fmt: skip
         n_train = None if sample is None else len(sample)
-        return learn(share.tasks[0], images.float(), classes, scale, embed, n_train, why_not)
+        task, *others = share.tasks
+        return learn(task, images.float(), classes, scale, embed, n_train, why_not, others)
 
     def _show(
         self,

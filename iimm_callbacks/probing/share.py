@@ -166,6 +166,43 @@ def read_share(
     return ranks.together(lambda: _finish(tasks, shown, digests, texts, batches, encoder, reader))
 
 
+def check_apart(task: ProbeTask, *off_target: ProbeTask) -> None:
+    """Raise where an off-target task is the task itself; warn where they share images.
+
+    Raises:
+        ValueError: It is.
+    """
+    for other in off_target:
+        if other.fingerprint == task.fingerprint:
+            raise ValueError(
+                f"`off_target` task {other.task.name!r} is the task itself (same images, "
+                "labels and prompts); off-target tasks are those that are not trained on"
+            )
+        so = "what is learnt of these hides what is forgotten; off-target tasks should share none"
+        tell_of_shared(other, task, f"those of task {task.task.name!r}", so)
+
+
+def tell_of_shared(task: ProbeTask, other: ProbeTask, where: str, so: str) -> None:
+    """Warn of images of a task that are images of another one as well.
+
+    Args:
+        task: As it is probed.
+        other: What it should share none with.
+        where: That, in words.
+        so: What comes of it, in words.
+    """
+    same = int(among(task.digest, other.digest).sum())
+    if same and ranks.world()[0] == 0:
+        size, name = len(task.digest), task.task.name
+        logger.warning("%d of %d probe images of %r are among %s: %s", same, size, name, where, so)
+
+
+def among(digests: Tensor, others: Tensor) -> Tensor:
+    """[n] whether an image is one of the others, by [n, 32] and [m, 32] digests."""
+    known = {tuple(row) for row in others.tolist()}
+    return torch.tensor([tuple(row) in known for row in digests.tolist()], dtype=torch.bool)
+
+
 def _keep(batch: Batch, kept: Tensor, first: Tensor) -> None:
     """Leave in a batch the `first` of each image; `kept` are those of its task that were read."""
     rows = slice(batch.first, batch.first + len(batch.positions))

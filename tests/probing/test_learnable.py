@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from datasets import ClassLabel, Dataset, Features, Image, Value
+from datasets import ClassLabel, Dataset, Features, Image, Value, concatenate_datasets
 from torch import nn
 from transformers import TrainerCallback
 
@@ -28,10 +28,10 @@ def halves(colours):
 
 @pytest.fixture
 def first_look(tiny_clip, processor):
-    def look(task, train=None, given=True, **settings):
+    def look(task, train=None, given=True, off_target=(), **settings):
         trains = None if train is None else TrainingSet(train, given)
         settings = {"processor": processor, "progress": False, "train": trains} | settings
-        return Probe(task, [], **settings).look(tiny_clip(), 0, linear_probe=True)
+        return Probe(task, off_target, **settings).look(tiny_clip(), 0, linear_probe=True)
 
     return look
 
@@ -216,6 +216,41 @@ def test_string_labels_of_a_training_set_may_have_underscores(halves):
         [(row["image"], f"a {task.class_names[row['label']]}") for row in half], own
     )
     assert pretty.labels(range(len(half))) == read.labels(range(len(half)))
+
+
+@pytest.mark.parametrize("change", ["backwards", "one more", "none"])
+def test_a_training_set_with_a_class_at_another_label_is_warned_of(
+    first_look, halves, caplog, change
+):
+    """As where one class has no held-out image: all labels after it are off by one."""
+    half, task = halves
+    names = {
+        "backwards": list(task.class_names)[::-1],
+        "one more": ["mauve", *task.class_names],
+        "none": [*task.class_names, "mauve"],
+    }[change]
+    labels = [names.index(task.class_names[label]) for label in half["label"]]
+    features = Features({"image": Image(), "label": ClassLabel(names=names)})
+    data = Dataset.from_dict({"image": half["image"], "label": labels}, features=features)
+    assert not first_look(task, data, given=False).learnable.probe.held_out
+    warned = [r.getMessage() for r in caplog.records if "learns wrong classes" in r.getMessage()]
+    assert len(warned) == (change != "none")
+    if warned:
+        assert f"first label 0, {names[0]!r} against {task.class_names[0]!r}" in warned[0]
+
+
+def test_probe_images_that_are_trained_on_are_warned_of(first_look, halves, shapes, caplog):
+    half, task = halves
+    first_look(task, half)
+    assert "too high" not in caplog.text
+    both = concatenate_datasets([half, task.dataset.select(range(5))])
+    other = Task("twins", half.select(range(8)), templates="a {}")
+    first_look(task, both, off_target=[other, Task("shapes", shapes, templates="a {}")])
+    warned = [r.getMessage() for r in caplog.records if "too high" in r.getMessage()]
+    assert [w.split(" are among the training images")[0] for w in warned] == [
+        f"5 of {len(task)} probe images of 'colours'",
+        "8 of 8 probe images of 'twins'",
+    ]
 
 
 def test_names_given_in_two_orders_are_refused_whatever_the_own_ones(halves):

@@ -414,6 +414,20 @@ def test_an_off_target_task_with_the_images_and_prompts_of_the_task_is_refused(
         make_probe(colour_task, [again]).prepare(tiny_clip())
 
 
+def test_an_off_target_task_with_some_images_of_the_task_is_warned_of(
+    tiny_clip, make_probe, colour_task, colours, shape_task, caplog
+):
+    shown = [colours[i] for i in colour_task.subset(32)[:3]]
+    rows = [(row["image"], row["label"]) for row in shown]
+    names = list(colour_task.class_names)
+    some = Task("some", rows, templates="a {}", class_names=names)
+    make_probe(colour_task, [shape_task, some]).prepare(tiny_clip())
+    warned = [r.getMessage() for r in caplog.records if "hides" in r.getMessage()]
+    assert [w.split(":")[0] for w in warned] == [
+        "3 of 3 probe images of 'some' are among those of task 'colours'"
+    ]
+
+
 def test_weights_that_are_not_finite_are_refused(tiny_clip, make_probe):
     model = tiny_clip()
     with torch.no_grad():

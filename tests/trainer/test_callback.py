@@ -792,6 +792,8 @@ def test_tasks_that_cannot_guard_one_another_are_refused(colour_task, shape_task
         IIMMCallback(colour_task, [Task("again", colours)])
     with pytest.raises(ValueError, match=r"\['shapes'\] more than once"):
         IIMMCallback(colour_task, [shape_task, Task("shapes", shapes.select(range(20)))])
+    with pytest.raises(ValueError, match="key 'eval_iimm_linear_probe_accuracy'"):
+        IIMMCallback(colour_task, [Task("linear_probe", shapes)])
     with pytest.raises(TypeError, match="got Dataset"):
         IIMMCallback(colour_task, [shapes])
 
