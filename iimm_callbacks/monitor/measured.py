@@ -192,10 +192,12 @@ class Measured(Journaled):
 
         Accuracies on single off-target tasks are among them where the user named the tasks.
         """
+        if not self.history:
+            self._require_begun("row")
         if self._failure is not None:
             return {}
-        names = [task.name for task in self.probe.off_target if task.name not in self.named]
-        quiet = set(map(keys.accuracy_key, names))
+        off_target = {task.name for task in self.probe.off_target}
+        quiet = set(map(keys.accuracy_key, off_target.difference(self.named)))
         found = self.history[-1].items()
         return {k: v for k, v in found if k.startswith(keys.PREFIX) and k not in quiet}
 
@@ -255,12 +257,11 @@ class Measured(Journaled):
         # The first rank's: files may differ between ranks.
         there = ranks.from_first(lambda: past.n_outcomes if past else 0)
         if first is not None and there < first:
-            logger.warning(
-                "Of %d saved runs that this one learnt from when it began, %d are still "
-                "there: forecasts from here on may differ from those of an uninterrupted run",
-                first,
-                there,
+            said = (
+                f"Of {first} saved runs that this one learnt from when it began, {there} are still "
+                "there: forecasts from here on may differ from those of an uninterrupted run"
             )
+            logger.warning(said)
         outcomes = ranks.from_first(lambda: past.relevant(model, first) if past else [])
         journal.n_outcomes = there if first is None else first
         self._forecaster.fit(outcomes)

@@ -248,7 +248,7 @@ class IIMMMonitor(Measured):
         journal = self._require_begun("is_due")
         step, total_steps = whole(step, "step"), whole(total_steps, "total_steps")
         since, self._now = self._now[0], (step, total_steps)
-        self._warned.of_length(step, total_steps)
+        self._warned.of_steps(since, step, total_steps, event)
         scheduled = self._pace.is_scheduled(step, total_steps, event, since)
         if self.looked_at == step or not scheduled:
             return False

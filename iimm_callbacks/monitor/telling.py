@@ -70,13 +70,29 @@ class Warned:
         """That a weight of an adapter is not as adapters begin."""
         self._once(
             "adapters",
-            "%r and other adapters were trained before this run, or begin at random: it counts as "
-            "a later phase of a training, from which no forecast learns",
+            "%r and other adapters were trained before this run, or begin at random: unless it "
+            "resumes from a checkpoint, it counts as a later phase of a training, from which no "
+            "forecast learns",
             name,
         )
 
-    def of_length(self, step: int, total_steps: int) -> None:
-        """That the run goes on beyond the steps it was said to have."""
+    def of_steps(self, since: int, step: int, total_steps: int, event: str | None) -> None:
+        """That steps are not counted from the start of the run, up to as many as it has.
+
+        Args:
+            since: What was told before; 0 at first.
+            step: Optimizer steps done, as they are told.
+            total_steps: Of the whole training.
+            event: As `IIMMMonitor.is_due`; the Trainer may evaluate before its first step.
+        """
+        if step < since or not (step or event):
+            self._once(
+                "order",
+                "`step` was told %d after %d: it is the number of optimizer steps done, from 1 on "
+                "and over all epochs. Forecast and outcome take it for that",
+                step,
+                since,
+            )
         if step > total_steps:
             self._once(
                 "",

@@ -185,7 +185,7 @@ class IIMMCallback(GuardedRun, TrainerCallback):  # type: ignore[misc]  # transf
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Measure the untouched model; a model that cannot be measured raises before training."""
-        host.check_alone(self)
+        host.check_alone(IIMMCallback)
         host.check_same_epochs(self.every, kwargs.get("train_dataloader"))
         if state.is_world_process_zero:
             host.warn_of_direction(args)
@@ -277,10 +277,13 @@ class IIMMCallback(GuardedRun, TrainerCallback):  # type: ignore[misc]  # transf
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Go before callbacks that read our number in `on_evaluate`, such as early stopping."""
-        in_run = self._model is not None and self.outcome is None
-        if in_run and self._back_in_line is None:
+        if self._model is not None and self._back_in_line is None:
             if host.metric_for_best_model(args).startswith(keys.PREFIX):
                 self._back_in_line = host.first_in_line(self)
+
+    def on_predict(self, *_: Any, **__: Any) -> None:
+        """Step back: nothing is evaluated."""
+        self._step_back()
 
     def on_log(
         self,

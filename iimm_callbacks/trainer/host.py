@@ -133,18 +133,18 @@ def _searching() -> Any:
     return None if trainer is None or trainer.hp_search_backend is None else trainer
 
 
-def check_alone(callback: TrainerCallback) -> None:
-    """Raise where the Trainer has another callback of the same class: their keys are the same.
+def check_alone(kind: type[TrainerCallback]) -> None:
+    """Raise where the Trainer has two callbacks of a class or its subclasses: their keys are equal.
 
     Raises:
         ValueError: It has.
     """
     trainer = find_trainer()
     callbacks = trainer.callback_handler.callbacks if trainer else []
-    guards = [other for other in callbacks if type(other) is type(callback)]
+    guards = [callback for callback in callbacks if isinstance(callback, kind)]
     if len(guards) > 1:
         raise ValueError(
-            f"a Trainer must have one {type(callback).__name__}, got {len(guards)}: they log under "
+            f"a Trainer must have one {kind.__name__}, got {len(guards)}: they log under "
             "the same keys; give one of them the other tasks as `off_target`"
         )
 

@@ -484,6 +484,19 @@ def test_a_run_longer_than_was_said_is_not_looked_at_every_step(tiny_clip, make_
     assert len(said) == 1
 
 
+@pytest.mark.parametrize(("steps", "says"), [((1, 2, 1), "told 1 after 2"), ((0, 1), "told 0")])
+def test_steps_that_start_anew_or_at_0_are_warned_of(tiny_clip, make_monitor, caplog, steps, says):
+    monitor, model = make_monitor(), tiny_clip()
+    with pytest.raises(RuntimeError, match="before `row`"):
+        monitor.row()
+    monitor.begin(model, recipe={"steps": 4})
+    for step in (*steps, *steps):
+        monitor.step(step)
+    said = [r.getMessage() for r in caplog.records if "over all epochs" in r.getMessage()]
+    assert len(said) == 1
+    assert says in said[0]
+
+
 def test_a_terminal_that_is_gone_costs_a_warning(tiny_clip, make_monitor, monkeypatch, caplog):
     def gone(*_):
         raise BrokenPipeError("the reader is gone")

@@ -363,8 +363,15 @@ def test_a_callback_that_serves_two_trainers_writes_each_its_own_run(make_traine
     assert (tmp_path / "one" / "README.md").read_text() == card
 
 
-def test_two_guards_of_one_trainer_are_refused_before_training(make_trainer, guard, shape_task):
-    other = IIMMCallback(shape_task, [], outcomes=None, verbose=False, max_forgetting=None)
+class Derived(IIMMCallback):
+    pass
+
+
+@pytest.mark.parametrize("kind", [IIMMCallback, Derived])
+def test_two_guards_of_one_trainer_are_refused_before_training(
+    make_trainer, guard, shape_task, kind
+):
+    other = kind(shape_task, [], outcomes=None, verbose=False, max_forgetting=None)
     with pytest.raises(ValueError, match="one IIMMCallback, got 2: they log under the same keys"):
         make_trainer([guard, other]).train()
 

@@ -84,6 +84,11 @@ def test_early_stopping_on_our_number_works_in_any_order(make_trainer, guard, la
     order = list(trainer.callback_handler.callbacks)
     trainer.train()
     assert trainer.state.global_step == 4
+    trainer.predict(trainer.eval_dataset)
+    assert trainer.callback_handler.callbacks == order
+    patience = stopping.early_stopping_patience_counter
+    trainer.evaluate()
+    assert stopping.early_stopping_patience_counter == patience + 1  # it was told the number
     assert trainer.callback_handler.callbacks == order
 
 
