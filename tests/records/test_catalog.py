@@ -5,9 +5,10 @@ import os
 from dataclasses import asdict, replace
 from functools import partial
 
+import msgspec
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_outcomes import RUN
 
@@ -333,7 +334,7 @@ def test_a_forecast_from_a_store_is_that_from_its_runs(tmp_path, monkeypatch):
     assert from_store.basis.startswith("60 complete runs of this model")
 
 
-def test_several_processes_read_what_one_does(tmp_path, monkeypatch, caplog):
+def test_lines_are_read_from_any_place_on(tmp_path):
     path = tmp_path / "o.jsonl"
     lines = [*map(to_line, many(60)), b"{\n", b"\n", to_line(replace(RUN, task="ü\r"))]
     path.write_bytes(b"".join(lines) + b'{"torn')
@@ -344,18 +345,69 @@ def test_several_processes_read_what_one_does(tmp_path, monkeypatch, caplog):
         words = zip(*([found.words[w][i] for i in found.rows[w]] for w in scan.WORDS), strict=True)
         return list(zip(words, found.rows[list(found.rows.dtype.names[4:])].tolist(), strict=True))
 
-    whole = read()
     kinds = [scan.OUTCOME] * 60 + [scan.DAMAGED, scan.OUTCOME, scan.DAMAGED]
-    assert [facts[3] for _, facts in whole] == kinds
-    monkeypatch.setattr(scan, "_n_cores", lambda: 3)
-    monkeypatch.setattr(scan, "_PIECE", size // 4)
-    with caplog.at_level("DEBUG", "iimm_callbacks"):
-        assert read() == whole
-    assert "could not read" not in caplog.text
-    monkeypatch.setattr(scan.sys, "executable", "/nowhere")  # as where Python is embedded
-    with caplog.at_level("DEBUG", "iimm_callbacks"):
-        assert read(len(lines[0])) == whole[1:]
-    assert caplog.text.count("could not read") == 2
+    assert [facts[3] for _, facts in read()] == kinds
+    assert read(len(lines[0])) == read()[1:]
+
+
+def facts_without_the_schema(line):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(scan, "_decode", msgspec.json.Decoder(int).decode)
+        return scan._facts(line)
+
+
+def places_in(value, path=()):
+    """Where each value is."""
+    yield path
+    if isinstance(value, dict | list):
+        for key, child in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from places_in(child, (*path, key))
+
+
+SHIPPED = load_outcomes()
+LITERALS = [
+    *b"null true 0 1 -0.0 1.0 1e400 -1e400 5e-324 NaN Infinity 2.5 1e5000000 01 +1 .5 -1".split(),
+    *b"9223372036854775807 9223372036854775808 1.0000000000000002 [] {} [1]".split(),
+    *rb'"" "1" "\ud800" {"a":1} {"a":NaN} {"gain":0} [{"gain":0,"share":1}] {"\ud800":0}'.split(),
+    b'"\xff"',
+    b'{"\xff":0}',
+    b"9" * 400,
+    b"[" * 17 + b"]" * 17,
+    b"[" * 3000 + b"]" * 3000,
+]
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.data())
+def test_the_schema_accepts_only_what_parsing_accepts(data):
+    row = asdict(data.draw(st.sampled_from(SHIPPED))) | {"run": "one"}
+    row["trajectory"] = row["trajectory"][:2]
+    swaps = {}
+    for n in range(data.draw(st.integers(0, 2))):
+        *way, last = data.draw(st.sampled_from(list(places_in(row))[1:]))
+        holder = row
+        for key in way:
+            holder = holder[key]
+        kind = data.draw(st.sampled_from(["value", "new", "gone", "twice"]))
+        swaps[f'"@{n}"'.encode()] = data.draw(st.sampled_from(LITERALS))
+        if kind == "value" or isinstance(holder, list):
+            holder[last] = f"@{n}"
+        elif kind == "gone":
+            del holder[last]
+        elif kind == "new":
+            holder[data.draw(st.sampled_from(["new", "retired", "\ud800", "drops"]))] = f"@{n}"
+        else:
+            holder[f"@key {n}"] = f"@{n}"
+            swaps[f'"@key {n}"'.encode()] = json.dumps(last).encode()
+    line = json.dumps(row).encode() + b"\n"
+    for old, new in swaps.items():
+        line = line.replace(old, new)
+    assert scan._facts(line) == facts_without_the_schema(line)
+
+
+def test_the_schema_accepts_what_runs_leave():
+    for outcome in SHIPPED:
+        assert scan._decode(to_line(replace(outcome, run="one"))).task == outcome.task
 
 
 def test_only_a_line_feed_ends_a_line(tmp_path, monkeypatch):
