@@ -9,6 +9,7 @@ from numbers import Real
 from typing import Any
 
 from ..data.training import SAMPLE_SIZE
+from ..records.look import PARTS
 from ..records.outcomes import OFF_TARGET_PROBE_SIZE
 from .schedule import (
     DEFAULT_SHARES,
@@ -21,7 +22,6 @@ from .schedule import (
     next_share,
 )
 
-PARTS = (1.0, 0.5, 0.25, 0.125)  # of the images that a look shows
 # What training on an image costs at the least, in forward passes: that, two for its gradients, and
 # one for reading it and the optimizer's step. (Of the shipped model on a CPU it is six.)
 _TRAINING_PASSES = 4

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ..data.tasks import TASK_PROBE_SIZE, Task
 from ..data.training import SAMPLE_SIZE
 from ..measures.embeddings import NotFiniteError, autocast_off
+from ..measures.results import Measurement
 from ..models.encoders import EncodePair, find_encoder, move
 from ..models.sharded import check_measurable, inside_forward
 from ..models.undisturbed import FrozenPart, autocast, undisturbed
@@ -24,7 +25,7 @@ from ..records.outcomes import OFF_TARGET_PROBE_SIZE
 from . import ranks
 from .embedding import Early, Halving, check_rows, embed_classes, own_logits, runs, width_of
 from .learnable import TrainingSet, embed_sample, learn, read_sample, why_none
-from .scoring import Sums, accumulate, fingerprint, score, warn_of_mixed_units
+from .scoring import Sums, accumulate, fingerprint, measure_parts, score, warn_of_mixed_units
 from .share import Share, check_apart, read_share
 from .texts import KeptTexts
 
@@ -236,11 +237,15 @@ class Probe:
         scored = score(share.tasks, seen)
         runtime = self.seconds = float(sums.seconds.max()) + scored.seconds
         learnable = None
+        parts: tuple[Measurement, ...] = ()
         if linear_probe:
             start = time.perf_counter()
+            parts = measure_parts(classes.cpu(), share.tasks[0], sums.embeds)
             learnable = self._learn(model, share, autocast_dtype, sums.embeds, classes.cpu())
             runtime += time.perf_counter() - start
-        return Look(step, accumulator.compute(), scored.correct, runtime, scored.scores, learnable)
+        return Look(
+            step, accumulator.compute(), scored.correct, runtime, scored.scores, learnable, parts
+        )
 
     def _learn(
         self,

@@ -33,6 +33,11 @@ _DECODED = 2**32  # bytes of pictures in batches that are read ahead; one batch 
 _WORTH_THREADS = 2e-3  # seconds an image; below that threads wait for one another
 
 
+def n_shown(n_images: int, part: float) -> int:
+    """How many images of a task of `n_images` a look at `part` of them shows: its first ones."""
+    return min(max(math.ceil(part * n_images), FEWEST), n_images)
+
+
 @dataclass
 class Batch:
     """One forward pass of this rank.
@@ -52,8 +57,7 @@ class Batch:
 
     def n_shown(self, n_images: int, part: float) -> int:
         """Images of it among the first `part` of the `n_images` of its task."""
-        shown = min(max(math.ceil(part * n_images), FEWEST), n_images)
-        return min(max(shown - self.first, 0), len(self.positions))
+        return min(max(n_shown(n_images, part) - self.first, 0), len(self.positions))
 
 
 def some_of(batch: Any, rows: slice | list[int]) -> Any:

@@ -15,11 +15,12 @@ from ..data.metrics import Metric
 from ..data.tasks import Task
 from ..measures.accuracy import zero_shot_correct, zero_shot_scores
 from ..measures.measure import GROUPS, IIMMAccumulator
-from ..measures.results import Score
+from ..measures.results import Measurement, Score
 from ..models.undisturbed import undisturbed
 from ..records.log import get_logger
+from ..records.look import PARTS
 from . import ranks
-from .reading import Batch
+from .reading import Batch, n_shown
 from .share import ProbeTask
 
 logger = get_logger(__name__)
@@ -68,6 +69,22 @@ def accumulate(texts: Tensor, shown: ProbeTask, offset: int = 0) -> IIMMAccumula
     """
     owners = None if shown.owners is None else shown.owners.to(texts.device)
     return IIMMAccumulator(texts, offset=offset, owners=owners)
+
+
+def measure_parts(texts: Tensor, shown: ProbeTask, images: Tensor) -> tuple[Measurement, ...]:
+    """`Look.parts`.
+
+    Args:
+        texts: As `accumulate`.
+        shown: The task.
+        images: [N, D] embeddings of all its images.
+    """
+    found = []
+    for size in [n_shown(len(images), part) for part in PARTS if part < 1]:
+        accumulator = accumulate(texts, shown)
+        accumulator.update(images[:size], shown.labels[:size])
+        found.append(accumulator.compute())
+    return tuple(found)
 
 
 def _best_own(scores: Tensor, owners: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:

@@ -52,21 +52,25 @@ def look_row(
 
     Args:
         look: The look; the first task in it is being learnt, the others are off-target.
-        baseline: The look at the untouched model, with these images and maybe more. Accuracies of
-            a look at fewer are then the baseline's, plus what changed on these.
+        baseline: The look at the untouched model, with these images and maybe more. IIMM and
+            accuracies of a look at fewer are then the baseline's, plus what changed on these.
         forecast: At this look.
         observed: Forgetting so far; ``None`` at the baseline and without off-target tasks.
         verdict: At this look.
     """
-    m = look.measurement
+    shown = baseline.first(look)
+    m, whole, before = look.measurement, baseline.measurement, shown.measurement
     task, *off_target = look.correct
-    gain = look.accuracy(task) - baseline.first(look).accuracy(task)
+
+    def accuracy(name: str) -> float:
+        return _changed(baseline.accuracy(name), shown.accuracy(name), look.accuracy(name), 0.0)
+
     row = {
-        PREFIX: m.iimm,
-        INTER: m.inter,
-        INTRA: m.intra,
-        ACCURACY: _accuracy(look, baseline, task),
-        observed_key("gain"): gain,
+        PREFIX: _changed(whole.iimm, before.iimm, m.iimm, -1.0),
+        INTER: _changed(whole.inter, before.inter, m.inter, -1.0),
+        INTRA: _changed(whole.intra, before.intra, m.intra, -1.0),
+        ACCURACY: accuracy(task),
+        observed_key("gain"): look.accuracy(task) - shown.accuracy(task),
         RUNTIME: look.runtime,
     }
     if not math.isnan(m.standard_error):
@@ -80,15 +84,12 @@ def look_row(
     row |= _interval("gain", forecast.gain) | _interval("forgetting", forecast.forgetting)
     if verdict.exceed_probability is not None:
         row[EXCEED] = verdict.exceed_probability
-    return row | {accuracy_key(name): _accuracy(look, baseline, name) for name in off_target}
+    return row | {accuracy_key(name): accuracy(name) for name in off_target}
 
 
-def _accuracy(look: Look, baseline: Look, task: str) -> float:
-    """The baseline's, of all its images, plus what changed on those that the look shows."""
-    now, before = look.accuracy(task), baseline.first(look).accuracy(task)
-    if len(look.correct[task]) == len(baseline.correct[task]):
-        return now
-    return min(max(baseline.accuracy(task) + now - before, 0.0), 1.0)
+def _changed(whole: float, before: float, now: float, least: float) -> float:
+    """The baseline's number of all its images, plus what changed on those that a look shows."""
+    return now if before == whole else min(max(whole + now - before, least), 1.0)
 
 
 def as_outcome(

@@ -12,6 +12,8 @@ from ..measures.probe_accuracy import LinearProbe
 from ..measures.results import Measurement, Score
 from . import checks
 
+PARTS = (1.0, 0.5, 0.25, 0.125)  # of the images that a look may show
+
 
 @dataclass(frozen=True)
 class Learnable:
@@ -41,6 +43,8 @@ class Look:
         runtime: Wall time of the probe without the first preprocessing, seconds.
         scores: Task name -> its score by its metric; none of the tasks of which `correct` says all.
         learnable: The linear probe, of a first look that was asked for it.
+        parts: `measurement` of the first images alone, for each number of them that a later look
+            may show; of a first look that was asked for the linear probe.
     """
 
     step: int
@@ -49,6 +53,7 @@ class Look:
     runtime: float
     scores: dict[str, Score] = field(default_factory=dict)
     learnable: Learnable | None = None
+    parts: tuple[Measurement, ...] = ()
 
     def accuracy(self, task: str) -> float:
         """Zero-shot accuracy on a task, or the task's own metric in its place; a fraction."""
@@ -64,15 +69,16 @@ class Look:
         if self.scores:
             return self
         correct = {name: row[: len(other.correct[name])] for name, row in self.correct.items()}
-        return replace(self, correct=correct)
+        n_images = other.measurement.n_images
+        fits = (part for part in self.parts if part.n_images == n_images)
+        return replace(self, correct=correct, measurement=next(fits, self.measurement))
 
     def to_json(self) -> dict[str, Any]:
         """As JSON-ready data, without step and runtime: the baseline of a run, for a checkpoint."""
-        measurement = asdict(self.measurement)
-        if math.isnan(measurement["standard_error"]):  # JSON has no NaN
-            measurement["standard_error"] = None
         bits = {name: "".join("01"[int(c)] for c in row) for name, row in self.correct.items()}
-        data = {"measurement": measurement, "correct": bits}
+        data: dict[str, Any] = {"measurement": _plain(self.measurement), "correct": bits}
+        if self.parts:
+            data["parts"] = [_plain(part) for part in self.parts]
         if self.learnable is not None:
             data["learnable"] = asdict(self.learnable)
             if self.learnable.probe is not None:
@@ -94,20 +100,30 @@ class Look:
             ValueError: It is not that; the message names the field.
         """
         look = checks.fields(data, "baseline", _BASELINE, _OPTIONAL)
-        if look["measurement"]["standard_error"] is None:
-            look["measurement"]["standard_error"] = math.nan
         correct, scores = look["correct"], look.get("scores", {})
         for name, score in scores.items():
             if name not in correct or len(score.images) != len(correct[name]):
                 raise ValueError(f"`baseline`: `scores` and `correct` of {name!r:.40} do not match")
         learnable = look.get("learnable")
-        return cls(0, Measurement(**look["measurement"]), correct, 0.0, scores, learnable)
+        parts = tuple(look.get("parts", ()))
+        return cls(0, look["measurement"], correct, 0.0, scores, learnable, parts)
 
 
 def _bits(value: Any, name: str) -> np.ndarray:
     if not isinstance(value, str) or not value or set(value) - {"0", "1"}:
         raise ValueError(f"`{name}` must be a string of 0 and 1, got {value!r:.40}")
     return np.array([bit == "1" for bit in value])
+
+
+def _plain(measurement: Measurement) -> dict[str, Any]:
+    error = measurement.standard_error
+    return asdict(measurement) | {"standard_error": _finite(error)}
+
+
+def _measurement(value: Any, name: str) -> Measurement:
+    found = checks.fields(value, name, _MEASUREMENT)
+    error = found["standard_error"]
+    return Measurement(**found | {"standard_error": math.nan if error is None else error})
 
 
 def _score(value: Any, name: str) -> Score:
@@ -142,7 +158,7 @@ _PROBE = {
 
 
 def _finite(number: float) -> float | None:
-    return number if math.isfinite(number) else None  # JSON has no infinity
+    return number if math.isfinite(number) else None  # JSON has no infinity and no NaN
 
 
 def _learnable(value: Any, name: str) -> Learnable:
@@ -159,5 +175,9 @@ def _learnable(value: Any, name: str) -> Learnable:
     return Learnable(probe, found["note"], found["n_train"])
 
 
-_OPTIONAL = {"scores": checks.dict_of(_score), "learnable": _learnable}
-_BASELINE = {"measurement": checks.object_of(_MEASUREMENT), "correct": checks.dict_of(_bits)}
+_OPTIONAL = {
+    "scores": checks.dict_of(_score),
+    "learnable": _learnable,
+    "parts": checks.list_of(_measurement),
+}
+_BASELINE = {"measurement": _measurement, "correct": checks.dict_of(_bits)}

@@ -252,7 +252,7 @@ def _measure(record: dict[str, Any]) -> Picture:
         f"Line chart over the steps of IIMM, its inter-modal and its intra-modal term, at {seen}.",
         "IIMM is the mean of the two terms. The forecast before training uses the value at step 0 "
         "only: that IIMM moves during training is no sign of forgetting by itself."
-        + (" Some looks show fewer images: theirs is that of these." if fewer else ""),
+        + (" Of fewer images: the first look's, plus what changed on these." if fewer else ""),
         figure,
     )  # fmt: skip
 

@@ -16,6 +16,7 @@ from iimm_callbacks.records.look import Look
 pytestmark = pytest.mark.once
 
 MEASURED = Measurement(0.3, 0.2, 0.4, 0.01, 40, 4)
+PARTS_OF_MEASURED = (Measurement(0.3, 0.05, 0.55, 0.02, 20, 4),)
 
 
 def bits(share, n=40):
@@ -27,7 +28,7 @@ def look(step, learnt, kept, by_metric=()):
     correct = {"task": bits(learnt), "other": bits(kept)}
     scores = {name: Score(float(correct[name].mean()), correct[name].astype(float))
               for name in by_metric}  # fmt: skip
-    return Look(step, MEASURED, correct, 0.1, scores)
+    return Look(step, MEASURED, correct, 0.1, scores, parts=PARTS_OF_MEASURED)
 
 
 def judged(by_metric, after):
@@ -83,11 +84,16 @@ def test_what_is_seen_and_what_is_expected_add_up(ahead, seen, level, probabilit
 
 
 @pytest.mark.parametrize(("right", "accuracy"), [(20, 0.5), (15, 0.25), (10, 0.0), (0, 0.0)])
-def test_accuracies_of_a_look_at_fewer_images_compare_with_those_before_training(right, accuracy):
+def test_numbers_of_a_look_at_fewer_images_compare_with_those_before_training(right, accuracy):
     """The first 20 of 40 images are right before training, of the task all that are."""
     correct = {"task": np.arange(20) < right, "other": np.arange(20) < 20}
-    first, fewer = judged_look(Look(5, MEASURED, correct, 0.1, {}))
+    few = Measurement(0.35, 0.1, 0.6, 0.01, 20, 4)
+    first, fewer = judged_look(Look(5, few, correct, 0.1, {}))
     assert first.row["eval_iimm_accuracy"] == 0.5
+    # Of these 20 images the untouched model's were 0.05 lower each.
+    assert [fewer.row[f"eval_iimm{end}"] for end in ("", "_inter", "_intra")] == pytest.approx(
+        [0.35, 0.25, 0.45]
+    )
     assert fewer.row["eval_iimm_gain_observed"] == right / 20 - 1
     assert fewer.row["eval_iimm_accuracy"] == pytest.approx(accuracy)
     assert fewer.row["eval_iimm_other_accuracy"] == pytest.approx(0.9)  # and not 1, of these 20

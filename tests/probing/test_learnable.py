@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import asdict
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from iimm_callbacks.data.training import NoTrainingSetError, training_task
 from iimm_callbacks.models.encoders import class_embeddings, find_encoder
 from iimm_callbacks.probing.learnable import TrainingSet
 from iimm_callbacks.probing.probe import Probe
-from iimm_callbacks.records.look import Look
+from iimm_callbacks.records.look import PARTS, Look
 
 
 @pytest.fixture
@@ -399,6 +400,22 @@ def test_a_part_of_the_images_is_the_first_ones_of_every_task(
         np.testing.assert_array_equal(part.correct[name], row[:n])
         assert len(whole.first(part).correct[name]) == n
     assert part.measurement.n_images == len(part.correct["colours"])
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_the_first_look_knows_iimm_of_the_images_that_later_ones_show(
+    colours, tiny_clip, processor, part
+):
+    task = Task("colours", colours, templates="a {} thing", probe_size=30)
+    probe = Probe(task, [], processor=processor, progress=False, batch_size=7)
+    whole = probe.look(tiny_clip(), 0, linear_probe=True)
+    whole = Look.from_json(json.loads(json.dumps(whole.to_json())))
+    look = probe.look(tiny_clip(), 1, part=part)
+    assert look.measurement.n_images == max(math.ceil(30 * part), 8)
+    shown = asdict(whole.first(look).measurement)
+    # A batch of other images is rounded otherwise.
+    assert shown == pytest.approx(asdict(look.measurement), abs=1e-6, nan_ok=True)
+    assert (look.measurement.iimm == pytest.approx(whole.measurement.iimm, abs=1e-4)) == (part == 1)
 
 
 def test_a_metric_of_its_own_is_of_all_images(colours, tiny_clip, processor):

@@ -210,6 +210,17 @@ def test_drops_looks_that_cost_too_much_but_none_that_a_limit_needs(
     assert shown == [8 + 8] * (len(shown) - 1) + [32 + 24]  # a quarter, to the end of a batch
 
 
+def test_looks_at_fewer_images_do_not_move_an_unchanged_model(make_trainer, guard):
+    callback = guard(max_overhead=1e-6, every=1, max_forgetting=0.05, batch_size=8)
+    trainer = make_trainer([callback], max_steps=6, learning_rate=0.0)
+    trainer.train()
+    first, *looks = rows(trainer)
+    assert len({row["n_images"] for row in callback.monitor.history}) > 1
+    for name in ("", "_inter", "_intra", "_accuracy", "_shapes_accuracy"):
+        key = f"eval_iimm{name}"
+        assert [row[key] for row in looks] == pytest.approx([first[key]] * len(looks), abs=1e-6)
+
+
 def test_an_alarm_is_raised_on_all_images_only(make_trainer, guard, script_looks):
     script_looks(lambda step: 1.0 if step < 3 else 0.2)
     callback = guard(max_overhead=1e-6, every=1, action="stop", batch_size=8)
