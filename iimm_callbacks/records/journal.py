@@ -25,8 +25,7 @@ from .checks import (
     text,
 )
 from .look import Look
-from .outcomes import Outcome, library_versions, parse_outcome
-from .provenance import provenance
+from .outcomes import Outcome, library_versions, parse_outcome, provenance
 from .verdict import LEVELS, Verdict
 
 

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import getpass
+import os
+import subprocess
+import sys
 from collections.abc import Iterable
 from dataclasses import MISSING, dataclass, field, fields, replace
+from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
 from .checks import (
@@ -25,6 +31,7 @@ from .checks import (
 )
 
 SCHEMA_VERSION = 2  # 1, read as it is: the linear probe added its ridge to the probabilities
+_OF_GIT = 5.0  # seconds that it may take
 OFF_TARGET_PROBE_SIZE = 256  # images of an off-target task, where no other number is given
 
 
@@ -214,6 +221,46 @@ def library_versions() -> dict[str, str]:
         except PackageNotFoundError:
             continue
     return found
+
+
+def provenance() -> dict[str, str]:
+    """What `Outcome.provenance` holds of this process; what is not known is left out.
+
+    Returns:
+        ``who``: ``$IIMM_CALLBACKS_AUTHOR``, else the name that one is logged in by; ``when``: now,
+        UTC; ``script``: name of its file; ``commit``: that its folder is at in git, with ``+``
+        where the script itself has changed since.
+    """
+    found = {"when": datetime.now(timezone.utc).isoformat(timespec="seconds")}
+    try:
+        found["who"] = os.environ.get("IIMM_CALLBACKS_AUTHOR") or getpass.getuser()
+    except (OSError, KeyError, ImportError):  # of a user without a name
+        pass
+    script = Path(sys.argv[0] or "-")
+    if script.is_file():
+        found["script"] = script.name
+        if commit := _commit(script.absolute()):
+            found["commit"] = commit
+    return found
+
+
+def _commit(script: Path) -> str:
+    """Empty where the script is under no version control."""
+
+    def git(*command: str) -> str:
+        done = subprocess.run(
+            ["git", "-C", str(script.parent), *command],
+            capture_output=True, text=True, timeout=_OF_GIT, check=True, stdin=subprocess.DEVNULL,
+        )  # fmt: skip
+        return done.stdout.strip()
+
+    try:
+        if not git("ls-files", "--", script.name):
+            return ""
+        changed = "+" if git("status", "--porcelain", "--", script.name) else ""
+        return git("rev-parse", "--short=12", "HEAD") + changed
+    except (OSError, subprocess.SubprocessError):  # no git, or no repository
+        return ""
 
 
 def parse_outcome(row: Any) -> Outcome:

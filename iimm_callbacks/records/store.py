@@ -18,8 +18,7 @@ from .catalog import Catalog, Listed
 from .lines import Found, decode_line, name_of, parse_each, report, to_line
 from .log import get_logger
 from .objects import Address, as_store
-from .outcomes import Outcome, Retired
-from .provenance import provenance
+from .outcomes import Outcome, Retired, provenance
 
 if TYPE_CHECKING:
     from datasets import Dataset

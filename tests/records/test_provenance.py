@@ -13,12 +13,11 @@ from test_outcomes import RUN
 from iimm_callbacks import IIMMCallback, append_outcome, read_outcomes, sample
 from iimm_callbacks.forecasting.forecaster import Forecaster
 from iimm_callbacks.forecasting.runs import about, measured
-from iimm_callbacks.records import provenance as module
+from iimm_callbacks.records import outcomes as module
 from iimm_callbacks.records.as_dataset import from_dataset, to_dataset
 from iimm_callbacks.records.audit import contradicted, doubts
 from iimm_callbacks.records.catalog import Listed
-from iimm_callbacks.records.outcomes import parse_outcome
-from iimm_callbacks.records.provenance import provenance
+from iimm_callbacks.records.outcomes import parse_outcome, provenance
 
 
 @pytest.fixture

@@ -19,8 +19,7 @@ from ...models.wrappers import model_fingerprint
 from ...probing import ranks
 from ...probing.probe import Probe
 from ...records.log import get_logger
-from ...records.outcomes import Outcome, library_versions, one_of_each_run
-from ...records.provenance import provenance
+from ...records.outcomes import Outcome, library_versions, one_of_each_run, provenance
 from ...records.run_file import save_run
 from ...records.store import append_outcome, read_outcomes
 from .measuring import measure
