@@ -136,6 +136,7 @@ _Fraction = Annotated[float, msgspec.Meta(ge=0, le=1)]
 _Difference = Annotated[float, msgspec.Meta(ge=-1, le=1)]
 _Error = Annotated[float, msgspec.Meta(ge=0)]
 _Count = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
+_Plain = str | int | float | bool | None
 
 
 class _Look(msgspec.Struct, forbid_unknown_fields=True):
@@ -179,7 +180,7 @@ class _Line(msgspec.Struct, forbid_unknown_fields=True):
     trajectory: list[_Look] = []
     complete: bool = True
     ended: str = ""
-    recipe: dict[str, str | int | float | bool | None] = {}
+    recipe: dict[str, _Plain | dict[str, _Plain] | list[_Plain]] = {}
     versions: dict[str, str] = {}
     source: str = ""
     n_train: _Count | None = None

@@ -407,7 +407,9 @@ def test_the_schema_accepts_only_what_parsing_accepts(data):
 
 def test_the_schema_accepts_what_runs_leave():
     for outcome in SHIPPED:
-        assert scan._decode(to_line(replace(outcome, run="one"))).task == outcome.task
+        recipe = outcome.recipe | {"metrics": {outcome.task: "f1"}, "betas": [0.9, 1]}
+        line = to_line(replace(outcome, run="one", recipe=recipe))
+        assert scan._decode(line).task == outcome.task
 
 
 def test_only_a_line_feed_ends_a_line(tmp_path, monkeypatch):
