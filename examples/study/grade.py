@@ -27,7 +27,7 @@ from iimm_callbacks.forecasting.base_rates import load_base_rates
 from iimm_callbacks.forecasting.grading import SHARES
 from iimm_callbacks.forecasting.replay import replay_one
 from iimm_callbacks.forecasting.runs import about, measured
-from iimm_callbacks.trainer.calibration.options import Option, choice
+from iimm_callbacks.trainer.calibration.learnt import Option, choice
 
 TASKS = (0, 1, 2, 3, 5)  # with saved runs, and all others
 DRAWS = 2  # of which tasks these are

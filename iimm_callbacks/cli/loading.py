@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -49,6 +49,12 @@ def check_name(name: str, argument: str, *, is_model: bool = True) -> None:
         place = hub.local_name(name, argument)
         if not Path(place).is_dir():
             _ask_hub(place if is_model else place.partition(":")[0], argument, is_model)
+
+
+def check_data(argument: str, names: Iterable[str] | None) -> None:
+    """`check_name` of each of these data sets."""
+    for name in names or ():
+        check_name(name, argument, is_model=False)
 
 
 def _ask_hub(name: str, argument: str, is_model: bool) -> None:
@@ -152,7 +158,7 @@ def load_task(
     if name.startswith(_SHIPPED):
         from .. import sample
 
-        check_name(name, argument, is_model=False)
+        check_data(argument, [name])
         split = split or "test"
         dataset: Any = sample.load_dataset(own, split)
         templates = templates or sample.templates(own)
@@ -189,6 +195,13 @@ def load_training(name: str, **settings: Any) -> Task:
         if name.startswith(_SHIPPED):
             raise
         return load_task(name, argument="--train", **settings)[0]
+
+
+def load_off_target(names: Sequence[str] | None, split: str | None) -> list[Task] | None:
+    """The off-target tasks of these names; ``None``: the shipped ones."""
+    if names is None:
+        return None
+    return [load_task(name, split=split, argument="--off-target")[0] for name in names]
 
 
 def load_recorded(source: str) -> list[Outcome]:

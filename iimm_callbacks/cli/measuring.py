@@ -1,4 +1,4 @@
-"""What is measured, and the run that is planned: shared by `measure`, `forecast` and `plan`."""
+"""`iimm measure`, `forecast`, `preflight` and `grade`: what is known before a run, and how well."""
 
 from __future__ import annotations
 
@@ -8,11 +8,13 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from typer import Argument, Option
 
+from ..records.verdict import Limits
 from ..trainer.calibration.recipes import METHODS
-from .loading import SAMPLE, check_name, load_model, load_task, load_training
-from .outcomes import open_record
-from .shell import LimitOn, Reading
+from .loading import SAMPLE, check_data, check_name, load_model, load_task, load_training
+from .outcomes import Store, open_record, read_record
+from .shell import Answer, LimitOn, MaxForgetting, Model, Names, Reading, check_choices
 
 if TYPE_CHECKING:
     from torch import nn
@@ -21,36 +23,36 @@ if TYPE_CHECKING:
     from ..measures.results import Measurement
     from ..probing.probe import Probe
     from ..records.catalog import Catalog
-    from ..records.verdict import Limits
+    from ..records.forecast import Forecast
 
-Confidence = Annotated[float, typer.Option(help="Probability of exceeding to stop from")]
+Confidence = Annotated[float, Option(help="Probability of exceeding to stop from")]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Subject(Reading):
-    """What is measured: the options of `measure`, `forecast` and `preflight`."""
+    """What is measured: the options of `measure`, `forecast`, `preflight` and `plan`."""
 
-    model: Annotated[
-        str,
-        typer.Argument(help="Hub name, folder, sample, open_clip:NAME:TAG", metavar="MODEL"),
-    ]
-    dataset: Annotated[str, typer.Argument(help="Hub name, folder, sample:NAME", metavar="DATASET")]
-    train: Annotated[
-        str | None,
-        typer.Option(help="Training data, as DATASET, for the linear probe"),
-    ] = None
+    model: Model
+    dataset: Annotated[str, Argument(help="Hub name, folder, sample:NAME", metavar="DATASET")]
+    train: Annotated[str | None, Option(help="Training data, as DATASET, for the linear probe")] = (
+        None
+    )
+
+    def check_names(self) -> None:
+        """Raise where there is no model or data set of these names."""
+        check_name(self.model, "MODEL")
+        check_data("DATASET", [self.dataset])
+        check_data("--train", None if self.train is None else [self.train])
 
 
 @dataclass(frozen=True)
 class Plan:
     """The run that is planned, and its limit: further options of `forecast` and `preflight`."""
 
-    learning_rate: Annotated[float | None, typer.Option(help="Of the planned run")] = None
-    steps: Annotated[int | None, typer.Option(help="Of the planned run", min=1)] = None
-    off_target: Annotated[
-        list[str] | None, typer.Option(help="Name of a task not to forget; repeatable")
-    ] = None
-    max_forgetting: Annotated[float, typer.Option(help="Limit, a fraction")] = 0.05
+    learning_rate: Annotated[float | None, Option(help="Of the planned run")] = None
+    steps: Annotated[int | None, Option(help="Of the planned run", min=1)] = None
+    off_target: Annotated[Names, Option(help="Name of a task not to forget; repeatable")] = None
+    max_forgetting: MaxForgetting = 0.05
     limit_on: LimitOn = "mean"
     confidence: Confidence = 0.8
 
@@ -69,27 +71,6 @@ class Plan:
 
 
 @dataclass(frozen=True)
-class Opened:
-    """What the names of a `Subject` stand for.
-
-    Attributes:
-        task: Held-out images.
-        split: Of the data set; empty where it has none.
-        model: In float32 and eval mode.
-        processor: Of the model.
-        train: Training images, where they are named.
-        probe: Of the model on the task.
-    """
-
-    task: Task
-    split: str | None
-    model: nn.Module
-    processor: Any
-    train: Task | None
-    probe: Probe
-
-
-@dataclass(frozen=True)
 class Measured:
     """A model on a task, before any training.
 
@@ -97,21 +78,137 @@ class Measured:
         data: What ``--json`` prints of it.
         about: What `Forecaster.predict` is told of it, without method, recipe and off-target tasks.
         measurement: The measure.
-        opened: Model and task.
+        task: Held-out images.
+        model: In float32 and eval mode.
+        processor: Of the model.
+        train: Training images, where they are named.
+        probe: Of the model on the task.
     """
 
     data: dict[str, Any]
     about: dict[str, Any]
     measurement: Measurement
-    opened: Opened
+    task: Task
+    model: nn.Module
+    processor: Any
+    train: Task | None
+    probe: Probe
 
 
-def measure(subject: Subject) -> Measured:
+def measure(subject: Subject) -> Answer:
+    """Measure IIMM; no training."""
+    subject.check_names()
+    data = measured(subject).data
+    from ..reports import tables
+
+    return Answer(data, tables.measured(data))
+
+
+def forecast(
+    subject: Subject,
+    plan: Plan,
+    method: Annotated[
+        Names, Option(help="Repeatable [default: all five]", show_default=False)
+    ] = None,
+    store: Store = None,
+) -> Answer:
+    """Measure IIMM, forecast gain and forgetting."""
+    data, forecasts = _forecasts(subject, plan, method or METHODS, store)
+    from ..guard.judging import recommend
+    from ..reports import tables
+
+    data |= {"recommended": recommend(forecasts, plan.limits())}
+    return Answer(data, f"{tables.measured(data)}\n{tables.forecasts(data)}")
+
+
+def preflight(
+    subject: Subject,
+    plan: Plan,
+    method: Annotated[str, Option(help="Fine-tuning method, such as full")],
+    require_forecast: Annotated[
+        bool, Option("--require-forecast", help="Nothing to judge by is an error")
+    ] = False,
+    store: Store = None,
+) -> Answer:
+    """Exit with 0 go, 2 limit exceeded, 1 error.
+
+    For a job queue or CI. A warning alone is a go, and so is having nothing to judge by.
+    """
+    data, forecasts = _forecasts(subject, plan, [method], store)
+    from ..guard.judging import judge
+    from ..reports import tables
+
+    expected = forecasts[method]
+    verdict = judge(expected, None, plan.limits())
+    if require_forecast and (expected.base_rate or verdict.exceed_probability is None):
+        why = f"borrowed: {expected.basis}" if expected.base_rate else expected.basis
+        raise ValueError(
+            "`--require-forecast` needs saved runs of this model to judge by, got none "
+            f"({why}); add some, or leave it out"
+        )
+    go = verdict.level != "stop"
+    data |= {"verdict": asdict(verdict), "go": go}
+    text = "\n".join([tables.measured(data), tables.forecasts(data), tables.verdict(data)])
+    return Answer(data, text, 0 if go else 2)
+
+
+def grade(
+    limit: Annotated[
+        list[float] | None, Option(help="A fraction; repeatable [default: 0.02 0.03 0.05]")
+    ] = None,
+    limit_on: LimitOn = "mean",
+    confidence: Confidence = 0.8,
+    method: Annotated[Names, Option(help="Show its forecasts; repeatable [default: all]")] = None,
+    store: Store = None,
+) -> Answer:
+    """Grade forecast and guard on the saved runs.
+
+    Each run is replayed as if live, and forecast from the runs on other tasks.
+    """
+    chosen = limit or [0.02, 0.03, 0.05]
+    if not all(0 < x <= 1 for x in chosen):
+        raise ValueError(f"`--limit` must be a fraction in (0, 1], such as 0.05, got {chosen}")
+    checked = [limits_of(x, limit_on, confidence) for x in chosen]
+    path, found = read_record(store)
+    if not found:
+        raise ValueError(
+            f"`--store` must hold outcomes to grade, got {path} without any; `iimm calibrate` "
+            "makes some, and `--store sample` has those that ship"
+        )
+    known = sorted({"all", *(run.method for run in found)})
+    check_choices("--method", method or (), known)  # before the work
+    typer.echo(f"replaying {len(found)} runs", err=True)
+    from ..forecasting.forecaster import Forecaster
+    from ..reports import tables
+
+    settings: dict[str, Any] = {"limit_on": checked[0].limit_on, "confidence": confidence}
+    graded = Forecaster().grade(found, limits=chosen, **settings).to_json()
+    shown = [row for row in graded["forecasts"] if row["method"] in (method or known)]
+    data = {"store": str(path), "limit_on": limit_on} | graded | {"forecasts": shown}
+    return Answer(data, tables.grades(data, method or ["all"]))
+
+
+def measured(subject: Subject) -> Measured:
     """Model and data set of these names, and the measure of one on the other."""
+    from ..data.training import SAMPLE_SIZE
     from ..models.wrappers import model_fingerprint
+    from ..probing.learnable import TrainingSet
+    from ..probing.probe import Probe
 
-    opened = _open(subject)
-    probe, task, model = opened.probe, opened.task, opened.model
+    settings = subject.of_task() | {"templates": subject.template}
+    name = subject.task_name
+    task, split = load_task(subject.dataset, split=subject.split, task_name=name, **settings)
+    model, processor = load_model(subject.model, processor=subject.processor, device=subject.device)
+    train = None
+    if subject.train is not None:
+        settings |= {"task_name": task.name, "probe_size": SAMPLE_SIZE}
+        train = load_training(subject.train, **settings)
+    probe = Probe(
+        task,
+        processor=processor,
+        batch_size=subject.batch_size,
+        train=None if train is None else TrainingSet(train),
+    )
     look = probe.look(model, 0, linear_probe=True)
     learnable = look.learnable
     assert learnable is not None  # it was asked for
@@ -119,67 +216,50 @@ def measure(subject: Subject) -> Measured:
     if learnable.probe is not None:
         accuracy, error = learnable.probe.at(learnable.n_train)
     learnt = {"linear_probe_accuracy": accuracy, "linear_probe_standard_error": error}
-    about: dict[str, Any] = {
-        "zero_shot_accuracy": look.accuracy(task.name),
-        "model": model_fingerprint(model),
-        "task": task.name,
-        "task_fingerprint": probe.fingerprints[task.name],
-    }
+    seen = {"task": task.name, "task_fingerprint": probe.fingerprints[task.name],
+            "zero_shot_accuracy": look.accuracy(task.name)}  # fmt: skip
+    fingerprint = model_fingerprint(model)
     data = {
         "model": subject.model,
-        "model_fingerprint": about["model"],
+        "model_fingerprint": fingerprint,
         "dataset": subject.dataset,
-        "split": opened.split,
+        "split": split,
         "templates": list(task.templates),
         "pairing": task.pairing(),
-        **{name: about[name] for name in ("task", "task_fingerprint", "zero_shot_accuracy")},
+        **seen,
         **asdict(look.measurement),
         **learnt,
         "linear_probe_note": learnable.note,
     }
-    about |= learnt | {"n_train": learnable.n_train}
-    return Measured(data, about, look.measurement, opened)
+    about = {"model": fingerprint, "n_train": learnable.n_train, **seen, **learnt}
+    return Measured(data, about, look.measurement, task, model, processor, train, probe)
 
 
-def check_names(subject: Subject) -> None:
-    """Raise where there is no model or data set of these names."""
-    check_name(subject.model, "MODEL")
-    check_name(subject.dataset, "DATASET", is_model=False)
-    if subject.train is not None:
-        check_name(subject.train, "--train", is_model=False)
+def _forecasts(
+    subject: Subject, plan: Plan, methods: Sequence[str], store: str | None
+) -> tuple[dict[str, Any], dict[str, Forecast]]:
+    """The measure with a forecast of each method from the saved runs, as data and as they are."""
+    subject.check_names()
+    past = open_runs(subject.model, store)
+    check_methods(methods, past)
+    from ..forecasting.forecaster import Forecaster
+
+    found = measured(subject)
+    about = found.about | {"recipe": plan.recipe(), "off_target": plan.off_target or ()}
+    forecaster = Forecaster().fit(past.relevant(about["model"]))
+    forecasts = {
+        method: forecaster.predict(found.measurement, method=method, **about) for method in methods
+    }
+    rows = {}
+    for method, expected in forecasts.items():
+        predicted = expected.forgetting if plan.limit_on == "mean" else expected.worst
+        above = None if predicted is None else predicted.probability_above(plan.max_forgetting)
+        rows[method] = expected.to_json() | {"exceed_probability": above}
+    return found.data | {"limits": asdict(plan.limits()), "forecasts": rows}, forecasts
 
 
-def _open(subject: Subject) -> Opened:
-    """The task and its split, the model, and the probe of one on the other."""
-    from ..data.training import SAMPLE_SIZE
-    from ..probing.learnable import TrainingSet
-    from ..probing.probe import Probe
-
-    task, split = load_task(
-        subject.dataset,
-        split=subject.split,
-        task_name=subject.task_name,
-        templates=subject.template,
-        **subject.of_task(),
-    )
-    model, processor = load_model(subject.model, processor=subject.processor, device=subject.device)
-    train = None
-    if subject.train is not None:
-        settings = subject.of_task() | {"probe_size": SAMPLE_SIZE, "templates": subject.template}
-        train = load_training(subject.train, task_name=task.name, **settings)
-    probe = Probe(
-        task,
-        processor=processor,
-        batch_size=subject.batch_size,
-        train=None if train is None else TrainingSet(train),
-    )
-    return Opened(task, split, model, processor, train, probe)
-
-
-def limits_of(max_forgetting: float, limit_on: str, confidence: float) -> Limits:
+def limits_of(max_forgetting: float, limit_on: str, confidence: float = 0.8) -> Limits:
     """The limits, checked."""
-    from ..records.verdict import Limits
-
     return Limits(max_forgetting, limit_on, confidence)  # type: ignore[arg-type]  # it checks
 
 
@@ -193,9 +273,7 @@ def check_rates(rates: Sequence[float]) -> None:
 def check_methods(methods: Sequence[str], past: Catalog) -> None:
     """Raise unless each is a method of ours or of a saved run."""
     known = dict.fromkeys([*METHODS, "linear_probe", *sorted(past.methods())])
-    for method in methods:
-        if method not in known:
-            raise ValueError(f"`--method` must be one of {', '.join(known)}, got {method!r}")
+    check_choices("--method", methods, known)
 
 
 def open_runs(model: str, store: str | None) -> Catalog:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from typer import Argument, Option
 
 from .loading import SAMPLE, first_line, load_recorded
 from .shell import Answer, command
@@ -20,18 +21,11 @@ if TYPE_CHECKING:
     from ..records.outcomes import Outcome
 
 Store = Annotated[
-    str | None,
-    typer.Option(
-        help="Saved runs, or sample [default: the user's]",
-        show_default=False,
-    ),
+    str | None, Option(help="Saved runs, or sample [default: the user's]", show_default=False)
 ]
-
-Private = Annotated[bool, typer.Option("--private", help="Make it private, if it is new there")]
-License = Annotated[
-    str | None, typer.Option("--license", help="For the Hub's card, such as cc0-1.0")
-]
-HubName = Annotated[str, typer.Argument(help="Data set on the Hub, such as org/runs")]
+Private = Annotated[bool, Option("--private", help="Make it private, if it is new there")]
+License = Annotated[str | None, Option("--license", help="For the Hub's card, such as cc0-1.0")]
+HubName = Annotated[str, Argument(help="Data set on the Hub, such as org/runs")]
 
 app = typer.Typer(
     rich_markup_mode=None,
@@ -41,11 +35,11 @@ app = typer.Typer(
 
 @command(app, "list")
 def list_outcomes(
-    model: Annotated[str, typer.Option(help="Name or fingerprint; * matches anything")] = "*",
-    method: Annotated[str, typer.Option(help="* matches anything")] = "*",
-    task: Annotated[str, typer.Option(help="* matches anything")] = "*",
-    limit: Annotated[int, typer.Option(min=1, help="How many on a page")] = 200,
-    page: Annotated[int, typer.Option(min=1, help="1 has the newest, 2 those before")] = 1,
+    model: Annotated[str, Option(help="Name or fingerprint; * matches anything")] = "*",
+    method: Annotated[str, Option(help="* matches anything")] = "*",
+    task: Annotated[str, Option(help="* matches anything")] = "*",
+    limit: Annotated[int, Option(min=1, help="How many on a page")] = 200,
+    page: Annotated[int, Option(min=1, help="1 has the newest, 2 those before")] = 1,
     store: Store = None,
 ) -> Answer:
     """List the saved runs, the newest last."""
@@ -73,7 +67,7 @@ def list_outcomes(
 
 @command(app, "add")
 def add(
-    file: Annotated[Path, typer.Argument(help="Runs written down by hand", metavar="FILE.csv")],
+    file: Annotated[Path, Argument(help="Runs written down by hand", metavar="FILE.csv")],
     store: Store = None,
 ) -> Answer:
     """Add runs written down in a CSV file.
@@ -94,8 +88,7 @@ def add(
 @command(app, "import")
 def import_outcomes(
     source: Annotated[
-        str,
-        typer.Argument(help="JSON-lines file, save_to_disk folder or Hub name", metavar="SOURCE"),
+        str, Argument(help="JSON-lines file, save_to_disk folder or Hub name", metavar="SOURCE")
     ],
     store: Store = None,
 ) -> Answer:
@@ -109,10 +102,10 @@ def import_outcomes(
 @command(app, "export")
 def export(
     target: Annotated[
-        Path | None, typer.Argument(help="A new .jsonl file or folder", metavar="TARGET")
+        Path | None, Argument(help="A new .jsonl file or folder", metavar="TARGET")
     ] = None,
     push_to_hub: Annotated[
-        str | None, typer.Option(help="Name of a data set on the Hub, instead of TARGET")
+        str | None, Option(help="Name of a data set on the Hub, instead of TARGET")
     ] = None,
     private: Private = False,
     license_name: License = None,
@@ -137,8 +130,7 @@ def export(
     if not found:
         raise ValueError(f"`--store` must hold outcomes to export, got {path} without any")
     if target is None:
-        public = [replace(o, provenance=_without_who(o.provenance)) for o in found]
-        _push(public, str(push_to_hub), private, license_name)
+        _push(found, str(push_to_hub), private, license_name)
     else:
         write_new(found, target.expanduser())
     where = str(push_to_hub or target)
@@ -174,14 +166,14 @@ def _push(outcomes: Sequence[Outcome], name: str, private: bool, license_name: s
     from ..records.as_dataset import to_dataset
     from ..reports.card import update_outcomes_card
 
-    to_dataset(outcomes).push_to_hub(name, private=private or None)
+    public = [
+        replace(o, provenance={k: v for k, v in o.provenance.items() if k != "who"})
+        for o in outcomes
+    ]
+    to_dataset(public).push_to_hub(name, private=private or None)
     card = DatasetCard.load(name)  # the columns are on it
-    update_outcomes_card(card, outcomes, name, license_name)
+    update_outcomes_card(card, public, name, license_name)
     card.push_to_hub(name)
-
-
-def _without_who(provenance: dict[str, str]) -> dict[str, str]:
-    return {name: value for name, value in provenance.items() if name != "who"}
 
 
 @command(app, "check")
@@ -205,8 +197,8 @@ def check(store: Store = None) -> Answer:
 
 @command(app, "sync")
 def sync(
-    one: Annotated[str, typer.Argument(help="File, folder/ or address", metavar="A")],
-    other: Annotated[str, typer.Argument(help="Likewise", metavar="B")],
+    one: Annotated[str, Argument(help="File, folder/ or address", metavar="A")],
+    other: Annotated[str, Argument(help="Likewise", metavar="B")],
 ) -> Answer:
     """Give each of two stores what only the other has.
 
@@ -223,8 +215,8 @@ def sync(
 
 @command(app, "retire")
 def retire(
-    name: Annotated[str, typer.Argument(help="Its name, as list --json has it", metavar="NAME")],
-    why: Annotated[str, typer.Option(help="In words")],
+    name: Annotated[str, Argument(help="Its name, as list --json has it", metavar="NAME")],
+    why: Annotated[str, Option(help="In words")],
     store: Store = None,
 ) -> Answer:
     """Let a saved run no longer count.

@@ -7,22 +7,25 @@ import inspect
 import json
 import math
 import os
+import re
 import sys
 import tempfile
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import MISSING, dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Annotated, Any, get_type_hints
 
 import typer
+from typer import Argument, Option
 from typer.core import TyperCommand, TyperGroup
 from typer.models import ArgumentInfo
 
-_AS_JSON = Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else")]
-_QUIET = Annotated[bool, typer.Option("--quiet", help="Show no progress")]
-_DEBUG = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error")]
+_AS_JSON = Annotated[bool, Option("--json", help="Print JSON, and nothing else")]
+_QUIET = Annotated[bool, Option("--quiet", help="Show no progress")]
+_DEBUG = Annotated[bool, Option("--debug", help="Show the traceback of an error")]
+_UNITS = {"s": 1, "m": 60, "h": 3600}
 _GROUPS = {  # of options in the help; any other is of the output
     "Data": "split template image_column label_column task_name probe_size seed train off_target"
     " processor device batch_size task tasks models mirror most_test",
@@ -219,26 +222,6 @@ def _one_line(error: BaseException) -> str:
     return " ".join((str(error) if told else f"{type(error).__name__}: {error}").split())
 
 
-def read_run_file(path: Path) -> dict[str, Any]:
-    """The record in the run file of this name.
-
-    Args:
-        path: As ``RUN.json``, its ``~`` expanded.
-
-    Raises:
-        ValueError: There is no such file, it cannot be read, or it is no run file.
-    """
-    from ..records.run_file import read_run
-
-    try:
-        return read_run(path)
-    except OSError as error:
-        raise ValueError(
-            f"`RUN.json` must be a run file, as the guard writes one for each run, got "
-            f"{str(path)!r} ({error.strerror or error}); name one of those"
-        ) from error
-
-
 @contextmanager
 def folder_to_write(folder: Path, argument: str) -> Iterator[None]:
     """Make a folder and test it before the work; it is removed if it stays empty.
@@ -269,27 +252,60 @@ def folder_to_write(folder: Path, argument: str) -> Iterator[None]:
                 path.rmdir()
 
 
-LimitOn = Annotated[str, typer.Option(help="'mean' of the off-target tasks, or the 'worst'")]
+def check_choices(argument: str, given: Iterable[str], known: Collection[str]) -> None:
+    """Raise unless each that is given is known; the error names the argument."""
+    for name in given:
+        if name not in known:
+            raise ValueError(f"`{argument}` must be one of {', '.join(known)}, got {name!r}")
+
+
+def seconds_of(text: str | None) -> float | None:
+    """Seconds in words such as 90s, 30m or 1h30m; None of None.
+
+    Raises:
+        ValueError: There is no time in it.
+
+    Example:
+        >>> seconds_of("1h30m"), seconds_of("45s"), seconds_of("2.5m")
+        (5400.0, 45.0, 150.0)
+    """
+    if text is None:
+        return None
+    parts = re.findall(r"(\d+(?:\.\d+)?)([smh])", text)
+    total = sum(float(number) * _UNITS[unit] for number, unit in parts)
+    if "".join(number + unit for number, unit in parts) != text or total <= 0:
+        raise ValueError(f"`--budget` must be a time such as 90s, 30m or 1h30m, got {text!r}")
+    return total
+
+
+# Options and arguments of several commands.
+Names = list[str] | None
+Model = Annotated[
+    str, Argument(help="Hub name, folder, sample, open_clip:NAME:TAG", metavar="MODEL")
+]
+Processor = Annotated[str | None, Option(help="Hub name or folder, where MODEL has none")]
+OffTarget = Annotated[
+    Names, Option(help="Not to forget, as DATASET; repeatable [default: shipped tasks]")
+]
+MaxForgetting = Annotated[float, Option(help="Limit, a fraction")]
+LimitOn = Annotated[str, Option(help="'mean' of the off-target tasks, or the 'worst'")]
+_Column = Annotated[str | None, Option(help="Where there is a choice")]
 
 
 @dataclass(frozen=True)
 class Reading:
     """How a data set and a model are read."""
 
-    split: Annotated[str | None, typer.Option(help="Default: test, or the only one")] = None
-    template: Annotated[
-        list[str] | None, typer.Option(help="Prompt; repeatable [default: a photo of a {}.]")
-    ] = None
-    image_column: Annotated[str | None, typer.Option(help="Where there is a choice")] = None
-    label_column: Annotated[str | None, typer.Option(help="Where there is a choice")] = None
-    task_name: Annotated[str | None, typer.Option(help="Name of the task, as in past runs")] = None
-    probe_size: Annotated[int | None, typer.Option(help="Images, at most [default: 512]")] = None
-    batch_size: Annotated[int, typer.Option(help="Images in a forward pass", min=1)] = 64
-    device: Annotated[str | None, typer.Option(help="Default: cuda if there is one")] = None
-    processor: Annotated[
-        str | None, typer.Option(help="Hub name or folder, where MODEL has none")
-    ] = None
-    seed: Annotated[int, typer.Option(help="Of the choice of images", min=0)] = 0
+    split: Annotated[str | None, Option(help="Default: test, or the only one")] = None
+    template: Annotated[Names, Option(help="Prompt; repeatable [default: a photo of a {}.]")] = None
+    image_column: _Column = None
+    label_column: _Column = None
+    task_name: Annotated[str | None, Option(help="Name of the task, as in past runs")] = None
+    probe_size: Annotated[int | None, Option(help="Images, at most [default: 512]")] = None
+    batch_size: Annotated[int, Option(help="Images in a forward pass", min=1)] = 64
+    device: Annotated[str | None, Option(help="Default: cuda if there is one")] = None
+    processor: Processor = None
+    seed: Annotated[int, Option(help="Of the choice of images", min=0)] = 0
 
     def of_task(self) -> dict[str, Any]:
         """The settings that a task of any of the command's data sets has."""

@@ -17,8 +17,18 @@ from huggingface_hub import DatasetCard, EvalResult, ModelCard, RepoCard
 from ..records import keys
 from ..records.outcomes import Outcome
 from ..records.run_file import file_name
-from .tables import mixed
-from .words import interval, level_words, percent, points, printable, score_name, standard_error
+from .tables import WORDS, mixed
+from .words import (
+    interval,
+    level_words,
+    observed,
+    percent,
+    points,
+    printable,
+    score_name,
+    size,
+    standard_error,
+)
 
 HEADING = "Gain and forgetting (iimm_callbacks)"
 TASK_TYPE = "zero-shot-image-classification"
@@ -235,14 +245,12 @@ def _facts(record: Mapping[str, Any], first: Any, last: Any) -> Iterator[str]:
             f"{points(held['forgetting'])}, worst {points(held['worst'])} points. All below is of "
             "the fine-tuned model before that."
         )
-    observed = {"gain": keys.observed_key("gain")}
-    if record["off_target"]:
-        observed |= {"forgetting": keys.observed_key("forgetting"), "worst": keys.WORST}
-    words = {"gain": "Gain", "forgetting": "Mean forgetting", "worst": "Worst forgetting"}
-    for name, key in observed.items():
+    for name, words in WORDS.items():
+        if (value := observed(last, name)) is None:
+            continue
         error = standard_error(last, name)
-        spread = "" if error is None else f" ± {points(error).removeprefix('+')}"
-        told = f"{words[name]}: {points(last[key])}{spread} points"
+        spread = "" if error is None else f" ± {size(error)}"
+        told = f"{words.capitalize()}: {points(value)}{spread} points"
         told += " (standard error)" if spread else ""
         if name in predicted:
             told += f"; forecast before training {interval(predicted[name])}, 90 % interval"
@@ -250,7 +258,7 @@ def _facts(record: Mapping[str, Any], first: Any, last: Any) -> Iterator[str]:
     yield f"- IIMM: {first[keys.PREFIX]:.3f} before, {last[keys.PREFIX]:.3f} after"
     limits = record["limits"]
     if limits["max_forgetting"] is not None:
-        limit = points(limits["max_forgetting"]).removeprefix("+")
+        limit = size(limits["max_forgetting"])
         level = level_words(last["level"])
         yield f"- Limit: {limit} points of {limits['limit_on']} forgetting; {level}"
     yield f"- Run: {_shown(record['ended'])}; {record['n_images']} images of the task probed"

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from rich.table import Table
+
 from ..records import keys
 from ..records.run_file import check_run
 from . import facts
@@ -25,10 +27,11 @@ from .drawing import (
 )
 from .tables import mixed
 from .terminal import is_complete
-from .words import points, standard_error
+from .words import WIDTH, level_words, observed, page, points, standard_error, with_error
 
 FORMATS = (".png", ".svg", ".pdf", ".html", ".htm")
 _PAGES = (".html", ".htm")
+_SHORT = ("gain", "mean", "worst")  # of `facts.QUANTITIES`
 _FORGETTING = keys.observed_key("forgetting")
 _GAIN = keys.observed_key("gain")
 
@@ -97,7 +100,6 @@ def check_format(path: Path, argument: str) -> None:
 
 def _row(name: str, record: dict[str, Any]) -> dict[str, Any]:
     last, recipe = record["looks"][-1], record["recipe"]
-    observed = {q: facts.observed(last, q) for q in facts.QUANTITIES}
     return {
         "name": name,
         **{key: record[key] for key in ("task", "method", "ended")},
@@ -105,7 +107,7 @@ def _row(name: str, record: dict[str, Any]) -> dict[str, Any]:
         "step": last["step"],
         "share": last["share"],
         "complete": is_complete(record),
-        **observed,
+        **{q: observed(last, q) for q in facts.QUANTITIES},
         **{f"{q}_se": standard_error(last, q) for q in facts.QUANTITIES},
         "forecast": {q: record["forecast"].get(q) for q in facts.QUANTITIES},
         "base_rate": record["forecast"]["base_rate"],
@@ -124,7 +126,7 @@ def _groups(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         ]
         row: dict[str, Any] = {"task": task, "method": method, "n_runs": len(ends)}
         for q in facts.QUANTITIES:
-            values = [v for end in ends if (v := facts.observed(end, q)) is not None]
+            values = [v for end in ends if (v := observed(end, q)) is not None]
             row[q] = None
             if values:
                 mean = sum(values) / len(values)
@@ -226,21 +228,55 @@ def _as_words(
         | {
             **{k: "" if row[k] is None else str(row[k]) for k in ("seed", "learning_rate")},
             "done": f"{row['share']:.0%}",
-            **{q: facts.with_error(record["looks"][-1], q) for q in facts.QUANTITIES},
+            **{q: with_error(record["looks"][-1], q) for q in facts.QUANTITIES},
         }
         for row, record in zip(data["runs"], records, strict=True)
     ]
     groups = [
         {"task": g["task"], "method": g["method"], "runs": str(g["n_runs"])}
-        | {q: spread(g[q]) for q in facts.QUANTITIES}
+        | {q: _spread(g[q]) for q in facts.QUANTITIES}
         for g in data["groups"]
     ]
     return {"rows": rows, "groups": groups, "notes": data["notes"], "picture": shown(picture)}
 
 
-def spread(found: dict[str, float] | None) -> str:
+def _spread(found: dict[str, float] | None) -> str:
     """Mean and range of a group in points."""
     if found is None:
         return "none"
     mean, low, high = (points(found[k]) for k in ("mean", "low", "high"))
     return mean if low == high else f"{mean} ({low} to {high})"
+
+
+def tables(data: dict[str, Any]) -> str:
+    """Every run and every group, for the terminal.
+
+    Args:
+        data: What `compare_runs` returns.
+    """
+    tasks = list(dict.fromkeys(row["task"] for row in data["runs"]))
+    several = len(tasks) > 1
+    of = "" if several else f": {tasks[0]}"
+    task = ["task"] * several
+    shown = _table(f"Latest look of each run{of}", "run", *task, "method", "seed", "done", *_SHORT,
+                   "verdict")  # fmt: skip
+    for row in data["runs"]:
+        seed = "" if row["seed"] is None else str(row["seed"])
+        values = ["none" if row[q] is None else points(row[q]) for q in facts.QUANTITIES]
+        about = (row["name"], *[row["task"]] * several, row["method"], seed, f"{row['share']:.0%}")
+        shown.add_row(*about, *values, level_words(row["level"]))
+    groups = _table(f"Mean of the complete runs{of}", *task, "method", "runs",
+                    *_SHORT)  # fmt: skip
+    for row in data["groups"]:
+        cells = [_spread(row[q]) for q in facts.QUANTITIES]
+        groups.add_row(*[row["task"]] * several, row["method"], str(row["n_runs"]), *cells)
+    meaning = "Gain, mean and worst forgetting in points; in brackets from lowest to highest."
+    return page(shown, groups, meaning, *data["notes"])
+
+
+def _table(title: str, *columns: str) -> Table:
+    table = Table(title=title, width=WIDTH)
+    for column in columns:
+        words = column in ("run", "task", "method", "verdict")
+        table.add_column(column, justify="left" if words else "right", overflow="fold")
+    return table

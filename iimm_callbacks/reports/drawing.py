@@ -19,7 +19,7 @@ from markupsafe import Markup
 from numpy.typing import ArrayLike, NDArray
 
 from .. import __version__
-from .words import level_words, printable
+from .words import level_words, or_nothing, percent, printable
 
 LIGHT = {
     "paper": "#ffffff", "panel": "#f3f5f8", "ink": "#1b1f24", "quiet": "#565d66",
@@ -216,7 +216,7 @@ def shown(picture: Picture) -> dict[str, Any]:
 
 @cache
 def _environment() -> Environment:
-    return Environment(
+    found = Environment(
         loader=FileSystemLoader(_HERE),
         autoescape=True,
         undefined=StrictUndefined,
@@ -224,6 +224,8 @@ def _environment() -> Environment:
         lstrip_blocks=True,
         finalize=_as_text,
     )
+    found.filters |= {"percent": percent, "or_nothing": or_nothing}
+    return found
 
 
 def _as_text(value: Any) -> Any:

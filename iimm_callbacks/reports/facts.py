@@ -10,25 +10,21 @@ from ..records import keys
 from .figures import total_steps
 from .tables import curve, explained, mixed
 from .terminal import is_complete
-from .words import forecast_in, interval, own_metric, percent, points, score_name, standard_error
+from .words import (
+    forecast_in,
+    interval,
+    observed,
+    own_metric,
+    percent,
+    points,
+    score_name,
+    size,
+    with_error,
+)
 
 QUANTITIES = {"gain": "gain", "forgetting": "forgetting, mean", "worst": "forgetting, worst task"}
 _LEAST_SHARE = 0.05  # of a predictor that is named
 _LATEST = 2**35  # seconds; what is later is no time
-
-
-def observed(row: dict[str, Any], name: str) -> float | None:
-    """What a look observed of "gain", "forgetting" or "worst"; None without off-target tasks."""
-    value: float | None = row.get(keys.WORST if name == "worst" else keys.observed_key(name))
-    return value
-
-
-def with_error(row: dict[str, Any], name: str) -> str:
-    """What a look observed, in points, with its standard error where that is known."""
-    value, error = observed(row, name), standard_error(row, name)
-    if value is None:
-        return "none"
-    return points(value) if error is None else f"{points(value)} ± {100 * error:.1f}"
 
 
 def state(record: dict[str, Any]) -> str:
@@ -50,7 +46,7 @@ def title(record: dict[str, Any]) -> str:
     mean = observed(last, "forgetting")
     if mean is None:
         return text
-    text += f", forgot {points(mean).removeprefix('+')}"
+    text += f", forgot {size(mean)}"
     limit = limits["max_forgetting"]
     if limit is None:
         return text
@@ -168,9 +164,9 @@ def grade(record: dict[str, Any]) -> list[dict[str, str]]:
         rows.append(
             {
                 "name": QUANTITIES.get(name, name),
-                "error": _size(found["error"]),
-                "mean": _size(found["error_of_mean"]),
-                "zero_shot": _size(found["error_of_zero_shot"]),
+                "error": size(found["error"]) or "none",
+                "mean": size(found["error_of_mean"]) or "none",
+                "zero_shot": size(found["error_of_zero_shot"]) or "none",
                 "verdict": _against(found),
                 "held": f"{found['coverage']:.0%}",
                 "on": f"{found.get('n_runs', '?')} runs, {found['n_tasks']} tasks",
@@ -196,10 +192,6 @@ def _against(found: dict[str, Any]) -> str:
             how = f"{by} better" if by > 0 else f"{-by} worse" if by < 0 else "no better"
             said.append(f"{how} than the {words}" if by else f"no better than the {words}")
     return "; ".join(said) or "nothing to compare with"
-
-
-def _size(fraction: float | None) -> str:
-    return "none" if fraction is None else f"{100 * fraction:.1f}"
 
 
 def history(record: dict[str, Any]) -> list[dict[str, str]]:

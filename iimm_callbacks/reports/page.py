@@ -31,7 +31,7 @@ from .drawing import (
     shown,
 )
 from .figures import run_pictures
-from .tables import mixed
+from .tables import WORDS, mixed
 from .terminal import INCOMPLETE, is_complete
 from .words import interval, percent, points, score_name
 
@@ -39,7 +39,6 @@ PAGE = "report.html"
 PICTURES = (
     "gain", "forgetting", "off_target", "measure", "past_gain", "past_forgetting", "probability",
 )  # fmt: skip
-_WORDS = {"gain": "gain", "forgetting": "mean forgetting"}
 
 
 def write_report(
@@ -242,15 +241,15 @@ def _scatter(record: dict[str, Any], past: Sequence[Outcome], name: str) -> Pict
     here = _mark(axis, record, name)
     axis.axhline(0, color=LIGHT["rule"], lw=1, zorder=0)
     axis.set_xlabel("IIMM before training")
-    axis.set_ylabel(f"{_WORDS[name]} (points)")
+    axis.set_ylabel(f"{WORDS[name]} (points)")
     legend_above(axis)
     told = _told(name, runs, same, line)
     if n := _of_another_kind(record, runs, name):
         what = "Another metric" if name == "gain" else "Other off-target tasks or metrics"
         told += f" {what} than this run had {n}: these do not compare with it."
     return Picture(
-        f"past_{name}", f"{_WORDS[name].capitalize()} of past runs against IIMM",
-        f"Scatter plot of {_WORDS[name]} in points against IIMM before training. {told} {here}",
+        f"past_{name}", f"{WORDS[name].capitalize()} of past runs against IIMM",
+        f"Scatter plot of {WORDS[name]} in points against IIMM before training. {told} {here}",
         told, figure,
     )  # fmt: skip
 

@@ -8,7 +8,7 @@ from typing import Any
 from rich.table import Table
 
 from .terminal import forecast_lines, used
-from .words import WIDTH, interval, level_words, page, percent, points, size
+from .words import WIDTH, interval, level_words, or_nothing, page, percent, points, size
 
 WORDS = {"gain": "gain", "forgetting": "mean forgetting", "worst": "worst forgetting"}
 _LEFT = (
@@ -206,11 +206,6 @@ def _choice(data: dict[str, Any], names: dict[str, str], limit: str) -> str:
 def named(method: str, row: dict[str, Any]) -> str:
     """A method, marked where its forecast is borrowed."""
     return f"{method} (borrowed)" if row["base_rate"] else method
-
-
-def or_nothing(fraction: float | None) -> str:
-    """Points with their sign."""
-    return "" if fraction is None else points(fraction)
 
 
 def new_table(title: str, *columns: str, whole: str = "") -> Table:

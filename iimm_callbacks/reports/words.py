@@ -95,6 +95,20 @@ def standard_error(row: dict[str, Any], name: str) -> float | None:
     return float(found) if real else None  # type: ignore[arg-type]
 
 
+def observed(row: dict[str, Any], name: str) -> float | None:
+    """What a look observed of "gain", "forgetting" or "worst"; None without off-target tasks."""
+    value: float | None = row.get(keys.WORST if name == "worst" else keys.observed_key(name))
+    return value
+
+
+def with_error(row: dict[str, Any], name: str) -> str:
+    """What a look observed, in points, with its standard error where that is known."""
+    value, error = observed(row, name), standard_error(row, name)
+    if value is None:
+        return "none"
+    return points(value) if error is None else f"{points(value)} ± {size(error)}"
+
+
 def forecast_in(row: dict[str, Any], name: str) -> dict[str, float] | None:
     """The forecast of "gain" or "forgetting" at a look, as `interval` takes it; None without."""
     key = keys.forecast_key(name)
@@ -114,6 +128,17 @@ def interval(prediction: dict[str, float] | None) -> str:
 def points(fraction: float) -> str:
     """A fraction in points, with its sign."""
     return f"{100 * fraction:+.1f}"
+
+
+def or_nothing(fraction: float | None) -> str:
+    """Points with their sign; empty where there is no number."""
+    return "" if fraction is None else points(fraction)
+
+
+def gained(gain: float, forgetting: float | None) -> str:
+    """What a run came to, in points."""
+    drop = "" if forgetting is None else f", forgetting {points(forgetting)}"
+    return f"gain {points(gain)}{drop} points"
 
 
 def size(fraction: float | None) -> str:

@@ -31,7 +31,7 @@ from typer.testing import CliRunner
 
 import iimm_callbacks
 from iimm_callbacks import Forecaster, Outcome, append_outcome, cli, read_outcomes, sample
-from iimm_callbacks.cli import doctor, loading, shell
+from iimm_callbacks.cli import loading, shell, trying
 from iimm_callbacks.cli.loading import load_model
 from iimm_callbacks.cli.measuring import open_runs
 from iimm_callbacks.models.wrappers import model_fingerprint
@@ -277,7 +277,7 @@ def test_rescue_refuses_what_is_no_mix_of_the_two(rescued, tmp_path):
 def test_rescue_finds_out_before_the_sweep_that_it_cannot_write(tmp_path, monkeypatch, inside):
     (tmp_path / "afile").touch()
     monkeypatch.setattr("iimm_callbacks.rescue.sweep.rescue", None)
-    monkeypatch.setattr("iimm_callbacks.cli.rescuing.load_model", None)
+    monkeypatch.setattr("iimm_callbacks.cli.finished.load_model", None)
     to = tmp_path / "afile" / inside
     told = fails("rescue", "sample", "tuned", "sample:emoji_groups", "--to", to)
     assert re.search(f"`--to` (needs|must be) a folder .*, got '{to}'", told)
@@ -1007,14 +1007,14 @@ def packages(monkeypatch):
     """(name, version=..., problem=...) per package that is not as it should be; all others are."""
 
     def plant(name, **known):
-        plain = doctor._package
+        plain = trying._package
 
         def package(asked_for, *others):
             return plain(asked_for, *others) | (known if asked_for == name else {})
 
-        monkeypatch.setattr(doctor, "_package", package)
+        monkeypatch.setattr(trying, "_package", package)
 
-    monkeypatch.setattr(doctor, "import_problem", lambda modules: None)
+    monkeypatch.setattr(trying, "import_problem", lambda modules: None)
     return plant
 
 
@@ -1062,9 +1062,9 @@ def test_doctor_says_what_is_wrong_and_exits_with_1(packages, name, known, says)
 
 
 def test_doctor_checks_the_bounds_of_what_is_installed(monkeypatch):
-    monkeypatch.setattr(doctor, "import_problem", lambda modules: None)
+    monkeypatch.setattr(trying, "import_problem", lambda modules: None)
     monkeypatch.setattr(
-        doctor, "version", lambda name: "4.50.0" if name == "transformers" else version(name)
+        trying, "version", lambda name: "4.50.0" if name == "transformers" else version(name)
     )
     (problem,) = ask("doctor", code=1)["problems"]
     assert re.match("transformers 4.50.0: .*4.57.* is needed: pip install 'transformers", problem)
@@ -1077,7 +1077,7 @@ def test_a_broken_torchvision_is_the_cause_of_what_fails_with_it():
         return {"name": name, "version": version, "problem": problem, "extras": [], "asked": ""}
 
     broken = [package("transformers", "5.0"), package("peft", "0.2"), package("torchvision", "0.9")]
-    (problem,) = doctor.package_problems([package("torch", "2.13.0", None), *broken])
+    (problem,) = trying.package_problems([package("torch", "2.13.0", None), *broken])
     assert problem.startswith(f"torchvision 0.9 cannot be imported ({why}), nor can transformers,")
     assert "the one for torch 2.13.0" in problem
     assert "pip uninstall torchvision" in problem
@@ -1089,9 +1089,9 @@ def test_an_import_that_fails_is_told_by_the_error_at_its_root(tmp_path, monkeyp
         "except OSError as error:\n    raise ImportError('wrapped') from error\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
-    assert doctor.import_problem(["broken_library"]) == "OSError: no such operator"
-    assert doctor.import_problem(["no_such_library"]).startswith("ModuleNotFoundError: ")
-    assert doctor.import_problem(["json", "transformers"]) is None
+    assert trying.import_problem(["broken_library"]) == "OSError: no such operator"
+    assert trying.import_problem(["no_such_library"]).startswith("ModuleNotFoundError: ")
+    assert trying.import_problem(["json", "transformers"]) is None
 
 
 def test_doctor_counts_runs_and_damaged_lines(record, store, packages):

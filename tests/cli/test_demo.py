@@ -7,7 +7,7 @@ import pytest
 from test_cli import RUNNER
 
 from iimm_callbacks import cli
-from iimm_callbacks.cli import demo
+from iimm_callbacks.cli import trying
 from iimm_callbacks.records.run_file import read_run
 from iimm_callbacks.reports.terminal import look_line, summary_table
 
@@ -40,7 +40,7 @@ def test_the_demo_shows_every_look_then_predicted_and_observed(done):
 
 
 def test_the_demo_forecasts_from_no_run_on_its_own_task(done):
-    runs = [run for run in demo.sample_outcomes() if run.task == "handwritten_digits"]
+    runs = [run for run in trying.sample_outcomes() if run.task == "handwritten_digits"]
     assert runs == []
     assert read_run(done.output / "iimm_digits.json")["forecast"]["n_outcomes"] > 100
 
@@ -65,7 +65,7 @@ def test_without_matplotlib_there_is_a_run_file_and_word_of_the_report(monkeypat
         raise ImportError("needs matplotlib: pip install matplotlib")
 
     monkeypatch.setattr("iimm_callbacks.reports.page.write_report", refuse)
-    assert demo._report({}, tmp_path, []) == (
+    assert trying._report({}, tmp_path, []) == (
         None,
         "No report was written: needs matplotlib: pip install matplotlib",
     )

@@ -25,15 +25,16 @@ from iimm_callbacks import (
     calibrate,
     read_outcomes,
 )
+from iimm_callbacks.cli.shell import seconds_of
 from iimm_callbacks.models.wrappers import model_fingerprint
 from iimm_callbacks.probing.probe import Probe
 from iimm_callbacks.records.run_file import read_run
 from iimm_callbacks.records.verdict import WATCH
 from iimm_callbacks.trainer.calibration import calibrate as module
-from iimm_callbacks.trainer.calibration import learnt, options, runs, work
-from iimm_callbacks.trainer.calibration.budget import Cost, Job, fit, seconds_of
-from iimm_callbacks.trainer.calibration.choice import most_different
+from iimm_callbacks.trainer.calibration import learnt, runs, work
+from iimm_callbacks.trainer.calibration.lessons import most_different
 from iimm_callbacks.trainer.calibration.recipes import read_recipes
+from iimm_callbacks.trainer.calibration.work import Cost, Job, fit
 
 COLOURS = {"red": (220, 40, 40), "green": (40, 200, 60), "blue": (40, 60, 220)}
 FAST = {"learning_rate": 1e-2, "max_steps": 5, "per_device_train_batch_size": 4}
@@ -114,14 +115,15 @@ def test_the_errors_are_those_of_forecasts_without_the_own_task():
                        zero_shot + gain, {"x": 0.5}, {"x": 0.5 - gain / 2})  # fmt: skip
 
     own = [made(f"t{i}", 0.2 + 0.1 * i, 0.4) for i in range(4)]
-    gain, drop = (e for e in learnt.errors(own, []) if e.method == "all")
+    errors, found = learnt.grade(own, [])
+    gain, drop = (e for e in errors if e.method == "all")
     # All three other runs gained 40 points and lost 20.
     assert gain.own < 0.02 < gain.borrowed
     assert drop.own < 0.02 < drop.borrowed
-    curve = [row["gain"] for row in learnt.learning_curve(own, [])]
+    curve = [row["gain"] for row in found]
     assert curve[0] == pytest.approx(gain.borrowed)
     assert curve[-1] == pytest.approx(gain.own)
-    assert learnt.errors(own[:1], []) == learnt.learning_curve(own[:1], []) == []
+    assert learnt.grade(own[:1], []) == ([], [])
 
 
 def test_the_frontier_is_what_nothing_beats_in_both():
@@ -150,29 +152,29 @@ def test_the_choice_gains_most_of_what_likely_stays_within_the_limit():
         for i in range(6)
         for method, (gain, drop) in ends.items()
     ]
-    known = options.recipes_on_record(record, "fp")
+    known = learnt.recipes_on_record(record, "fp")
     assert {key: len(tasks) for key, tasks in known.items()} == {
         (method, 0.1, 10): 6 for method in ends
     }
-    assert options.recipes_on_record(record, "other") == {}
+    assert learnt.recipes_on_record(record, "other") == {}
     forecaster, measure = Forecaster().fit(record), Measurement(0.3, 0.2, 0.4, 0.01, 100, 5)
     found = [
-        options.Option(method, {"learning_rate": rate, "steps": steps}, len(tasks),
+        learnt.Option(method, {"learning_rate": rate, "steps": steps}, len(tasks),
             forecaster.predict(measure, method=method, zero_shot_accuracy=0.4, model="fp"))
         for (method, rate, steps), tasks in known.items()
     ]  # fmt: skip
-    order = [o.method for o in options.ranked(found, Limits(0.05))]
+    order = [o.method for o in learnt.ranked(found, Limits(0.05))]
     assert order == ["lora", "bitfit", "full"]
-    assert options.choice(found, Limits(0.05)).method == "lora"
-    assert options.choice(found, Limits(0.3)).method == "full"
-    assert options.choice(found, Limits(None)).method == "full"
-    assert options.choice(found[:1], Limits(0.05)) is None  # full alone
+    assert learnt.choice(found, Limits(0.05)).method == "lora"
+    assert learnt.choice(found, Limits(0.3)).method == "full"
+    assert learnt.choice(found, Limits(None)).method == "full"
+    assert learnt.choice(found[:1], Limits(0.05)) is None  # full alone
     full, lora, _ = found
-    assert options.told_apart(full, lora, record, "fp")
-    assert not options.told_apart(full, lora, record[:6], "fp")  # two tasks in common
+    assert learnt.told_apart(full, lora, record, "fp")
+    assert not learnt.told_apart(full, lora, record[:6], "fp")  # two tasks in common
     same = [replace(o, method="lora") for o in record if o.method == "full"]
-    assert not options.told_apart(full, lora, [*record[::3], *same], "fp")
-    seen = options.observed(lora, run_of("t", "lora", 0.25, 0.07))
+    assert not learnt.told_apart(full, lora, [*record[::3], *same], "fp")
+    seen = learnt.observed(lora, run_of("t", "lora", 0.25, 0.07))
     assert (seen.forecast.gain.point, seen.risk(Limits(0.05)), seen.is_tried) == (0.25, 1.0, True)
     assert seen.risk(Limits(0.08)) == 0.0
 

@@ -19,13 +19,12 @@ from ...records.log import get_logger
 from ...records.objects import Address, as_store, check_writable
 from ...records.outcomes import Outcome, one_of_each_run
 from ...records.store import append_outcome, default_store, read_outcomes
-from ...reports.words import duration
+from ...reports.words import duration, gained
 from . import learnt
-from .budget import Job
 from .lessons import measure
 from .recipes import Recipe
 from .runs import OutOfTimeError, Subject
-from .work import Work
+from .work import Job, Work
 
 logger = get_logger(__name__)
 
@@ -41,7 +40,7 @@ class Calibration:
         n_planned: Runs that were planned.
         failed: Run, in words -> why it failed.
         errors: Of forecasts before training, before the calibration and now.
-        curve: As `learnt.learning_curve`.
+        curve: As `learnt.grade`.
         expected: What each recipe came to.
         run_files: Of the runs that have one.
     """
@@ -168,7 +167,6 @@ def _do(
     failed: dict[str, str] = {}
     slower = 1.0  # than planned, in the latest run
     usual = 0.0  # seconds of a script's latest run
-    is_first = ranks.world()[0] == 0
     for n, job in enumerate(to_do):
         rest = ranks.from_first(left)
         if rest is not None and max(slower * job.seconds, usual) > rest:
@@ -190,8 +188,9 @@ def _do(
             logger.warning("The run %s failed: %s", work.title(job), error)
         else:
             done[outcome.run] = outcome
-            ranks.together(partial(append_outcome, store, outcome) if is_first else bool)
-            say(f"{n + 1} of {len(to_do)}: {_result(work.title(job), outcome)}")
+            ranks.from_first(partial(append_outcome, store, outcome))
+            ends = gained(outcome.gain, outcome.forgetting)
+            say(f"{n + 1} of {len(to_do)}: {work.title(job)}: {ends}")
             usual = 0.0 if job.seconds else perf_counter() - started
         took = perf_counter() - started
         slower = max(took / job.seconds, 1.0) if job.seconds else 1.0
@@ -234,17 +233,11 @@ def _learn(
 ) -> Calibration:
     own = [done[work.key(job)] for job in jobs if work.key(job) in done]
     others = [o for o in known if o.model_fingerprint != work.model]
+    errors, curve = learnt.grade(own, others)
     return Calibration(
-        work.model,
-        [lesson.task.name for lesson in work.lessons],
-        own,
-        len(jobs),
-        failed,
-        learnt.errors(own, others),
-        learnt.learning_curve(own, others),
-        learnt.expected(own),
-        [path for job in jobs for path in work.run_files(job)],
-    )
+        work.model, [lesson.task.name for lesson in work.lessons], own, len(jobs), failed, errors,
+        curve, learnt.expected(own), [path for job in jobs for path in work.run_files(job)],
+    )  # fmt: skip
 
 
 def _check(
@@ -271,8 +264,3 @@ def _check(
         raise ValueError(
             f"`script` must be run by one process, got {n_ranks}: let it launch its own ranks"
         )
-
-
-def _result(title: str, o: Outcome) -> str:
-    drop = "" if o.forgetting is None else f", forgetting {100 * o.forgetting:+.1f}"
-    return f"{title}: gain {100 * o.gain:+.1f}{drop} points"

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -16,7 +17,6 @@ from ...data.training import SAMPLE_SIZE, training_task
 from ...probing.learnable import TrainingSet
 from ...probing.probe import Probe
 from ...records.outcomes import OFF_TARGET_PROBE_SIZE
-from .choice import most_different
 from .runs import LOOKS
 
 _CHOOSING = 256  # training images that the linear probe of a task to choose from learns from
@@ -59,6 +59,34 @@ def measure(
         return found
     chosen = most_different([lesson.features for lesson in found], n_tasks)
     return [found[i] for i in sorted(chosen)]
+
+
+def most_different(features: Sequence[Sequence[float]], n: int) -> list[int]:
+    """A row in the middle and the n - 1 farthest from it and one another: farthest-point sampling.
+
+    Each column is scaled to unit variance. The first is the row nearest to the mean; each further
+    one has the largest distance to the nearest that is chosen. On the study's runs four tasks
+    chosen like this taught the forgetting of others more than four that began at an extreme.
+
+    Args:
+        features: [N, F] finite numbers, such as IIMM, headroom and zero-shot accuracy.
+        n: At least 1.
+
+    Returns:
+        [min(n, N)] positions, in the order in which they were chosen; ties go to the first.
+
+    Example:
+        >>> most_different([[0.0], [0.1], [1.0], [0.5]], 3)
+        [3, 0, 2]
+    """
+    rows = np.asarray(features, dtype=float)
+    rows = (rows - rows.mean(axis=0)) / np.maximum(rows.std(axis=0), 1e-9)
+    chosen = [int(np.argmin(np.linalg.norm(rows, axis=1)))]
+    while len(chosen) < min(n, len(rows)):
+        gaps = np.linalg.norm(rows[:, None] - rows[chosen], axis=2).min(axis=1)
+        gaps[chosen] = -1.0
+        chosen.append(int(np.argmax(gaps)))
+    return chosen
 
 
 def seconds_of_looks(

@@ -1,9 +1,10 @@
-"""Tasks, recipes and a folder -> the runs of a calibration: which, known by what, how long."""
+"""Tasks, recipes and the seconds allowed -> the runs of a calibration: which, and how long."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
@@ -19,12 +20,92 @@ from ...records.outcomes import Outcome
 from ...records.run_file import file_name, read_run, save_run
 from ...records.verdict import WATCH
 from ...reports.words import duration
-from .budget import Cost, Job, fit
 from .lessons import Lesson, seconds_of_looks, write_folder
 from .recipes import Recipe
 from .runs import Subject, fine_tune, run_script, seconds_of_a_step
 
 _HASHED = 64  # training images by which a training set is known
+# A run is not made shorter than this: forgetting would not have set in.
+_LEAST_STEPS, _LEAST_SHARE = 20, 0.2
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run of a calibration.
+
+    Attributes:
+        task: Position of the task.
+        recipe: Position of the recipe.
+        steps: Optimizer steps, maybe fewer than the recipe's.
+        seconds: What it is expected to take.
+    """
+
+    task: int
+    recipe: int
+    steps: int
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What was timed before the runs, in seconds.
+
+    Attributes:
+        looks: [T] all looks of a run on each task.
+        steps: [R] an optimizer step by each recipe.
+    """
+
+    looks: Sequence[float]
+    steps: Sequence[float]
+
+    def of(self, job: Job) -> float:
+        """Seconds that a job takes."""
+        return self.looks[job.task] + job.steps * self.steps[job.recipe]
+
+
+def fit(jobs: Sequence[Job], cost: Cost, seconds: float | None) -> list[Job]:
+    """The jobs that fit: shorter ones first, then fewer.
+
+    All are made shorter by one factor, down to a fifth of their steps or 20. If that is not enough,
+    the last ones are left out.
+
+    Args:
+        jobs: All that are wanted, in their order.
+        cost: As measured.
+        seconds: That are left; ``None``: no limit.
+
+    Returns:
+        A part of `jobs`, with their steps and `Job.seconds`.
+
+    Raises:
+        ValueError: Not even one fits.
+
+    Example:
+        >>> [job.steps for job in fit([Job(0, 0, 100)] * 3, Cost([10.0], [1.0]), 180.0)]
+        [50, 50, 50]
+    """
+    share = 1.0
+    if seconds is not None:
+        looks = sum(cost.looks[job.task] for job in jobs)
+        training = sum(cost.of(job) for job in jobs) - looks
+        share = min(max((seconds - looks) / max(training, 1e-9), _LEAST_SHARE), 1.0)
+    found: list[Job] = []
+    left = math.inf if seconds is None else seconds + 1e-6
+    for job in jobs:
+        steps = max(math.floor(share * job.steps + 1e-9), min(_LEAST_STEPS, job.steps))
+        short = replace(job, steps=steps)
+        short = replace(short, seconds=cost.of(short))
+        left -= short.seconds
+        if left < 0:
+            break
+        found.append(short)
+    if not found:
+        raise ValueError(
+            f"`budget` must allow a run at least, which takes {duration(short.seconds)} with its "
+            f"looks, got {duration(max(seconds or 0.0, 0.0))} after what was measured; "
+            "allow more, or ask for fewer steps"
+        )
+    return found
 
 
 @dataclass(frozen=True)
@@ -73,7 +154,7 @@ class Work:
     def key(self, job: Job) -> str:
         """What a run is known by: the same for the same model, images, recipe and steps."""
         common, lessons, recipes = self._settings
-        return _digest([*common, lessons[job.task], recipes[job.recipe], job.steps])
+        return digest([*common, lessons[job.task], recipes[job.recipe], job.steps])
 
     def title(self, job: Job) -> str:
         """A run, for people."""
@@ -98,7 +179,7 @@ class Work:
         """The runs that an earlier try planned; None where it had other settings."""
         try:
             saved = json.loads(self._plan_file.read_text(encoding="utf-8"))
-            if saved["key"] != _digest(self._settings):
+            if saved["key"] != digest(self._settings):
                 return None
             return [Job(**job) for job in saved["jobs"]]
         except (OSError, ValueError, TypeError, KeyError):
@@ -115,7 +196,7 @@ class Work:
         wanted = [Job(i, j, n) for i in range(len(self.lessons)) for j, n in enumerate(steps)]
         jobs = fit(wanted, cost, seconds)
         self.output.mkdir(parents=True, exist_ok=True)
-        plan = {"key": _digest(self._settings), "jobs": [asdict(job) for job in jobs]}
+        plan = {"key": digest(self._settings), "jobs": [asdict(job) for job in jobs]}
         save_run(plan, self._plan_file)
         return jobs
 
@@ -133,27 +214,24 @@ class Work:
             return Cost([0.0] * len(self.lessons), [0.0])
         from ...sample import off_target_tasks
 
-        first, folder = self.lessons[0], self.output / "timed"
+        first = self.lessons[0]
         others = off_target_tasks(first.task, self._kept(first.task))
         probe = Probe(first.task, others, processor=self.subject.processor, progress=False)
         probe.prepare(self.subject.model)
         steps = []
         for recipe in self.recipes:
             try:
-                seconds = seconds_of_a_step(self.subject, first.task, first.train, recipe, folder)
+                given = self.subject, first.task, first.train, recipe, self.output / "timed"
+                steps.append(seconds_of_a_step(*given))
             except (ValueError, TypeError, RuntimeError, ImportError) as error:
                 raise ValueError(
                     f"`recipe` {recipe.name!r} must train this model, and fails "
                     f"({type(error).__name__}: {error!s:.400}); change it or leave it out"
                 ) from error
-            steps.append(seconds)
-        return Cost(
-            [
-                seconds_of_looks(x.task, x.train, self._kept(x.task), x.seconds)
-                for x in self.lessons
-            ],
-            steps,
-        )
+        looks = [
+            seconds_of_looks(x.task, x.train, self._kept(x.task), x.seconds) for x in self.lessons
+        ]
+        return Cost(looks, steps)
 
     def in_words(self, jobs: Sequence[Job], to_do: Sequence[Job], budget: float | None) -> str:
         """The plan."""
@@ -222,7 +300,7 @@ def _known_by(train: Task) -> str:
     """A hash of all labels and of some images; of all it would take as long as an epoch."""
     positions = range(0, len(train), max(len(train) // _HASHED, 1))
     images = hashlib.sha256(b"".join(map(content, train.images(positions)))).hexdigest()
-    return _digest([train.labels(range(len(train))), images])
+    return digest([train.labels(range(len(train))), images])
 
 
 def _of_all_ranks(recipe: Recipe) -> dict[str, Any]:
@@ -232,6 +310,7 @@ def _of_all_ranks(recipe: Recipe) -> dict[str, Any]:
     return arguments | {"batch_size": each * ranks.world()[1]}
 
 
-def _digest(value: Any) -> str:
+def digest(value: Any) -> str:
+    """What a thing is known by: a hash of it as JSON."""
     text = json.dumps(value, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:16]

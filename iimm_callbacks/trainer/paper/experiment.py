@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -22,15 +21,18 @@ from ...records.log import get_logger
 from ...records.outcomes import Outcome, library_versions, one_of_each_run, provenance
 from ...records.run_file import save_run
 from ...records.store import append_outcome, read_outcomes
-from .measuring import measure
-from .published import MODELS, TASKS
-from .tasks import Splits, read_splits
-from .training import Setting, tuned
+from ...reports.words import gained
+from ..calibration.work import digest
+from .published import MODELS, TASKS, Splits, read_splits
+from .training import Setting, measure, tuned
 
 logger = get_logger(__name__)
 _LOOK_BATCH = 64  # images in a forward pass without gradients
-_MEASURED = ("iimm", "inter", "intra", "standard_error", "n_images", "n_classes")
-_PROBED = ("linear_probe_accuracy", "linear_probe_standard_error", "linear_probe_n_train")
+_MEASURED = (  # of what `training.measure` found, that an outcome has
+    "iimm", "inter", "intra", "standard_error", "n_images", "n_classes", "zero_shot_accuracy",
+    "linear_probe_accuracy", "linear_probe_standard_error", "linear_probe_n_train",
+)  # fmt: skip
+Run = tuple[str, str, float]  # task, method, learning rate
 
 
 @dataclass(frozen=True)
@@ -53,8 +55,8 @@ class Part:
     setting: Setting
     most_test: int | None = None
 
-    def runs(self) -> list[tuple[str, str, float]]:
-        """(task, method, learning rate) of every run on a model."""
+    def runs(self) -> list[Run]:
+        """Every run on a model."""
         return [(t, m, r) for t in self.tasks for m in self.methods for r in self.rates]
 
 
@@ -63,7 +65,7 @@ class Found:
     """What is known by now.
 
     Attributes:
-        measured: Model -> task -> what `measuring.measure` returns.
+        measured: Model -> task -> what `training.measure` returns.
         outcomes: Model -> its runs.
         failed: Run, in words -> why it failed.
         n_left: Runs that were not begun, for want of time.
@@ -93,7 +95,7 @@ def reproduce(
         part: What is run.
         load_model: Key of `published.MODELS` -> untouched model on the CPU, and its processor.
         output: Folder for results; it must exist.
-        mirror: As `tasks.read_splits`.
+        mirror: As `published.read_splits`.
         budget: Seconds, from the call on; a run that would take longer is not begun.
         say: Told of each result, on the first rank.
 
@@ -107,39 +109,42 @@ def reproduce(
     end = None if budget is None else perf_counter() + budget
     state = PartialState(cpu=True) if part.setting.use_cpu else PartialState()
     splits = {name: read_splits(name, TASKS[name], mirror, part.most_test) for name in part.tasks}
-    found = Found()
+    store, found = output / "outcomes.jsonl", Found()
+    known = ranks.from_first(lambda: read_outcomes(store) if store.exists() else [])
+    done = {o.run: o for o in one_of_each_run(known) if o.complete and o.run}
     pace = 0.0  # seconds that a training image took in the latest run
+
+    def tell(text: str) -> None:
+        if state.is_main_process:
+            say(text)
+
     for key in part.models:
         untouched, processor = load_model(key)
-        model = _Model(key, untouched.to(state.device), processor, splits, output)
-        measured = found.measured[key] = {}
+        model = _Model(key, untouched.to(state.device), processor, splits, output, part.setting)
+        found.measured[key] = model.measured
         for name in splits:
-            measured[name] = model.measure(name, say)
-        known = ranks.from_first(partial(_read_outcomes, model.store))
-        done = {o.run: o for o in one_of_each_run(known) if o.complete and o.run}
+            model.measure(name, tell)
         outcomes = found.outcomes[key] = []
         for run in part.runs():
-            title, identity = model.title(run), model.identity(run, part, measured)
-            if identity in done:
+            if (identity := model.identity(run)) in done:
                 outcomes.append(done[identity])
                 continue
             n_shown = part.setting.epochs * len(splits[run[0]].train)
-            if end is not None and ranks.from_first(lambda: perf_counter()) + pace * n_shown > end:
+            if end is not None and ranks.from_first(perf_counter) + pace * n_shown > end:
                 found.n_left += 1
                 continue
-            began = perf_counter()
+            title, began = model.title(run), perf_counter()
             try:
-                outcome = model.run(run, identity, part, measured)
+                outcome = model.run(run)
             except OSError:
                 raise  # a full disk will not be any better for the next run
             except Exception as error:
                 found.failed[title] = f"{type(error).__name__}: {error}"
                 logger.warning("The run %s failed: %s", title, error)
             else:
-                model.save(outcome)
+                ranks.from_first(partial(append_outcome, store, outcome))
                 outcomes.append(outcome)
-                if ranks.world()[0] == 0:
-                    say(f"{title}: {_ends(outcome)}")
+                tell(f"{title}: {gained(outcome.gain, outcome.forgetting)}")
             pace = (perf_counter() - began) / n_shown
         untouched.to("cpu")
     return found
@@ -147,116 +152,88 @@ def reproduce(
 
 @dataclass(frozen=True)
 class _Model:
-    """A model of the experiment, and the tasks it is measured on."""
+    """A model of the experiment, and what is known of the tasks on it."""
 
     key: str
     model: nn.Module
     processor: Any
     splits: dict[str, Splits]
     output: Path
+    setting: Setting
+    measured: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     @cached_property
     def fingerprint(self) -> str:
         return model_fingerprint(self.model)
 
-    @property
-    def store(self) -> Path:
-        return self.output / "outcomes.jsonl"
-
-    def title(self, run: tuple[str, str, float]) -> str:
+    def title(self, run: Run) -> str:
         task, method, rate = run
         return f"{MODELS[self.key].title}, {task}, {method} {rate:g}"
 
-    def measure(self, name: str, say: Callable[[str], None]) -> dict[str, Any]:
-        """What was measured of a task, by now or by an earlier try."""
+    def measure(self, name: str, tell: Callable[[str], None]) -> None:
+        """Note what is measured of a task, by now or by an earlier try."""
         of, path = self.splits[name], self.output / f"{self.key}-{name}.json"
-        about = _digest([self.fingerprint, _about(of.train), _about(of.test)])
+        about = digest([self.fingerprint, _about(of.train), _about(of.test)])
         saved: dict[str, Any] | None = ranks.from_first(partial(_read_json, path))
         # An earlier version measured fewer scores.
         if saved is not None and saved.get("of") == about and "EMMS" in saved.get("scores", {}):
-            return saved
+            self.measured[name] = saved
+            return
         found = {"of": about} | measure(self.model, of, self.processor, _LOOK_BATCH)
-        is_first = ranks.world()[0] == 0
-        ranks.together(partial(save_run, found, path) if is_first else bool)
-        if is_first:
-            say(
-                f"{MODELS[self.key].title}, {name}: IIMM {found['iimm']:.3f}, zero-shot accuracy "
-                f"{found['zero_shot_accuracy']:.3f}, linear probe "
-                f"{found['linear_probe_accuracy']:.3f}"
-            )
-        return found
+        self.measured[name] = found
+        ranks.from_first(partial(save_run, found, path))
+        tell(
+            f"{MODELS[self.key].title}, {name}: IIMM {found['iimm']:.3f}, zero-shot accuracy "
+            f"{found['zero_shot_accuracy']:.3f}, linear probe {found['linear_probe_accuracy']:.3f}"
+        )
 
-    def identity(
-        self, run: tuple[str, str, float], part: Part, measured: dict[str, dict[str, Any]]
-    ) -> str:
+    def identity(self, run: Run) -> str:
         """What a run is known by: model, recipe, and the images of all tasks."""
-        images = [(name, about["test_fingerprint"]) for name, about in measured.items()]
-        recipe = (part.setting.epochs, part.setting.batch_size, part.setting.seed)
-        trained = measured[run[0]]["train_fingerprint"]
-        return _digest([self.fingerprint, *run, *recipe, trained, images])
+        images = [(name, about["test_fingerprint"]) for name, about in self.measured.items()]
+        recipe = (self.setting.epochs, self.setting.batch_size, self.setting.seed)
+        trained = self.measured[run[0]]["train_fingerprint"]
+        return digest([self.fingerprint, *run, *recipe, trained, images])
 
-    def run(
-        self,
-        run: tuple[str, str, float],
-        identity: str,
-        part: Part,
-        measured: dict[str, dict[str, Any]],
-    ) -> Outcome:
+    def run(self, run: Run) -> Outcome:
         """Fine-tune, and evaluate on all tasks."""
         task, method, rate = run
+        own = self.splits[task]
         others = [name for name in self.splits if name != task]
         probe = Probe(
-            self.splits[task].test,
+            own.test,
             [self.splits[name].test for name in others],
             processor=self.processor,
             batch_size=_LOOK_BATCH,
             cache_limit=0,
             progress=False,
         )
-        with tuned(
-            self.model, self.splits[task], self.processor, method, rate, part.setting
-        ) as best:  # fmt: skip
+        with tuned(self.model, own, self.processor, method, rate, self.setting) as best:
             look = probe.look(best.model, best.steps)
-        about = measured[task]
+        about = self.measured[task]
         return Outcome(
             model=MODELS[self.key].title,
             model_fingerprint=self.fingerprint,
             method=method,
             task=task,
             task_fingerprint=about["test_fingerprint"],
-            **{name: about[name] for name in (*_MEASURED, *_PROBED)},
-            zero_shot_accuracy=about["zero_shot_accuracy"],
+            **{name: about[name] for name in _MEASURED},
             final_accuracy=look.accuracy(task),
-            off_target_before={name: measured[name]["zero_shot_accuracy"] for name in others},
+            off_target_before={n: self.measured[n]["zero_shot_accuracy"] for n in others},
             off_target_after={name: look.accuracy(name) for name in others},
             recipe={
                 "optimizer": "SGD",
                 "learning_rate": rate,
                 "steps": best.steps,
-                "batch_size": part.setting.batch_size,
-                "epochs": part.setting.epochs,
+                "batch_size": self.setting.batch_size,
+                "epochs": self.setting.epochs,
                 "best_epoch": best.epoch,
                 "validation_accuracy": best.validation_accuracy,
             },
             versions=library_versions(),
             provenance=provenance(),
-            run=identity,
-            n_train=len(self.splits[task].train),
+            run=self.identity(run),
+            n_train=len(own.train),
         )
-
-    def save(self, outcome: Outcome) -> None:
-        """By the first rank; the others wait."""
-        is_first = ranks.world()[0] == 0
-        ranks.together(partial(append_outcome, self.store, outcome) if is_first else bool)
-
-
-def _ends(o: Outcome) -> str:
-    drop = "" if o.forgetting is None else f", forgetting {100 * o.forgetting:+.1f}"
-    return f"gain {100 * o.gain:+.1f}{drop} points"
-
-
-def _read_outcomes(store: Path) -> list[Outcome]:
-    return read_outcomes(store) if store.exists() else []
 
 
 def _read_json(path: Path) -> dict[str, Any] | None:
@@ -270,8 +247,3 @@ def _read_json(path: Path) -> dict[str, Any] | None:
 def _about(task: Task) -> list[Any]:
     """Labels, prompts and size: what is known of a task without decoding its images."""
     return [task.name, task.prompts([]), task.probe_size, task.labels(range(len(task)))]
-
-
-def _digest(value: Any) -> str:
-    text = json.dumps(value, sort_keys=True, default=str)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]

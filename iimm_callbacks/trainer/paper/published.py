@@ -1,4 +1,4 @@
-"""What the paper used and what it found, as far as that is known.
+"""What the paper used and what it found, as far as that is known; its data sets, read.
 
 Models, prompts, validation cut and optimizer are those of its authors' code (mit-ll/IIMM, MIT
 licence), the values those of a third-party note on the paper. What neither says is a choice of
@@ -9,6 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ...data import hub
+from ...data.sources import has_class_folders
+from ...data.tasks import Task
 
 EPOCHS = 30
 BATCH_SIZE = 128
@@ -21,7 +29,7 @@ METHODS: dict[str, dict[str, int]] = {  # and the options of `models.tuning.prep
     "lora": {"rank": 16},
     "clip_adapter": {"reduction": 4},
 }
-VALIDATION_SHARE, MOST_VALIDATION = 0.1, 5000
+VALIDATION_SHARE, MOST_VALIDATION, _CUT_SEED = 0.1, 5000, 0
 
 CHOICES = (
     "The nine data sets are those of the authors' code that are not for evaluation only, without "
@@ -127,41 +135,113 @@ TASKS = {
 }
 
 
-@dataclass(frozen=True)
-class Claim:
-    """A published value of one model, under full fine-tuning, over the nine tasks.
+_VALUES = {  # statistic, of the predictor and the gain over zero-shot error -> model -> value
+    ("r2", "iimm"): {"coca": 0.92, "eva02": 0.89, "clip": 0.92, "siglip": 0.92},
+    ("r2", "intra"): {"coca": 0.88, "clip": 0.81, "siglip": 0.88},
+    ("r2", "inter"): {"coca": 0.82, "clip": 0.62, "siglip": 0.80},
+    ("r2", "text_text"): {"coca": 0.37, "clip": 0.57, "siglip": 0.17},
+    ("tau", "iimm"): {"coca": 0.89, "eva02": 0.83, "clip": 0.78, "siglip": 0.78},
+    ("tau", "gbc"): {"coca": 0.78, "eva02": 0.72, "clip": 0.78, "siglip": 0.83},
+    ("tau", "transrate"): {"coca": 0.67, "eva02": 0.61, "clip": 0.67, "siglip": 0.72},
+    ("tau", "emms"): {"coca": 0.61, "eva02": 0.28, "clip": 0.61, "siglip": 0.44},
+    ("tau", "h_score"): {"coca": 0.11, "eva02": -0.78, "clip": 0.50, "siglip": -0.67},
+}
+# (model, statistic, predictor of `results.PREDICTORS`) -> what is published, under full
+# fine-tuning over the nine tasks.
+CLAIMS = {
+    (model, *of): values[model]
+    for model in MODELS
+    for of, values in _VALUES.items()
+    if model in values
+}
+
+
+class _Images:
+    """Some images of a task, as (image, label) pairs.
 
     Attributes:
-        statistic: ``"r2"`` or ``"tau"``, of the predictor and the gain over zero-shot error.
-        predictor: As `results.PREDICTORS`.
-        value: The published one.
+        targets: [N] labels.
     """
 
-    statistic: str
-    predictor: str
-    value: float
+    def __init__(self, task: Task, positions: list[int]) -> None:
+        self._task, self._positions = task, positions
+        self.targets = task.labels(positions)
+
+    def __len__(self) -> int:
+        return len(self._positions)
+
+    def __getitem__(self, position: int) -> tuple[Any, int]:
+        """The image, maybe encoded, and its class index."""
+        return self._task.item(self._positions[position]), self.targets[position]
 
 
-def _claims(model: str, **columns: Mapping[str, float]) -> tuple[Claim, ...]:
-    return tuple(
-        Claim(column.split("__")[0], column.split("__")[1], values[model])
-        for column, values in columns.items()
-        if model in values
+@dataclass(frozen=True)
+class Splits:
+    """A data set as the experiment uses it.
+
+    Attributes:
+        train: Without the validation cut.
+        validation: The cut.
+        test: What accuracies are of.
+    """
+
+    train: Task
+    validation: Task
+    test: Task
+
+
+def read_splits(name: str, about: PaperTask, mirror: Path | None, most_test: int | None) -> Splits:
+    """The data set's tasks; it is downloaded unless it is kept or a mirror has it.
+
+    Args:
+        name: Of the task.
+        about: Of the data set.
+        mirror: A folder with folders named like the Hub's data sets; ``None``: the Hub.
+        most_test: Test images, at most, balanced over the classes; ``None``: all.
+
+    Raises:
+        ValueError: It cannot be had, lacks a split, or its splits have other classes.
+    """
+    train, test = (_read(name, about, mirror, split) for split in ("train", "test"))
+    if train.class_names != test.class_names:
+        raise ValueError(
+            f"the splits of {about.hub!r} must have the same classes in one order, got "
+            f"{len(train.class_names)} in train and {len(test.class_names)} in test"
+        )
+    order = np.random.default_rng(_CUT_SEED).permutation(len(train)).tolist()
+    n_cut = max(min(int(VALIDATION_SHARE * len(order)), MOST_VALIDATION), 2)
+
+    def part(task: Task, positions: list[int], size: int | None = None) -> Task:
+        return Task(
+            name,
+            _Images(task, positions),
+            templates=about.template,
+            class_names=[_plain(one, about) for one in task.class_names],
+            probe_size=min(size or len(positions), len(positions)),
+        )
+
+    return Splits(
+        part(train, sorted(order[n_cut:])),
+        part(train, sorted(order[:n_cut])),
+        part(test, list(range(len(test))), most_test),
     )
 
 
-CLAIMS = {
-    model: _claims(
-        model,
-        r2__iimm={"coca": 0.92, "eva02": 0.89, "clip": 0.92, "siglip": 0.92},
-        r2__intra={"coca": 0.88, "clip": 0.81, "siglip": 0.88},
-        r2__inter={"coca": 0.82, "clip": 0.62, "siglip": 0.80},
-        r2__text_text={"coca": 0.37, "clip": 0.57, "siglip": 0.17},
-        tau__iimm={"coca": 0.89, "eva02": 0.83, "clip": 0.78, "siglip": 0.78},
-        tau__gbc={"coca": 0.78, "eva02": 0.72, "clip": 0.78, "siglip": 0.83},
-        tau__transrate={"coca": 0.67, "eva02": 0.61, "clip": 0.67, "siglip": 0.72},
-        tau__emms={"coca": 0.61, "eva02": 0.28, "clip": 0.61, "siglip": 0.44},
-        tau__h_score={"coca": 0.11, "eva02": -0.78, "clip": 0.50, "siglip": -0.67},
-    )
-    for model in MODELS
-}
+def place_of(name: str, mirror: Path | None) -> Path | None:
+    """The folder in the mirror that stands for a name on the Hub; None where there is none."""
+    found = None if mirror is None else mirror / name
+    return found if found is not None and found.is_dir() else None
+
+
+def _read(name: str, about: PaperTask, mirror: Path | None, split: str) -> Task:
+    place = place_of(about.hub, mirror)
+    if place is not None and has_class_folders(place / split):
+        return Task.from_folder(place / split, name=name)
+    config = about.config or None
+    loaded = hub.load(place or about.hub, split, config=None if place else config, argument="tasks")
+    return Task(name, loaded, label_column=about.label_column)
+
+
+def _plain(name: str, about: PaperTask) -> str:
+    key = "".join(c for c in name.lower() if c.isalpha())
+    return about.class_names.get(key, name.replace("_", " "))

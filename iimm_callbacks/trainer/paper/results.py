@@ -13,7 +13,7 @@ from scipy import stats
 from ...measures.results import gain_over_zero_shot_error
 from ...records.outcomes import Outcome
 from .experiment import Found, Part
-from .published import BATCH_SIZE, CLAIMS, EPOCHS, MODELS, RATES, TASKS
+from .published import BATCH_SIZE, CLAIMS, EPOCHS, RATES, TASKS
 
 # Name -> in words. All but the last three are the paper's.
 PREDICTORS = {
@@ -29,13 +29,9 @@ PREDICTORS = {
     "zero_shot_error": "zero-shot error",
     "linear_probe": "linear probe's gain over zero-shot error",
 }
-_SCORES = {
-    "h_score": "H-Score",
-    "gbc": "GBC",
-    "logme": "LogME",
-    "transrate": "TransRate",
-    "emms": "EMMS",
-}
+_SCORES = {  # of `measures.transferability`
+    "h_score": "H-Score", "gbc": "GBC", "logme": "LogME", "transrate": "TransRate", "emms": "EMMS",
+}  # fmt: skip
 _RISING = ("iimm", "intra", "inter")  # with which the gain is said to rise
 _LEVEL = 0.95
 _WIDEST = 0.6  # an interval wider than this tells no value from another
@@ -140,23 +136,19 @@ def _claims(cells: Sequence[Cell]) -> list[Cell]:
     """The cell of each published value."""
     known = {(c.model, c.statistic, c.predictor): c for c in cells if c.published is not None}
     return [
-        known.get(
-            (model, claim.statistic, claim.predictor),
-            Cell(model, "full", _PUBLISHED, claim.statistic, claim.predictor, 0,
-                 None, None, None, claim.value, "not run"),
-        )
-        for model, claims in CLAIMS.items()
-        for claim in claims
-    ]  # fmt: skip
+        known.get((model, of, by))
+        or Cell(model, "full", _PUBLISHED, of, by, 0, None, None, None, value, "not run")
+        for (model, of, by), value in CLAIMS.items()
+    ]
 
 
 def _row(model: str, o: Outcome) -> dict[str, Any]:
-    names = ("task", "method", "iimm", "inter", "intra", "zero_shot_accuracy", "final_accuracy")
+    names = (
+        "task", "method", "iimm", "inter", "intra", "zero_shot_accuracy", "final_accuracy",
+        "linear_probe_accuracy", "forgetting", "worst",
+    )  # fmt: skip
     return {"model": model} | {name: getattr(o, name) for name in names} | {
-        "linear_probe_accuracy": o.linear_probe_accuracy,
         "gain_over_zero_shot_error": _relative(o),
-        "forgetting": o.forgetting,
-        "worst": o.worst,
         "learning_rate": o.recipe["learning_rate"],
         "best_epoch": o.recipe["best_epoch"],
     }  # fmt: skip
@@ -173,10 +165,6 @@ def _cells(
     measured: Mapping[str, Mapping[str, Any]],
     departed: bool,
 ) -> list[Cell]:
-    published = {
-        (claim.statistic, claim.predictor): claim.value
-        for claim in (CLAIMS[model] if method == "full" else ())
-    }
     partial = departed or len(runs) < len(TASKS)
     cells = []
     for target, end in _TARGETS.items():
@@ -187,7 +175,8 @@ def _cells(
             falls = predictor in _RISING and (found["slope"][0] or 0.0) < 0
             for statistic, triple in found.items():
                 key = (statistic, predictor)
-                paper = published.get(key) if target == _PUBLISHED else None
+                is_claimed = method == "full" and target == _PUBLISHED
+                paper = CLAIMS.get((model, *key)) if is_claimed else None
                 status = _status(triple, paper, partial, falls)
                 cells.append(Cell(model, method, target, *key, len(known), *triple, paper, status))
     return cells
@@ -255,8 +244,3 @@ def _status(triple: Triple, published: float | None, partial: bool, falls: bool)
         return "not run"
     inside = low <= published <= high and high - low <= _WIDEST and not falls
     return "reproduced" if inside else "not reproduced"
-
-
-def title_of(model: str) -> str:
-    """A model's name, for people."""
-    return MODELS[model].title

@@ -1,4 +1,4 @@
-"""Model + task + method + learning rate -> the model tuned by the paper's recipe."""
+"""A model and a task of the paper -> what is measured before training, and the tuned model."""
 
 from __future__ import annotations
 
@@ -6,20 +6,32 @@ import copy
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainingArguments, set_seed
 
-from ...measures.embeddings import NotFiniteError
+from ...data.tasks import Task
+from ...data.training import SAMPLE_SIZE
+from ...measures.accuracy import zero_shot_accuracy
+from ...measures.embeddings import NotFiniteError, unit_rows
+from ...measures.measure import iimm
+from ...measures.probe_accuracy import linear_probe
+from ...measures.transferability import SCORES, emms
+from ...models.encoders import find_encoder, move
 from ...models.tuning import prepare
+from ...models.undisturbed import undisturbed
+from ...models.wrappers import find_dual_encoder
 from ...probing import ranks
+from ...probing.embedding import Halving, embed_classes
+from ...probing.learnable import embed_sample
 from ...probing.probe import Probe
+from ...probing.share import ProbeTask
 from ..calibration.runs import trainer_of
-from .published import METHODS, MOMENTUM, WEIGHT_DECAY
-from .tasks import Splits
+from .published import METHODS, MOMENTUM, WEIGHT_DECAY, Splits
 
 
 @dataclass(frozen=True)
@@ -163,3 +175,78 @@ def _arguments(folder: str, rate: float, setting: Setting) -> TrainingArguments:
 
 def _trained(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     return ((name, p) for name, p in model.named_parameters() if p.requires_grad)
+
+
+def measure(model: nn.Module, splits: Splits, processor: Any, batch_size: int) -> dict[str, Any]:
+    """All that is measured of a task before training; the same on all ranks.
+
+    Args:
+        model: Untouched, on the device that it is to run on.
+        splits: Of the task.
+        processor: As `IIMMCallback`.
+        batch_size: Images in one forward pass.
+
+    Returns:
+        JSON-ready. ``iimm``, ``inter``, ``intra``, ``standard_error``, ``n_images``, ``n_classes``
+        as `Measurement`, of the training images; ``text_text`` and ``right_text``: mean cosine of
+        two class prompts, and of an image and its own; ``scores``: name -> value, see
+        `measures.transferability`; ``zero_shot_accuracy`` and ``linear_probe_accuracy`` with
+        ``linear_probe_n_train``, a fraction of the test images; fingerprints of the images.
+
+    Raises:
+        ValueError: The model cannot be measured on the task.
+    """
+    embed = partial(_embed, model, processor=processor, batch_size=batch_size)
+    train, images, classes, scale = embed(splits.train)
+    test, seen, _, _ = embed(splits.test)
+
+    def numbers() -> dict[str, Any]:
+        labels = train.labels
+        x, t = unit_rows(images, "image_embeds"), unit_rows(classes, "text_embeds")
+        n_classes, total = len(t), t.sum(0)
+        seeded = torch.Generator().manual_seed(0)
+        some = torch.randperm(len(x), generator=seeded)[: 4 * SAMPLE_SIZE]
+        probe = linear_probe(
+            images[some], classes, labels[some], logit_scale=scale, held_out=(seen, test.labels)
+        )
+        pairs = (x.numpy(), labels.numpy())
+        return asdict(iimm(images, classes, labels)) | {
+            "train_fingerprint": train.fingerprint,
+            "test_fingerprint": test.fingerprint,
+            "text_text": float((total @ total - n_classes) / (n_classes * (n_classes - 1))),
+            "right_text": float((x * t[labels]).sum(1).mean()),
+            "scores": {name: score(*pairs) for name, score in SCORES.items()}
+            | {"EMMS": emms(*pairs, t.numpy())},
+            "zero_shot_accuracy": zero_shot_accuracy(seen, classes, test.labels),
+            "linear_probe_accuracy": probe.accuracy,
+            "linear_probe_standard_error": probe.standard_error,
+            "linear_probe_n_train": probe.n_train,
+        }
+
+    return ranks.from_first(numbers)
+
+
+def _embed(
+    model: nn.Module, task: Task, *, processor: Any, batch_size: int
+) -> tuple[ProbeTask, Tensor, Tensor, float]:
+    """The task as it is probed, [N, D] images, [C, D] classes, logit scale."""
+    encoder = find_encoder(model, processor)
+    run = Halving()
+    with undisturbed(model), torch.no_grad():
+        width = encoder.embed_texts(model, move(encoder.tokenize(["a"]), model)).shape[1]
+    shown, images = embed_sample(
+        model,
+        find_dual_encoder(model),
+        encoder,
+        task,
+        size=len(task),
+        width=width,
+        batch_size=batch_size,
+        cache_limit=0,  # each image is needed once
+        progress=True,
+        autocast_dtype=None,
+        halving=run,
+    )
+    with undisturbed(model), torch.no_grad():
+        classes = embed_classes(model, encoder, shown, run).float().cpu()
+    return shown, images, classes, encoder.scale(model) or 1.0

@@ -1,4 +1,4 @@
-"""The paper's experiment again -> tables for the terminal, and one page."""
+"""What many runs came to, a calibration's or the paper's -> tables for the terminal, and a page."""
 
 from __future__ import annotations
 
@@ -20,12 +20,104 @@ from .drawing import (
     require_matplotlib,
 )
 from .drawing import shown as as_shown
-from .tables import new_table, or_nothing
-from .words import page, percent
+from .tables import WORDS, named, new_table
+from .words import duration, gained, interval, or_nothing, page, points, size
 
 _COLOURS = ("blue", "red", "green", "ink")
 _STATISTICS = {"r2": "R²", "slope": "slope", "tau": "Kendall's tau"}
 _TARGETS = {"gain_over_zero_shot_error": "gain over zero-shot error", "forgetting": "forgetting"}
+
+
+def calibration(data: dict[str, Any]) -> str:
+    """What a calibration taught: errors of the forecast before and now, and what to choose from.
+
+    Args:
+        data: What `iimm calibrate --json` prints.
+    """
+    n_runs, n_tasks = len(data["runs"]), len({run["task"] for run in data["runs"]})
+    title = f"Error of forecasts before training, in points: {n_runs} runs on {n_tasks} tasks"
+    errors = new_table(title, "forecast of", "method", "runs", "borrowed", "now")
+    for row in data["errors"]:
+        about = [WORDS[row["quantity"]], row["method"], str(row["n_runs"])]
+        errors.add_row(*about, size(row["borrowed"]), size(row["own"]))
+    columns = ("method", "learning rate", "steps", "tasks", "gain", "forgetting", "choice")
+    recipes = new_table("What each recipe came to: means in points", *columns)
+    for row in data["expected"]:
+        rate = "" if row["learning_rate"] is None else f"{row['learning_rate']:g}"
+        numbers = [rate, str(row["steps"] or ""), str(row["n_tasks"])]
+        ends = [or_nothing(row[name]) for name in ("gain", "forgetting")]
+        recipes.add_row(row["method"], *numbers, *ends, "yes" if row["is_frontier"] else "")
+    parts: list[Table | str] = [errors] if data["errors"] else []
+    if data["expected"]:
+        parts += [recipes, "Choice: no other recipe gains more and forgets less."]
+    if data["errors"]:
+        parts.append("Now: from the runs on the other tasks. Borrowed: from other models' runs.")
+    parts += [f"Failed: {run}: {why}" for run, why in data["failed"].items()]
+    missing = data["n_planned"] - n_runs
+    if missing:
+        parts.append(
+            f"{missing} of {data['n_planned']} runs are missing; the same command does them."
+        )
+    for quantity in ("gain", "forgetting"):
+        curve = [
+            (row["n_tasks"], row[quantity]) for row in data["curve"] if row[quantity] is not None
+        ]
+        if len(curve) > 1:
+            (_, last_but_one), (_, last) = curve[-2:]
+            found = ", ".join(f"{size(error)} with {n}" for n, error in curve)
+            parts.append(
+                f"Error of the {WORDS[quantity]} by tasks on record: {found}; the last one "
+                f"changed it by {points(last - last_but_one)}."
+            )
+    return page(*parts, *(f"Written to {path}." for path in data["pictures"]))
+
+
+def plan(data: dict[str, Any]) -> str:
+    """The recipes in the order in which to take them, and why.
+
+    Args:
+        data: What `iimm plan --json` prints.
+    """
+    limit = f"{size(data['limits']['max_forgetting'])} points"
+    table = new_table(
+        f"{data['task']}: most gain within {limit} of {data['limits']['limit_on']} forgetting",
+        "recipe", "gain", "mean forgetting", "risk", "why",
+    )  # fmt: skip
+    for row in data["options"]:
+        risk = row["exceed_probability"]
+        cells = [interval(row["forecast"].get(q)) for q in ("gain", "forgetting")]
+        name = named(row["name"], row["forecast"])
+        shown = "" if risk is None else f"{risk:.2f}"
+        table.add_row(name, *cells, shown, _why(row, data))
+    parts: list[Table | str] = [table]
+    parts.append("In points, 90 % intervals. Risk: probability of exceeding the limit.")
+    if data["tried"] is not None:
+        ends = gained(data["tried"]["gain"], data["tried"]["forgetting"])
+        parts.append(f"Tried: {ends}; the run is saved.")
+    best = next((row for row in data["options"] if row["name"] == data["choice"]), None)
+    if best is None:
+        return page(*parts, f"No choice: every recipe has a risk above {data['risk']:.2f}.")
+    parts.append(f"Choose {best['name']}.")
+    if not best["tried"]:
+        parts.append(_surer(best["forecast"]["gain"], data["try_seconds"]))
+    return page(*parts)
+
+
+def _surer(gain: dict[str, float], seconds: float | None) -> str:
+    width = size(gain["high"] - gain["low"])
+    how = "--train TRAIN --try" if seconds is None else f"--try, about {duration(seconds)},"
+    return f"To be surer: {how} runs it; a gain forecast within {width} points is observed then."
+
+
+def _why(row: dict[str, Any], data: dict[str, Any]) -> str:
+    if row["exceed_probability"] is None or not row["forecast"].get("gain"):
+        return "no forecast"
+    if not row["allowed"]:
+        return f"risk above {data['risk']:.2f}"
+    tried = "tried: " if row["tried"] else ""
+    if row["name"] == data["choice"]:
+        return f"{tried}most gain"
+    return f"{tried}less gain" + (", not told apart" if row["not_told_apart"] else "")
 
 
 def paper(data: dict[str, Any]) -> str:
@@ -40,16 +132,14 @@ def paper(data: dict[str, Any]) -> str:
     for row in _claims(data):
         name = f"{row['statistic']}, {row['predictor']}"
         table.add_row(row["model"], name, row["published"], row["here"], row["status"])
-    parts: list[Table | str] = [table, _summary(data)]
-    if data["departures"]:
-        parts.append(f"Not the paper's experiment: {'; '.join(data['departures'])}.")
+    parts: list[Table | str] = [table, _summary(data), *_departures(data)]
     parts += [f"Failed: {run}: {why}" for run, why in data["failed"].items()]
     if data["n_left"]:
         parts.append(f"{data['n_left']} runs were not begun; the same command does them.")
     return page(*parts, f"Written to {data['page']}.")
 
 
-def plan(data: dict[str, Any]) -> str:
+def paper_plan(data: dict[str, Any]) -> str:
     """What would be run.
 
     Args:
@@ -74,10 +164,12 @@ def plan(data: dict[str, Any]) -> str:
         f"{', '.join(data['methods'])}; learning rates {rates}; {data['epochs']} epochs in batches "
         f"of {data['batch_size']}."
     )
-    parts: list[Table | str] = [models, tasks, runs, hours]
-    if data["departures"]:
-        parts.append(f"Not the paper's experiment: {'; '.join(data['departures'])}.")
-    return page(*parts)
+    return page(models, tasks, runs, hours, *_departures(data))
+
+
+def _departures(data: Mapping[str, Any]) -> list[str]:
+    found = data["departures"]
+    return [f"Not the paper's experiment: {'; '.join(found)}."] if found else []
 
 
 def write_page(data: dict[str, Any], choices: Sequence[str], path: Path) -> None:
@@ -101,7 +193,8 @@ def write_page(data: dict[str, Any], choices: Sequence[str], path: Path) -> None
         "claims": _claims(data),
         "picture": None if picture is None else as_shown(picture),
         "methods": _methods(data),
-        "runs": [_run(data, row) for row in data["runs"]],
+        "titles": data["titles"],
+        "runs": data["runs"],
         "failed": data["failed"],
         "choices": choices,
     }
@@ -156,24 +249,6 @@ def _methods(data: Mapping[str, Any]) -> list[dict[str, str]]:
         | {name: _interval(cells["r2", name]) for name in shown}
         for (model, method, target), cells in groups.items()
     ]
-
-
-def _run(data: Mapping[str, Any], row: Mapping[str, Any]) -> dict[str, str]:
-    gain = row["gain_over_zero_shot_error"]
-    return {
-        "model": data["titles"][row["model"]],
-        "task": row["task"],
-        "method": row["method"],
-        "iimm": f"{row['iimm']:.3f}",
-        "zero_shot": percent(row["zero_shot_accuracy"]),
-        "linear_probe": percent(row["linear_probe_accuracy"]),
-        "final": percent(row["final_accuracy"]),
-        "gain": "near the ceiling" if gain is None else f"{gain:.2f}",
-        "forgetting": or_nothing(row["forgetting"]),
-        "worst": or_nothing(row["worst"]),
-        "learning_rate": f"{row['learning_rate']:g}",
-        "best_epoch": str(row["best_epoch"]),
-    }
 
 
 def _picture(data: Mapping[str, Any]) -> Picture | None:
