@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
-from rich.table import Table
 from typer import Option
 
 from .. import __version__
@@ -28,7 +27,6 @@ if TYPE_CHECKING:
 
 _TASK = "handwritten_digits"
 _PACKAGE = "iimm_callbacks"
-_WIDTH = 96
 _NEEDED = "is needed"
 _BY_ITSELF = "by itself"
 _NO_EXTRA = "test"  # extras for those who work on the package begin with this
@@ -327,11 +325,11 @@ def _store() -> dict[str, Any]:
 
 
 def _text(data: dict[str, Any]) -> str:
-    from ..reports.words import page
+    from ..reports.words import new_table, page
 
-    table = Table(title=f"Python {data['python']}, {data['system']}", width=_WIDTH)
-    for column in ("package", "version", "needed for", "state"):
-        table.add_column(column, no_wrap=column != "state")
+    columns = ("package", "version", "needed for", "state")
+    title = f"Python {data['python']}, {data['system']}"
+    table = new_table(title, *columns, unbroken=columns[:-1])
     for package in data["packages"]:
         found, purpose = package["version"], ", ".join(package["extras"]) or "always"
         state = package["problem"] or ("not installed" if found is None else "ok")

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import compress
 from pathlib import Path
 from typing import Any
-
-from rich.table import Table
 
 from ..records import keys
 from ..records.run_file import check_run
@@ -21,13 +20,12 @@ from .drawing import (
     label,
     new_figure,
     render,
-    require_matplotlib,
     save_picture,
     shown,
 )
 from .tables import mixed
 from .terminal import is_complete
-from .words import WIDTH, level_words, observed, page, points, standard_error, with_error
+from .words import level_words, new_table, observed, page, points, standard_error, with_error
 
 FORMATS = (".png", ".svg", ".pdf", ".html", ".htm")
 _PAGES = (".html", ".htm")
@@ -60,7 +58,6 @@ def compare_runs(
         ValueError: There is no run, one that is no record, or no such format; or `names` is not as
             long as `records`.
     """
-    require_matplotlib()
     checked = [check_run(record) for record in records]
     if not checked:
         raise ValueError("`records` must hold the record of at least one run, got none")
@@ -146,16 +143,17 @@ def _notes(records: Sequence[dict[str, Any]], names: Sequence[str]) -> list[str]
         notes.append("Their off-target tasks differ: mean and worst forgetting do not compare.")
     if _differ_in_images(records):
         notes.append("Images, prompts or preprocessing of a task, or its metric, differ.")
-    early = [n for n, r in zip(names, records, strict=True) if not is_complete(r)]
-    if early:
-        whole = "from the untouched model to the last planned step"
-        notes.append(f"Not complete, {whole}: {', '.join(early)}.")
-    rescued = [n for n, r in zip(names, records, strict=True) if mixed(r) is not None]
-    if rescued:
-        notes.append(f"Rescued at the end, shown as before: {', '.join(rescued)}.")
-    bare = [n for n, r in zip(names, records, strict=True) if not r["off_target"]]
-    if bare:
-        notes.append(f"Without off-target tasks, and not in the picture: {', '.join(bare)}.")
+    whole = "from the untouched model to the last planned step"
+    for words, whose in (
+        (f"Not complete, {whole}", [not is_complete(r) for r in records]),
+        ("Rescued at the end, shown as before", [mixed(r) is not None for r in records]),
+        (
+            "Without off-target tasks, and not in the picture",
+            [not r["off_target"] for r in records],
+        ),
+    ):
+        if any(whose):
+            notes.append(f"{words}: {', '.join(compress(names, whose))}.")
     return notes
 
 
@@ -258,25 +256,18 @@ def tables(data: dict[str, Any]) -> str:
     several = len(tasks) > 1
     of = "" if several else f": {tasks[0]}"
     task = ["task"] * several
-    shown = _table(f"Latest look of each run{of}", "run", *task, "method", "seed", "done", *_SHORT,
-                   "verdict")  # fmt: skip
+    plain: dict[str, Any] = {"unbroken": (), "overflow": "fold"}
+    about = ("run", *task, "method", "seed", "done")
+    shown = new_table(f"Latest look of each run{of}", *about, *_SHORT, "verdict", **plain)
     for row in data["runs"]:
         seed = "" if row["seed"] is None else str(row["seed"])
         values = ["none" if row[q] is None else points(row[q]) for q in facts.QUANTITIES]
-        about = (row["name"], *[row["task"]] * several, row["method"], seed, f"{row['share']:.0%}")
-        shown.add_row(*about, *values, level_words(row["level"]))
-    groups = _table(f"Mean of the complete runs{of}", *task, "method", "runs",
-                    *_SHORT)  # fmt: skip
+        cells = [row["name"], *[row["task"]] * several, row["method"], seed, f"{row['share']:.0%}"]
+        shown.add_row(*cells, *values, level_words(row["level"]))
+    title = f"Mean of the complete runs{of}"
+    groups = new_table(title, *task, "method", "runs", *_SHORT, **plain)
     for row in data["groups"]:
         cells = [_spread(row[q]) for q in facts.QUANTITIES]
         groups.add_row(*[row["task"]] * several, row["method"], str(row["n_runs"]), *cells)
     meaning = "Gain, mean and worst forgetting in points; in brackets from lowest to highest."
     return page(shown, groups, meaning, *data["notes"])
-
-
-def _table(title: str, *columns: str) -> Table:
-    table = Table(title=title, width=WIDTH)
-    for column in columns:
-        words = column in ("run", "task", "method", "verdict")
-        table.add_column(column, justify="left" if words else "right", overflow="fold")
-    return table

@@ -88,7 +88,12 @@ def require_matplotlib() -> None:
 
 @contextmanager
 def drawing() -> Iterator[None]:
-    """Our style, and no warning of glyphs that a PNG shows as a box: the tables have the names."""
+    """Our style, and no warning of glyphs that a PNG shows as a box: the tables have the names.
+
+    Raises:
+        ImportError: As `require_matplotlib`.
+    """
+    require_matplotlib()
     import matplotlib
 
     with matplotlib.rc_context(_STYLE), warnings.catch_warnings():

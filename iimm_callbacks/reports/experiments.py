@@ -9,19 +9,9 @@ from typing import Any
 
 from rich.table import Table
 
-from .drawing import (
-    LIGHT,
-    Picture,
-    drawing,
-    in_points,
-    legend_above,
-    new_figure,
-    render,
-    require_matplotlib,
-)
-from .drawing import shown as as_shown
-from .tables import WORDS, named, new_table
-from .words import duration, gained, interval, or_nothing, page, points, size
+from .drawing import LIGHT, Picture, drawing, in_points, legend_above, new_figure, render, shown
+from .tables import WORDS, named
+from .words import duration, gained, interval, new_table, or_nothing, page, points, size
 
 _COLOURS = ("blue", "red", "green", "ink")
 _STATISTICS = {"r2": "R²", "slope": "slope", "tau": "Kendall's tau"}
@@ -149,7 +139,7 @@ def paper_plan(data: dict[str, Any]) -> str:
     for row in data["models"]:
         models.add_row(row["title"], row["place"])
     columns = "task", "from", "training images", "test images", "prompt"
-    tasks = new_table("Data sets", *columns, whole="task")
+    tasks = new_table("Data sets", *columns, unbroken=("task",))
     for row in data["tasks"]:
         tasks.add_row(row["name"], row["place"], f"{row['n_train']:,}", f"{row['n_test']:,}",
                       row["template"])  # fmt: skip
@@ -184,14 +174,13 @@ def write_page(data: dict[str, Any], choices: Sequence[str], path: Path) -> None
         ImportError: matplotlib is not installed.
         OSError: The file cannot be written.
     """
-    require_matplotlib()
     with drawing():
         picture = _picture(data)
     context = {
         "summary": _summary(data),
         "departures": data["departures"],
         "claims": _claims(data),
-        "picture": None if picture is None else as_shown(picture),
+        "picture": None if picture is None else shown(picture),
         "methods": _methods(data),
         "titles": data["titles"],
         "runs": data["runs"],
@@ -237,7 +226,7 @@ def _methods(data: Mapping[str, Any]) -> list[dict[str, str]]:
     for cell in data["cells"]:
         group = groups.setdefault((cell["model"], cell["method"], cell["target"]), {})
         group[cell["statistic"], cell["predictor"]] = cell
-    shown = ("iimm", "zero_shot_error", "linear_probe")
+    predictors = ("iimm", "zero_shot_error", "linear_probe")
     return [
         {
             "model": data["titles"][model],
@@ -246,7 +235,7 @@ def _methods(data: Mapping[str, Any]) -> list[dict[str, str]]:
             "n_tasks": str(cells["r2", "iimm"]["n_tasks"]),
             "slope": _interval(cells["slope", "iimm"], scale=10),  # points per 0.1
         }
-        | {name: _interval(cells["r2", name]) for name in shown}
+        | {name: _interval(cells["r2", name]) for name in predictors}
         for (model, method, target), cells in groups.items()
     ]
 

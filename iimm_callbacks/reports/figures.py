@@ -10,17 +10,7 @@ from typing import Any
 import numpy as np
 
 from ..records import keys
-from .drawing import (
-    LIGHT,
-    WIDTH,
-    Picture,
-    drawing,
-    in_points,
-    label,
-    legend_above,
-    new_figure,
-    require_matplotlib,
-)
+from .drawing import LIGHT, WIDTH, Picture, drawing, in_points, label, legend_above, new_figure
 from .words import (
     forecast_in,
     interval,
@@ -85,7 +75,6 @@ def plot_run(record: dict[str, Any], path: str | Path) -> None:
         OSError: The file cannot be written.
         ValueError: There is no such format.
     """
-    require_matplotlib()
     names = ["gain", *(["forgetting"] if record["off_target"] else [])]
     with drawing():
         figure, axes = new_figure(4.0, columns=len(names))

@@ -26,7 +26,6 @@ from .drawing import (
     legend_above,
     new_figure,
     render,
-    require_matplotlib,
     save_picture,
     shown,
 )
@@ -66,13 +65,13 @@ def write_report(
         OSError: A file cannot be written.
         ValueError: It is no record of a run; the message names the field.
     """
-    require_matplotlib()
     record = check_run(record)
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    past = past_runs(record, outcomes)
+    past, folder = past_runs(record, outcomes), Path(folder)
+    kinds = ("gain", "forgetting") if record["off_target"] else ("gain",)
     with drawing():
-        pictures = {p.name: p for p in (*run_pictures(record), *past_pictures(record, past))}
+        folder.mkdir(parents=True, exist_ok=True)
+        drawn = [*run_pictures(record), *(_scatter(record, past, kind) for kind in kinds)]
+    pictures = {picture.name: picture for picture in drawn if picture is not None}
     for name in PICTURES:
         path = folder / f"{name}.png"
         if name in pictures:
@@ -89,34 +88,26 @@ def _context(record: dict[str, Any], pictures: dict[str, Picture], n_past: int) 
     last, forecast = record["looks"][-1], record["forecast"]
     notes = [note for note in forecast["notes"] if note not in forecast["basis"]]
     metrics = record.get("metrics", {})
-    return {
+    told = (
+        facts.title, facts.state, facts.headline, facts.off_target, facts.tasks_over, facts.measure,
+        facts.grade, facts.left_out, facts.turns, facts.history, facts.rescue, facts.recipe,
+    )  # fmt: skip
+    return {fact.__name__: fact(record) for fact in told} | {
         "task": record["task"],
         "method": record["method"],
-        "title": facts.title(record),
         "mixed": mixed(record) is not None,
-        "rescue": facts.rescue(record),
         "score": score_name(metrics, record["task"]),
         "off_target_score": score_name(metrics, *record["off_target"]),
-        "state": facts.state(record),
         "last": last,
         "incomplete": "" if is_complete(record) else INCOMPLETE,
         "base_rate": forecast["base_rate"],
-        "headline": facts.headline(record),
         "predicted": facts.predicted_and_observed(record),
-        "off_target": facts.off_target(record),
-        "tasks_over": facts.tasks_over(record),
-        "measure": facts.measure(record),
         "n_images": record["n_images"],
         "n_classes": record["n_classes"],
         "ceiling": ceiling_note(record),
         "n_past": n_past,
         "n_outcomes": forecast.get("n_outcomes", "an unknown number of"),
         "basis": [forecast["basis"], *notes],
-        "grade": facts.grade(record),
-        "left_out": facts.left_out(record),
-        "turns": facts.turns(record),
-        "history": facts.history(record),
-        "recipe": facts.recipe(record),
         "pictures": {name: shown(picture) for name, picture in pictures.items()},
     }
 
@@ -195,23 +186,8 @@ def fit_line(runs: Sequence[Outcome], values: Sequence[float]) -> Line | None:
     return Line(fit.intercept, fit.slope, fit.rvalue**2, fit.pvalue, x, spread)
 
 
-def past_pictures(record: dict[str, Any], past: Sequence[Outcome]) -> list[Picture]:
-    """Gain and forgetting of past runs against IIMM, this run marked; to be made in `drawing`.
-
-    Args:
-        record: What `check_run` returns.
-        past: What `past_runs` returns.
-
-    Returns:
-        ``past_gain`` and ``past_forgetting``, where there are such runs.
-    """
-    found = [_scatter(record, past, "gain")]
-    if record["off_target"]:
-        found.append(_scatter(record, past, "forgetting"))
-    return [picture for picture in found if picture is not None]
-
-
 def _scatter(record: dict[str, Any], past: Sequence[Outcome], name: str) -> Picture | None:
+    """Gain or forgetting of past runs against IIMM, this run marked; None without such runs."""
     runs = [o for o in past if getattr(o, name) is not None]
     if not runs:
         return None

@@ -8,13 +8,9 @@ from typing import Any
 from rich.table import Table
 
 from .terminal import forecast_lines, used
-from .words import WIDTH, interval, level_words, or_nothing, page, percent, points, size
+from .words import interval, level_words, new_table, or_nothing, page, percent, points, size
 
 WORDS = {"gain": "gain", "forgetting": "mean forgetting", "worst": "worst forgetting"}
-_LEFT = (
-    "measured", "meaning", "method", "forecast of", "model", "task", "ended", "policy", "recipe",
-    "why",
-)  # fmt: skip
 
 
 def measured(data: dict[str, Any]) -> str:
@@ -124,7 +120,7 @@ def grades(data: dict[str, Any], methods: Sequence[str]) -> str:
     guard = new_table(
         f"Guard on {data['limit_on']} forgetting: what happened to the runs, in points",
         "limit", "policy", "over, stopped", "under, stopped", "kept to limit", "over by", "gain",
-        "best gain", whole="policy",
+        "best gain", unbroken=("policy",),
     )  # fmt: skip
     last = None
     for row in data["guard"]:
@@ -158,14 +154,9 @@ def grades(data: dict[str, Any], methods: Sequence[str]) -> str:
 
 
 def _evidence(rows: dict[str, Any], names: dict[str, str]) -> Table:
-    narrow = ("error", "plain mean", "zero- shot", "in 90 %", "runs/ tasks")
-    table = Table(
-        title="What they rest on: mean error in points, task left out (borrowed: model)",
-        width=WIDTH,
-    )
-    table.add_column("method")
-    table.add_column("of")
-    for column in narrow:
+    title = "What they rest on: mean error in points, task left out (borrowed: model)"
+    table = new_table(title, "method", "of")
+    for column in ("error", "plain mean", "zero- shot", "in 90 %", "runs/ tasks"):
         table.add_column(column, justify="right", min_width=5, max_width=5)
     table.add_column("predictors", ratio=1)
     for method, row in rows.items():
@@ -208,16 +199,6 @@ def named(method: str, row: dict[str, Any]) -> str:
     return f"{method} (borrowed)" if row["base_rate"] else method
 
 
-def new_table(title: str, *columns: str, whole: str = "") -> Table:
-    """Words left, numbers right and unbroken; if `whole` is given, only that column is unbroken."""
-    table = Table(title=title, width=WIDTH)
-    for column in columns:
-        words = column in _LEFT
-        fixed = column == whole if whole else not words
-        table.add_column(column, justify="left" if words else "right", no_wrap=fixed)
-    return table
-
-
 def rescue_table(rescue: dict[str, Any], task: str, score: str = "accuracy") -> str:
     """The curve from untouched to fine-tuned, what was chosen, and what that is worth.
 
@@ -229,10 +210,9 @@ def rescue_table(rescue: dict[str, Any], task: str, score: str = "accuracy") -> 
     Returns:
         Plain text, at most 96 columns; points, with standard errors.
     """
-    table = Table(title=f"Rescue: {task}, untouched (α 0) to fine-tuned (α 1)", width=WIDTH)
-    for column in ("α", score, "gain", "forgot, mean", "forgot, worst", "worst task", ""):
-        words = column in ("worst task", "")
-        table.add_column(column, justify="left" if words else "right", no_wrap=True)
+    title = f"Rescue: {task}, untouched (α 0) to fine-tuned (α 1)"
+    columns = ("α", score, "gain", "forgot, mean", "forgot, worst", "worst task", "")
+    table = new_table(title, *columns, unbroken=columns)
     *mixes, held_out = curve(rescue)
     for cells in mixes:
         table.add_row(*cells)

@@ -14,6 +14,7 @@ from .words import (
     forecast_in,
     interval,
     level_words,
+    new_table,
     own_metric,
     page,
     percent,
@@ -99,10 +100,8 @@ def preflight_table(record: dict[str, Any]) -> str:
         Plain text, at most 96 columns.
     """
     row = record["looks"][0]
-    table = Table(title=f"IIMM before training: {record['task']} ({record['method']})", width=WIDTH)
-    table.add_column("measured", no_wrap=True)
-    table.add_column("value", justify="right", no_wrap=True)
-    table.add_column("meaning")
+    title = f"IIMM before training: {record['task']} ({record['method']})"
+    table = new_table(title, "measured", "value", "meaning", unbroken=("measured", "value"))
     se = f" ± {row[keys.STANDARD_ERROR]:.3f}" if keys.STANDARD_ERROR in row else ""
     n, c = record["n_images"], record["n_classes"]
     table.add_row("IIMM", f"{row[keys.PREFIX]:.3f}{se}", f"{n} images, {c} class prompts")
@@ -179,13 +178,10 @@ def summary_table(record: dict[str, Any]) -> str:
         Plain text, at most 96 columns.
     """
     first, last = record["looks"][0], record["looks"][-1]
-    table = Table(
-        title=f"Predicted and observed: {record['task']} ({record['method']})", width=WIDTH
-    )
     forecast = record["forecast"]
     predicted = "predicted, borrowed" if forecast["base_rate"] else "predicted before training"
-    for column in ("in points", predicted, "observed"):
-        table.add_column(column, justify="left" if column == "in points" else "right")
+    title = f"Predicted and observed: {record['task']} ({record['method']})"
+    table = new_table(title, "in points", predicted, "observed", unbroken=())
     metrics = record.get("metrics", {})
     gain, own = points(last[keys.observed_key("gain")]), own_metric(metrics, record["task"])
     table.add_row(f"gain{own}", interval(forecast.get("gain")), gain)
@@ -194,12 +190,14 @@ def summary_table(record: dict[str, Any]) -> str:
         worst = points(last[keys.WORST])
         table.add_row("forgetting, mean", interval(forecast.get("forgetting")), mean)
         table.add_row("forgetting, worst", interval(forecast.get("worst")), worst)
-    shown, n_more = most_forgotten(record)
+    change = {n: [r[keys.accuracy_key(n)] for r in (first, last)] for n in record["off_target"]}
+    shown = list(change)
+    if len(shown) > FEW:
+        shown = sorted(shown, key=lambda name: change[name][1] - change[name][0])[:FEW]
     for name in shown:
-        key = keys.accuracy_key(name)
-        change = f"{percent(first[key])} -> {percent(last[key])}"
-        table.add_row(f"  {name}{own_metric(metrics, name)}", "", change)
-    if n_more:
+        was_and_is = " -> ".join(map(percent, change[name]))
+        table.add_row(f"  {name}{own_metric(metrics, name)}", "", was_and_is)
+    if n_more := len(change) - len(shown):
         table.add_row(f"  {n_more} tasks that lost less", "", "")
     notes = [f"Run: {record['ended']}."]
     if last["reason"] not in record["ended"]:
@@ -216,23 +214,6 @@ def summary_table(record: dict[str, Any]) -> str:
 def is_complete(record: dict[str, Any]) -> bool:
     """Whether it is a run of which its forecasts are, see `INCOMPLETE`."""
     return bool(record["ended"] == "finished" and record["looks"][-1]["share"] >= 1)
-
-
-def most_forgotten(record: dict[str, Any]) -> tuple[list[str], int]:
-    """Off-target tasks to name, those with the largest drop where they are many; and how many not.
-
-    Args:
-        record: `IIMMCallback.record`.
-    """
-    names = list(record["off_target"])
-    if len(names) <= FEW:
-        return names, 0
-    first, last = (
-        {name: row[keys.accuracy_key(name)] for name in names}
-        for row in (record["looks"][0], record["looks"][-1])
-    )
-    worst = sorted(names, key=lambda name: last[name] - first[name])[:FEW]
-    return worst, len(names) - FEW
 
 
 def _limit(record: dict[str, Any]) -> tuple[str, str]:

@@ -9,8 +9,8 @@ from __future__ import annotations
 import io
 import math
 import re
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Collection, Mapping
+from typing import Any, Literal
 
 from rich.console import Console
 from rich.table import Table
@@ -19,6 +19,11 @@ from rich.text import Text
 from ..records import keys
 
 WIDTH = 96
+_LEFT = {  # columns of words
+    "", "ended", "forecast of", "in points", "meaning", "measured", "method", "model", "needed for",
+    "of", "package", "policy", "recipe", "run", "state", "task", "verdict", "version", "why",
+    "worst task",
+}  # fmt: skip
 _LEVELS = {"continue": "ok", "warn": "warn", "stop": "over the limit"}
 # What moves the cursor, ends a line, turns the writing direction or is half a character.
 _UNPRINTABLE = re.compile(
@@ -49,6 +54,29 @@ def page(*parts: Table | str) -> str:
             console.print(part)
         shown.append("\n".join(line.rstrip() for line in capture.get().splitlines()))
     return "\n".join(shown)
+
+
+def new_table(
+    title: str,
+    *columns: str,
+    unbroken: Collection[str] | None = None,
+    overflow: Literal["fold", "ellipsis"] = "ellipsis",
+) -> Table:
+    """A table with words left and numbers right.
+
+    Args:
+        title: Of the table.
+        columns: Their heads.
+        unbroken: Those whose cells stay on one line; ``None``: numbers.
+        overflow: What is done with a word that is longer than its column.
+    """
+    table = Table(title=title, width=WIDTH)
+    for column in columns:
+        words = column in _LEFT
+        whole = not words if unbroken is None else column in unbroken
+        side: Literal["left", "right"] = "left" if words else "right"
+        table.add_column(column, justify=side, no_wrap=whole, overflow=overflow)
+    return table
 
 
 def printable(text: str) -> str:

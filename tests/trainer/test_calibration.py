@@ -460,10 +460,10 @@ def test_a_script_without_a_guard_is_told(tmp_path):
     with pytest.raises(
         RuntimeError, match=r"train.py must save the outcome .* got 0: it must make"
     ):
-        runs.run_script(script, tmp_path, tmp_path, WATCH)
+        runs.run_script(script, tmp_path, tmp_path)
     script.write_text("raise SystemExit(3)")
     with pytest.raises(RuntimeError, match="exit code 3: it printed nothing"):
-        runs.run_script(script, tmp_path, tmp_path, WATCH)
+        runs.run_script(script, tmp_path, tmp_path)
 
 
 @pytest.mark.whole
@@ -476,7 +476,7 @@ def test_a_script_that_takes_too_long_is_killed_with_what_it_started(tmp_path):
     )
     began = time.perf_counter()
     with pytest.raises(runs.OutOfTimeError):
-        runs.run_script(script, tmp_path, tmp_path, WATCH, seconds=1.0)
+        runs.run_script(script, tmp_path, tmp_path, seconds=1.0)
     assert time.perf_counter() - began < 30
     time.sleep(2.5)
     assert not beside.exists()
@@ -495,7 +495,7 @@ def test_a_script_is_timed_by_the_looks_of_its_run_file(tmp_path, monkeypatch):
         pace(whole * 100, is_sure)  # 2 s at 0.2 s a tenth
 
     with pytest.raises(runs.OutOfTimeError):
-        runs.run_script(script, tmp_path, tmp_path, WATCH, 40.0, tell)
+        runs.run_script(script, tmp_path, tmp_path, 40.0, tell)
     assert [sure for _, sure in told] == [False, True]
     assert 1.0 < told[-1][0] < 20.0
     assert len(said) == 1

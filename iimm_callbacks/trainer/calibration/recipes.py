@@ -92,12 +92,10 @@ class Recipe:
         import torch
         from transformers import TrainingArguments
 
-        given = dict(self.arguments) | _FIXED | {"output_dir": str(folder), "max_steps": steps}
-        if use_cpu:
-            given["use_cpu"] = True
-        given.setdefault("logging_steps", steps)
-        given.setdefault("dataloader_pin_memory", torch.cuda.is_available())
-        return TrainingArguments(**given)
+        usual = {"logging_steps": steps, "dataloader_pin_memory": torch.cuda.is_available()}
+        fixed = _FIXED | {"output_dir": str(folder), "max_steps": steps}
+        device = {"use_cpu": True} if use_cpu else {}
+        return TrainingArguments(**usual | dict(self.arguments) | fixed | device)
 
     def prepare(self, model: nn.Module, processor: Any) -> nn.Module:
         """The model, changed in place, ready to be trained by the method.

@@ -36,6 +36,7 @@ from ...probing import ranks
 from ...records.outcomes import Outcome
 from ...records.run_file import read_run
 from ...records.store import read_outcomes
+from ...records.verdict import WATCH
 from ..callback import IIMMCallback
 from .recipes import Recipe
 
@@ -239,7 +240,6 @@ def run_script(
     script: Path,
     data: Path,
     folder: Path,
-    watch: str,
     seconds: float | None = None,
     tell: Callable[[float, bool], None] = lambda whole, is_sure: None,
 ) -> Outcome:
@@ -251,7 +251,6 @@ def run_script(
         script: The file.
         data: Folder with ``train`` and ``test``, in each a folder of images per class.
         folder: For what it writes.
-        watch: Name of the environment variable that tells guards to watch only.
         seconds: That it may take; None: no limit. Then it and what it started are killed.
         tell: Is told at each look that its run file in `folder` has how many seconds all of it will
             take, and whether two looks in training say so. What it raises ends the script.
@@ -264,7 +263,7 @@ def run_script(
     for path in (store, *folder.glob("iimm_*.json")):  # of an earlier try
         path.unlink(missing_ok=True)
     command = [sys.executable, str(script), str(data), str(folder)]
-    environment = os.environ | {"IIMM_CALLBACKS_STORE": str(store), watch: "1"}
+    environment = os.environ | {"IIMM_CALLBACKS_STORE": str(store), WATCH: "1"}
     with (folder / "script.log").open("wb") as log:
         process = subprocess.Popen(
             command, env=environment, stdin=subprocess.DEVNULL, stdout=log,

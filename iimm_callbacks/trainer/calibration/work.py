@@ -18,7 +18,6 @@ from ...probing import ranks
 from ...probing.probe import Probe
 from ...records.outcomes import Outcome
 from ...records.run_file import file_name, read_run, save_run
-from ...records.verdict import WATCH
 from ...reports.words import duration
 from .lessons import Lesson, seconds_of_looks, write_folder
 from .recipes import Recipe
@@ -282,7 +281,7 @@ class Work:
             data = self.output / "data" / self._stem(job)
             write_folder(lesson.train, data / "train")
             write_folder(lesson.task, data / "test")
-            outcome = run_script(Path(self.script), data, folder, WATCH, left(), tell)
+            outcome = run_script(Path(self.script), data, folder, left(), tell)
         # A script calls each task as it likes, maybe all by one name: they would count as one.
         outcome = replace(outcome, run=self.key(job), task=lesson.task.name)
         if ranks.world()[0] == 0:  # so that a report knows the run's own outcome
