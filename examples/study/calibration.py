@@ -21,7 +21,7 @@ from transformers import HfArgumentParser
 from iimm_callbacks import Forecaster, read_outcomes, sample
 from iimm_callbacks.forecasting.base_rates import load_base_rates
 from iimm_callbacks.forecasting.runs import about, measured
-from iimm_callbacks.trainer.calibration.lessons import most_different
+from iimm_callbacks.trainer.calibration.calibrate import most_different
 
 HERE = Path(__file__).parent
 # Learning rates of 150 steps

@@ -157,8 +157,7 @@ def _attempt(found: Measured, option: learnt.Option) -> tuple[runs.Subject, Task
 def _seconds(found: Measured, option: learnt.Option, off_target: list[Task] | None) -> float:
     """What an option would take, from a few of its steps."""
     from ..data.tasks import TASK_PROBE_SIZE
-    from ..trainer.calibration.lessons import seconds_of_looks
-    from ..trainer.calibration.runs import seconds_of_a_step
+    from ..trainer.calibration.runs import seconds_of_a_step, seconds_of_looks
 
     _, task, train, recipe = given = _attempt(found, option)
     with tempfile.TemporaryDirectory() as folder:

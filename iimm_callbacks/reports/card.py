@@ -117,8 +117,8 @@ def _eval_results(record: Mapping[str, Any]) -> list[EvalResult]:
     return results
 
 
-def _section(record: Mapping[str, Any]) -> str:
-    """The section for people, in points, between the two comments that mark it as ours."""
+def _section(record: Mapping[str, Any]) -> list[str]:
+    """The lines of the section for people, in points."""
     first, last = record["looks"][0], record["looks"][-1]
     learnt, fingerprints = record["task"], record.get("fingerprints", {})
     templates, metrics = record.get("templates", {}), record.get("metrics", {})
@@ -147,18 +147,18 @@ def _section(record: Mapping[str, Any]) -> str:
         given = templates.get(name)
         prompts = "; ".join(f'"{_shown(t)}"' for t in given) if given else "not saved"
         lines.append(f"- {_shown(name)}: {prompts}")
-    begin, end = _markers(learnt)
-    return "\n".join([begin, *lines, end])
+    return lines
 
 
 def _amend(card: ModelCard, record: Mapping[str, Any]) -> None:
     data: Any = card.data
     new = _eval_results(record)
     measured = {(r.dataset_type, r.metric_name) for r in new}
+    ours = {"measured_by": _MEASURED_BY, "fine_tuned_on": _slug(record["task"])}
     kept = [
         old
         for old in data.eval_results or []
-        if not _is_ours(old, _slug(record["task"]))
+        if not ours.items() <= (old.metric_args or {}).items()
         and (old.dataset_type, old.metric_name) not in measured
     ]
     data.model_name = data.model_name or str(record.get("model") or "model")
@@ -166,10 +166,12 @@ def _amend(card: ModelCard, record: Mapping[str, Any]) -> None:
     _put(card, _section(record), record["task"])
 
 
-def _put(card: RepoCard, text: str, name: str) -> None:
-    """The text between its comments, in the place of what stood there."""
-    begin, end = map(re.escape, _markers(name))
-    there = re.compile(f"{begin}.*?{end}", re.DOTALL)
+def _put(card: RepoCard, lines: Sequence[str], name: str) -> None:
+    """The lines between two comments that mark them as ours, in the place of what stood there."""
+    name = _slug(name)  # which holds no "-->"
+    ends = [f"<!-- iimm_callbacks {name}: {end} -->" for end in ("begin", "end")]
+    text = "\n".join([ends[0], *lines, ends[1]])
+    there = re.compile(".*?".join(map(re.escape, ends)), re.DOTALL)
     if there.search(card.text):
         card.text = there.sub(lambda found: text, card.text, count=1)
     else:
@@ -199,9 +201,7 @@ def update_outcomes_card(
         for cell, tasks in sorted(cells.items())
     ]
     n_models = len({o.model_fingerprint or o.model for o in outcomes})
-    begin, end = _markers(_RUNS)
-    text = "\n".join([
-        begin,
+    lines = [
         "## Fine-tuning runs (iimm_callbacks)",
         "",
         f"{len(outcomes)} runs of {n_models} models, {sum(o.complete for o in outcomes)} complete. "
@@ -213,9 +213,8 @@ def update_outcomes_card(
         *([f"| and {len(rows) - _MOST_ROWS} more | | | | |"] if len(rows) > _MOST_ROWS else []),
         "",
         "Accuracies are fractions on probes of some hundred images. Who saved a run is left out.",
-        end,
-    ])  # fmt: skip
-    _put(card, text, _RUNS)
+    ]  # fmt: skip
+    _put(card, lines, _RUNS)
 
 
 def _scores(record: Mapping[str, Any]) -> Iterator[tuple[str, float, float | None]]:
@@ -266,16 +265,6 @@ def _facts(record: Mapping[str, Any], first: Any, last: Any) -> Iterator[str]:
         str(record.get("model_fingerprint"))
     )
     yield "- Forgetting is before minus after: positive is loss, negative is transfer."
-
-
-def _is_ours(result: EvalResult, learnt: str) -> bool:
-    about = result.metric_args or {}
-    return about.get("measured_by") == _MEASURED_BY and about.get("fine_tuned_on") == learnt
-
-
-def _markers(task: str) -> tuple[str, str]:
-    name = _slug(task)  # which holds no "-->"
-    return f"<!-- iimm_callbacks {name}: begin -->", f"<!-- iimm_callbacks {name}: end -->"
 
 
 def _slug(name: str) -> str:

@@ -32,7 +32,7 @@ from iimm_callbacks.records.run_file import read_run
 from iimm_callbacks.records.verdict import WATCH
 from iimm_callbacks.trainer.calibration import calibrate as module
 from iimm_callbacks.trainer.calibration import learnt, runs, work
-from iimm_callbacks.trainer.calibration.lessons import most_different
+from iimm_callbacks.trainer.calibration.calibrate import most_different
 from iimm_callbacks.trainer.calibration.recipes import read_recipes
 from iimm_callbacks.trainer.calibration.work import Cost, Job, fit
 
@@ -594,14 +594,12 @@ def test_two_ranks_give_the_outcomes_of_one(tmp_path):
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
     """The tiny model and two tasks, as the command line is given them."""
-    from iimm_callbacks.trainer.calibration.lessons import write_folder
-
     folder = tmp_path_factory.mktemp("calibration")
     for part in FAMILIES["CLIP"]():
         part.save_pretrained(folder / "model")
     for task, train in LESSONS[:3]:
-        write_folder(train, folder / task.name / "train")
-        write_folder(task, folder / task.name / "test")
+        work.write_folder(train, folder / task.name / "train")
+        work.write_folder(task, folder / task.name / "test")
     return folder
 
 

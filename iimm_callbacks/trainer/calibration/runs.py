@@ -30,10 +30,11 @@ from transformers import (
     set_seed,
 )
 
-from ...data.tasks import Task
+from ...data.tasks import TASK_PROBE_SIZE, Task
+from ...data.training import SAMPLE_SIZE
 from ...models.classifier import ImageCollator, PromptClassifier
 from ...probing import ranks
-from ...records.outcomes import Outcome
+from ...records.outcomes import OFF_TARGET_PROBE_SIZE, Outcome
 from ...records.run_file import read_run
 from ...records.store import read_outcomes
 from ...records.verdict import WATCH
@@ -46,6 +47,10 @@ LOOKS = (0.1, 0.2, 0.4)
 _TIMED = 4  # steps; the first one warms up
 _LAST_LINES = 5  # of a script that failed
 _EVERY = 1.0  # seconds between two looks at what a script has done
+
+
+Left = Callable[[], float | None]  # seconds, of the first rank; None: no limit
+Tell = Callable[[float, bool], None]  # seconds that a whole run takes, and whether that is sure
 
 
 class OutOfTimeError(Exception):
@@ -100,7 +105,7 @@ class _Clock(TrainerCallback):  # type: ignore[misc]  # transformers is untyped 
 class _Deadline(TrainerCallback):  # type: ignore[misc]  # transformers is untyped here
     """Ends training when the first rank's time is up."""
 
-    def __init__(self, left: Callable[[], float | None]) -> None:
+    def __init__(self, left: Left) -> None:
         self._left = left
         self.is_over = False
 
@@ -126,6 +131,26 @@ def seconds_of_a_step(
     return sum(later) / len(later)
 
 
+def seconds_of_looks(
+    task: Task, train: Task, off_target: Sequence[Task] | None, seconds: float
+) -> float:
+    """What all looks of a run take.
+
+    Args:
+        task: That is learnt.
+        train: Its training images.
+        off_target: As `IIMMCallback`.
+        seconds: That a look at one image takes.
+    """
+    from ...sample import off_target_tasks
+
+    others = off_target_tasks(task, off_target)
+    sizes = [min(len(other), other.probe_size or OFF_TARGET_PROBE_SIZE) for other in others]
+    own = min(len(task), task.probe_size or TASK_PROBE_SIZE)
+    images = (len(LOOKS) + 2) * (own + sum(sizes)) + min(len(train), SAMPLE_SIZE)
+    return images * seconds
+
+
 def fine_tune(
     subject: Subject,
     task: Task,
@@ -134,7 +159,7 @@ def fine_tune(
     recipe: Recipe,
     steps: int,
     folder: Path,
-    left: Callable[[], float | None] = lambda: None,
+    left: Left = lambda: None,
 ) -> Outcome:
     """One run under a guard that only watches. On several ranks all must call it.
 
@@ -241,7 +266,7 @@ def run_script(
     data: Path,
     folder: Path,
     seconds: float | None = None,
-    tell: Callable[[float, bool], None] = lambda whole, is_sure: None,
+    tell: Tell = lambda whole, is_sure: None,
 ) -> Outcome:
     """One run of a user's own training script, whose guard finds here that it only watches.
 
@@ -296,7 +321,7 @@ def _wait(
     process: subprocess.Popen[bytes],
     seconds: float | None,
     share: Callable[[], float | None],
-    tell: Callable[[float, bool], None],
+    tell: Tell,
 ) -> int:
     """Its exit code, asking all the while what share of the steps is done."""
     began = time.monotonic()

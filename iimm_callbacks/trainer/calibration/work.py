@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -19,9 +19,8 @@ from ...probing.probe import Probe
 from ...records.outcomes import Outcome
 from ...records.run_file import file_name, read_run, save_run
 from ...reports.words import duration
-from .lessons import Lesson, seconds_of_looks, write_folder
 from .recipes import Recipe
-from .runs import Subject, fine_tune, run_script, seconds_of_a_step
+from .runs import Left, Subject, Tell, fine_tune, run_script, seconds_of_a_step, seconds_of_looks
 
 _HASHED = 64  # training images by which a training set is known
 # A run is not made shorter than this: forgetting would not have set in.
@@ -105,6 +104,25 @@ def fit(jobs: Sequence[Job], cost: Cost, seconds: float | None) -> list[Job]:
             "allow more, or ask for fewer steps"
         )
     return found
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """A task that can be learnt.
+
+    Attributes:
+        task: Its held-out images.
+        train: Its training images.
+        fingerprint: Of the held-out ones.
+        features: IIMM, headroom of the linear probe, zero-shot accuracy.
+        seconds: That a look at one image takes.
+    """
+
+    task: Task
+    train: Task
+    fingerprint: str
+    features: tuple[float, float, float]
+    seconds: float
 
 
 @dataclass(frozen=True)
@@ -252,12 +270,7 @@ class Work:
             parts.append("how long one takes is known from its first looks on")
         return f"Calibration: {'; '.join(parts)}."
 
-    def run(
-        self,
-        job: Job,
-        left: Callable[[], float | None],
-        tell: Callable[[float, bool], None],
-    ) -> Outcome:
+    def run(self, job: Job, left: Left, tell: Tell) -> Outcome:
         """A run's outcome, known by its key; not saved yet.
 
         Args:
@@ -293,6 +306,23 @@ class Work:
     def run_files(self, job: Job) -> list[Path]:
         """What a run has written, if it is on this disk."""
         return sorted(self.folder(job).glob("iimm_*.json"))
+
+
+def write_folder(task: Task, folder: Path) -> None:
+    """The task's images as PNG files in a folder of each class; what is there already is kept."""
+    if (folder / ".complete").exists():
+        return
+    width = len(str(len(task.class_names)))
+    for i, name in enumerate(task.class_names):
+        safe = "".join(c if c.isalnum() or c in " -" else "_" for c in name)
+        (folder / f"{i:0{width}}_{safe}").mkdir(parents=True, exist_ok=True)
+    folders = sorted(path for path in folder.iterdir() if path.is_dir())
+    for i in range(len(task)):
+        image, (label,) = task.images([i])[0], task.labels([i])
+        if not hasattr(image, "save"):
+            raise ValueError(f"`script` needs tasks of pictures, got others in {task.name!r}")
+        image.save(folders[label] / f"{i:06}.png")
+    (folder / ".complete").touch()
 
 
 def _known_by(train: Task) -> str:
