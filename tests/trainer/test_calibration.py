@@ -280,6 +280,15 @@ def test_a_recipe_that_cannot_train_the_model_is_told_before_the_first_run(start
     assert not (tmp_path / "store.jsonl").exists()
 
 
+def test_a_budget_ends_while_tasks_are_measured(start, monkeypatch):
+    begun, measured = time.perf_counter(), []
+    monkeypatch.setattr(module, "perf_counter", lambda: begun + 60.0 * len(measured))
+    lesson = module._lesson
+    monkeypatch.setattr(module, "_lesson", lambda *a: measured.append(1) or lesson(*a))
+    with pytest.raises(ValueError, match=r"`budget` .* 3 tasks .* got 1 min.* in which 1 were"):
+        start(tasks=LESSONS[:3], budget=60.0)
+
+
 def test_a_short_budget_makes_runs_shorter_and_marks_them(start, monkeypatch):
     monkeypatch.setattr(work.Work, "time", lambda _: Cost([1.0, 1.0], [100.0]))
     monkeypatch.setattr(module, "perf_counter", lambda: 0.0)

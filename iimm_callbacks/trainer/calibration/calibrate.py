@@ -146,7 +146,16 @@ def calibrate(
     home = next(model.parameters()).device
     model.to(state.device)
     try:
-        lessons = [_lesson(model, task, train, processor) for task, train in tasks]
+        lessons: list[Lesson] = []
+        for task, train in tasks:
+            rest = ranks.from_first(left)
+            if rest is not None and rest <= 0:
+                raise ValueError(
+                    f"`budget` must allow measuring {len(tasks)} tasks and then a run, got "
+                    f"{duration(budget or 0.0)}, in which {len(lessons)} were measured; allow "
+                    "more, or give fewer tasks"
+                )
+            lessons.append(_lesson(model, task, train, processor))
     finally:
         model.to(home)
     if len(tasks) > n_tasks:
