@@ -238,7 +238,7 @@ class Work:
         steps = []
         for recipe in self.recipes:
             try:
-                given = self.subject, first.task, first.train, recipe, self.output / "timed"
+                given = self.subject, first.task, first.train, recipe, self.output
                 steps.append(seconds_of_a_step(*given))
             except (ValueError, TypeError, RuntimeError, ImportError) as error:
                 raise ValueError(
