@@ -28,7 +28,7 @@ _DEBUG = Annotated[bool, Option("--debug", help="Show the traceback of an error"
 _UNITS = {"s": 1, "m": 60, "h": 3600}
 _GROUPS = {  # of options in the help; any other is of the output
     "Data": "split template image_column label_column task_name probe_size seed train off_target"
-    " processor device batch_size task tasks models mirror most_test",
+    " processor device batch_size model models task tasks mirror most_test",
     "Recipe": "method methods learning_rate steps epochs recipe train_batch_size script budget",
     "Limit": "max_forgetting limit_on confidence require_forecast limit",
 }
