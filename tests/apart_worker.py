@@ -1,16 +1,9 @@
-"""What `test_apart.py` runs: ranks that raise, are late or die while the others look.
-
-    python apart_worker.py FOLDER WORLD
-
-Each rank leaves what it came back with in `<rank>.pt`; the last one dies before it can.
-"""
+"""What `test_apart.py` runs: ranks that raise, are late or die while the others look."""
 
 import os
 import signal
-import sys
 import time
 from contextlib import suppress
-from pathlib import Path
 
 import torch
 from forked import on_ranks
@@ -60,11 +53,7 @@ def run(folder, world, rank):
     torch.save(found, folder / f"{rank}.pt")
 
 
-def main():
-    folder, world = Path(sys.argv[1]), int(sys.argv[2])
+def main(folder, world):
+    """Each rank leaves what it came back with in `<rank>.pt`; the last one dies before it can."""
     with suppress(RuntimeError):  # the last one dies
         on_ranks(world, lambda rank: run(folder, world, rank))
-
-
-if __name__ == "__main__":
-    main()

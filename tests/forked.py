@@ -1,15 +1,69 @@
-"""A function on each rank of a gloo group: forked from one process that has imported everything."""
+"""Functions in processes of their own, and on ranks of a gloo group.
+
+They are forked from a process that has imported everything, which takes a new one six seconds.
+"""
 
 import gc
+import logging
 import os
 import signal
 import sys
+import tempfile
 import time
 import traceback
+import warnings
+from contextlib import suppress
 from datetime import timedelta
 
 import torch
+from accelerate.state import AcceleratorState, GradientState
 from torch import distributed
+
+
+def in_a_fork(function, *arguments, seconds=300, **environment):
+    """Run a function in a process of its own, which ends with all that it forked; what it printed.
+
+    Raises:
+        RuntimeError: It failed or took longer than `seconds`; with what it printed.
+    """
+    gc.freeze()
+    with tempfile.TemporaryFile("w+") as output:
+        child = os.fork()
+        if not child:
+            _become(function, arguments, output, seconds, environment)
+        status = os.waitpid(child, 0)[1]
+        with suppress(ProcessLookupError):
+            os.killpg(child, signal.SIGKILL)
+        output.seek(0)
+        printed = output.read()
+    if status:
+        raise RuntimeError(f"status {status} of {function.__qualname__}: {printed[-100_000:]}")
+    return printed
+
+
+def _become(function, arguments, output, seconds, environment):
+    """This fork is as a process that was started anew: without pytest's hooks and past runs."""
+    status = 1
+    try:
+        os.setpgid(0, 0)
+        signal.alarm(seconds)
+        os.dup2(output.fileno(), 1)
+        os.dup2(output.fileno(), 2)
+        sys.stdout, sys.stderr = (open(n, "w", buffering=1, closefd=False) for n in (1, 2))
+        warnings.resetwarnings()
+        logging.getLogger().handlers.clear()
+        os.environ |= environment
+        torch.set_num_threads(1)
+        AcceleratorState._reset_state(reset_partial_state=True)
+        GradientState._reset_state()
+        function(*arguments)
+        status = 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
 
 
 def on_ranks(world, function, seconds=60):

@@ -1,17 +1,10 @@
-"""What `test_probe_ranks.py` runs on several ranks: all in one process that forks, which is fast.
-
-    python probe_worker.py FOLDER
-
-Each scenario of a world size leaves what its ranks came back with in `<scenario>-<world>.pt`.
-"""
+"""What `test_probe_ranks.py` runs on several ranks: all of it in one process that forks."""
 
 import copy
 import logging
 import os
-import sys
 from datetime import timedelta
 from functools import partial
-from pathlib import Path
 from types import SimpleNamespace
 
 import torch
@@ -180,7 +173,7 @@ def no_images():
     return raised(lambda: Probe(task, processor=processor, progress=False).look(model, 0))
 
 
-def group_anew():
+def group_anew(folder):
     """A look in the group, alone once it is gone, and in another one, at which rank 1 is new."""
     encode = Encode()
     probe = encode.probe(batch_size=4)
@@ -188,7 +181,7 @@ def group_anew():
     rank, world = ranks.world()
     distributed.destroy_process_group()
     looks.append(told(probe.look(encode.model, 1)))
-    on_store = Path(sys.argv[1]) / f"anew-{world}"
+    on_store = folder / f"anew-{world}"
     if rank == 1:  # a process that has been in no look
         probe = encode.probe(batch_size=4)
         ranks._entered.clear()
@@ -451,18 +444,14 @@ TWO |= {"joined": joined, "best_apart": best_apart}
 SCENARIOS = {1: ANY, 2: ANY | SEVERAL | TWO, 3: ANY | SEVERAL, 7: ANY}
 
 
-def main():
-    folder = Path(sys.argv[1])
-    torch.set_num_threads(1)
+def main(folder):
+    """Each scenario leaves what its ranks came back with in `<scenario>-<world>-<rank>.pt`."""
     logging.getLogger("iimm_callbacks").setLevel(logging.WARNING)
 
     def run(world, rank):
         for name, scenario in SCENARIOS[world].items():
-            torch.save(scenario(), folder / f"{name}-{world}-{rank}.pt")
+            found = scenario(folder) if scenario is group_anew else scenario()
+            torch.save(found, folder / f"{name}-{world}-{rank}.pt")
 
     for world in WORLDS:
         on_ranks(world, partial(run, world))
-
-
-if __name__ == "__main__":
-    main()

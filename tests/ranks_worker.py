@@ -1,14 +1,8 @@
-"""What every rank of `test_ranks.py` runs: all scenarios in one launch, since a launch is slow.
-
-    python ranks_worker.py FOLDER SCENARIO...
-
-FOLDER holds the model, the processor and the data; each rank leaves `<scenario>-<rank>.pt` there.
-"""
+"""What every rank of `test_ranks.py` runs: all scenarios in one launch, since a launch is slow."""
 
 import logging
-import sys
 from dataclasses import replace
-from pathlib import Path
+from functools import partial
 
 import numpy as np
 import torch
@@ -21,8 +15,6 @@ from transformers.utils import logging as transformers_logging
 from iimm_callbacks import IIMMCallback, ImageCollator, PromptClassifier, Task
 from iimm_callbacks.monitor import monitor
 from iimm_callbacks.probing.probe import Probe
-
-FOLDER = Path(sys.argv[1]) if __name__ == "__main__" else Path()
 
 
 class ForgetsAtStep4(Probe):
@@ -64,10 +56,10 @@ def raise_on_rank_1(verdict):
         raise OSError("the pager is down")
 
 
-def base_model_but_on_rank_1():
+def base_model_but_on_rank_1(folder):
     if distributed.get_rank() == 1:
         raise OSError("the network is down")
-    return CLIPModel.from_pretrained(FOLDER / "model")
+    return CLIPModel.from_pretrained(folder / "model")
 
 
 def wake_dropout(model):
@@ -119,6 +111,8 @@ def train(folder, scenario, output):
     if settings is not None:
         store = output / "store.jsonl"
         settings = {"max_overhead": None, "verbose": False, "outcomes": store} | settings
+        if base_model := settings.get("base_model"):
+            settings["base_model"] = partial(base_model, folder)
         callbacks = [IIMMCallback(task, [shapes], **settings)]
         monitor.Probe = probe
     arguments = {
@@ -167,18 +161,18 @@ def train(folder, scenario, output):
     }
 
 
-def main():
-    """All scenarios that are named, on both ranks."""
+def main(folder, names):
+    """All scenarios that are named, on both ranks.
+
+    `folder` holds the model, the processor and the data; each rank leaves `<scenario>-<rank>.pt`
+    there.
+    """
     logging.getLogger("iimm_callbacks").setLevel(logging.ERROR)
     transformers_logging.set_verbosity_error()
 
     def run(rank):
-        for name in sys.argv[2:]:
-            result = train(FOLDER, name, FOLDER / f"out-{name}-{rank}")
-            torch.save(result, FOLDER / f"{name}-{rank}.pt")
+        for name in names:
+            result = train(folder, name, folder / f"out-{name}-{rank}")
+            torch.save(result, folder / f"{name}-{rank}.pt")
 
     on_ranks(2, run, seconds=20)
-
-
-if __name__ == "__main__":
-    main()

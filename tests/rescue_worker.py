@@ -1,14 +1,7 @@
-"""What `test_rescue.py` runs on one and on two ranks: in one process that forks, which is fast.
-
-    python rescue_worker.py FOLDER
-
-Leaves what each rank came back with in `alone.pt`, `0.pt` and `1.pt`.
-"""
+"""What `test_rescue.py` runs on one and on two ranks: in one process that forks, which is fast."""
 
 import copy
-import sys
 from functools import partial
-from pathlib import Path
 
 import torch
 from conftest import make_dataset
@@ -56,7 +49,7 @@ def raise_odd():
 def probe_of(kind=Probe):
     task = Task("colours", COLOURS, templates="a {} thing", probe_size=24)
     other = Task("shapes", SHAPES, templates="a photo of the {}", probe_size=15)
-    return kind(task, [other], processor=PROCESSOR, progress=False)
+    return kind(task, [other], processor=FAMILIES["CLIP"]()[1], progress=False)
 
 
 def told(call):
@@ -67,11 +60,11 @@ def told(call):
     return "nothing"
 
 
-def work(path, rank):
-    base, model = copy.deepcopy(BASE), copy.deepcopy(TUNED)
+def work(rank, folder, base, tuned):
+    model = copy.deepcopy(tuned)
     result = {"tuned": copy.deepcopy(model.state_dict())}
     if rank is not None:
-        failing = copy.deepcopy(TUNED)
+        failing = copy.deepcopy(tuned)
         result["error"] = told(lambda: sweep(failing, base, probe_of(FailsOnRank1), Limits(1.0)))
         result["after failure"] = failing.state_dict()
         module.Mixture = SetFailsOnRank1
@@ -84,19 +77,19 @@ def work(path, rank):
         )
     found = sweep(model, base, probe_of(), Limits(1.0), alphas=[0.3, 0.6])
     result |= {"alpha": found.alpha, "mixes": found.mixes, "mixed": model.state_dict()}
-    torch.save(result, Path(path) / ("alone.pt" if rank is None else f"{rank}.pt"))
+    torch.save(result, folder / ("alone.pt" if rank is None else f"{rank}.pt"))
 
 
-if __name__ == "__main__":
-    BASE, PROCESSOR = FAMILIES["CLIP"]()
+def main(folder):
+    """Leaves what each rank came back with in `alone.pt`, `0.pt` and `1.pt`."""
+    base, _ = FAMILIES["CLIP"]()
     for seed in range(20):  # until it gains, by luck
-        TUNED = copy.deepcopy(BASE)
+        tuned = copy.deepcopy(base)
         generator = torch.Generator().manual_seed(seed)
         with torch.no_grad():
-            for parameter in TUNED.parameters():
+            for parameter in tuned.parameters():
                 parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
-        if sweep(TUNED, BASE, probe_of(), Limits(1.0), alphas=[0.3, 0.6], apply=False).alpha:
+        if sweep(tuned, base, probe_of(), Limits(1.0), alphas=[0.3, 0.6], apply=False).alpha:
             break
-    torch.set_num_threads(1)
-    work(sys.argv[1], None)
-    on_ranks(2, partial(work, sys.argv[1]))
+    work(None, folder, base, tuned)
+    on_ranks(2, partial(work, folder=folder, base=base, tuned=tuned))

@@ -1,13 +1,5 @@
-"""Guarded runs that are killed again and again, for `test_kill.py`: forked, since that is fast.
+"""Guarded runs that are killed again and again, for `test_kill.py`: forked, since that is fast."""
 
-    python resume_worker.py FOLDER SEED
-
-FOLDER holds model, processor and data. Runs are killed by SIGKILL at random moments and resumed
-from their last whole checkpoint until they finish, until there were `KILLS` kills; FOLDER then has
-a folder for each run, and one, `reference`, for a run in one piece.
-"""
-
-import gc
 import json
 import logging
 import os
@@ -15,7 +7,6 @@ import random
 import signal
 import sys
 import time
-from pathlib import Path
 
 import torch
 from datasets import load_from_disk
@@ -137,10 +128,13 @@ def finish(data, folder, restore, chance, seconds):
     return kills
 
 
-def main():
-    data, chance = Path(sys.argv[1]), random.Random(int(sys.argv[2]))
-    torch.set_num_threads(1)
-    gc.freeze()  # else each `Trainer.train` walks all imports to collect garbage
+def main(data, seed):
+    """Kill runs by SIGKILL at random moments, until there were `KILLS` kills.
+
+    Each is resumed from its last whole checkpoint until it finishes. `data` holds model, processor
+    and data; it then has a folder for each run, and a `reference` of each schedule in one piece.
+    """
+    chance = random.Random(seed)
     logging.getLogger("iimm_callbacks").setLevel(logging.ERROR)
     transformers_logging.set_verbosity_error()
     kills, run = 0, 0
@@ -158,7 +152,3 @@ def main():
         kills += finish(data, folder, bool(run % 2), chance, 1.2 * seconds)
         run += 1
     (data / "kills.txt").write_text(str(kills))
-
-
-if __name__ == "__main__":
-    main()

@@ -1,16 +1,8 @@
-"""What every rank of `test_sharded.py` runs: weights or optimizer spread over ranks, on CPUs.
+"""What every rank of `test_sharded.py` runs: weights or optimizer spread over ranks, on CPUs."""
 
-    python sharded_worker.py FOLDER RANKS SCENARIO...
-
-FOLDER is as for `ranks_worker.py`; each rank leaves `<scenario>-<rank>.pt` there.
-"""
-
-import sys
 from functools import partial
 from itertools import count
-from pathlib import Path
 
-import torchvision_ops  # isort: skip  # noqa: F401, CI may have left a torchvision
 import torch
 from accelerate import Accelerator, FullyShardedDataParallelPlugin
 from accelerate.state import AcceleratorState
@@ -223,19 +215,17 @@ SCENARIOS = {
 }
 
 
-def main():
-    """All scenarios that are named, on all ranks."""
+def main(folder, n_ranks, names):
+    """All scenarios that are named, on all ranks.
+
+    `folder` is as for `ranks_worker.py`; each rank leaves `<scenario>-<rank>.pt` there.
+    """
     transformers_logging.set_verbosity_error()
-    folder = Path(sys.argv[1])
 
     def run(rank):
         with_fsdp_on_cpus()
-        for name in sys.argv[3:]:
+        for name in names:
             result = SCENARIOS[name](folder, folder / f"out-{name.removesuffix('-resumed')}")
             torch.save(result, folder / f"{name}-{rank}.pt")
 
-    on_ranks(int(sys.argv[2]), run, seconds=60)
-
-
-if __name__ == "__main__":
-    main()
+    on_ranks(n_ranks, run, seconds=60)

@@ -1,15 +1,13 @@
 """Ranks that raise, are late or die: the others wait for the time limit and no longer."""
 
-import os
 import signal
-import subprocess
-import sys
 import time
 from datetime import timedelta
-from pathlib import Path
 
 import pytest
 import torch
+from apart_worker import LIMIT, main
+from forked import in_a_fork
 from torch import distributed, nn
 
 from iimm_callbacks.models.sharded import InStep, OutOfStepError
@@ -17,8 +15,6 @@ from iimm_callbacks.probing import ranks
 
 pytestmark = pytest.mark.once
 
-WORKER = Path(__file__).parents[1] / "apart_worker.py"
-LIMIT = 1.0  # the worker's
 TAIL = "within 1 s: it has failed, has died or is slow, see its output; `IIMM_CALLBACKS_TIMEOUT`"
 
 
@@ -26,13 +22,9 @@ TAIL = "within 1 s: it has failed, has died or is slow, see its output; `IIMM_CA
 def apart(request, tmp_path_factory):
     """The number of ranks, and what each came back with but the last, which died."""
     folder = tmp_path_factory.mktemp("apart")
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(
-        [sys.executable, str(WORKER), str(folder), str(request.param)],
-        env=environment, capture_output=True, text=True, timeout=120,
-    )  # fmt: skip
+    printed = in_a_fork(main, folder, request.param, seconds=120)
     paths = [folder / f"{rank}.pt" for rank in range(request.param - 1)]
-    assert all(path.exists() for path in paths), done.stderr[-4000:]
+    assert all(path.exists() for path in paths), printed[-4000:]
     return request.param, [torch.load(path, weights_only=False) for path in paths]
 
 

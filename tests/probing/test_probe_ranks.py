@@ -1,12 +1,9 @@
 """The probe on 1, 2, 3 and 7 ranks: the same numbers everywhere, and nobody waits forever."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
+from forked import in_a_fork
+from probe_worker import main
 from torch import nn
 
 from iimm_callbacks.models.sharded import check_measurable
@@ -14,7 +11,6 @@ from iimm_callbacks.probing.probe import Probe
 
 pytestmark = [pytest.mark.once, pytest.mark.whole]
 
-WORKER = Path(__file__).parents[1] / "probe_worker.py"
 SEVERAL = (2, 3)
 
 
@@ -25,12 +21,7 @@ def results(tmp_path_factory):
     A rank that waits for another is ended by the worker's own timeout, and fails the test.
     """
     folder = tmp_path_factory.mktemp("ranks")
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(
-        [sys.executable, str(WORKER), str(folder)],
-        env=environment, capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-4000:]
+    in_a_fork(main, folder)
 
     def of(scenario, world):
         paths = [folder / f"{scenario}-{world}-{rank}.pt" for rank in range(world)]

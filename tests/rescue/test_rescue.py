@@ -2,10 +2,7 @@
 
 import copy
 import json
-import os
 import re
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,7 +10,9 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from forked import in_a_fork
 from peft import AdaLoraConfig, IA3Config, LoHaConfig, LoraConfig, PeftModel, get_peft_model
+from rescue_worker import main
 from safetensors.torch import load_file
 from torch import nn
 from transformers import TrainerCallback
@@ -33,7 +32,6 @@ from iimm_callbacks.rescue.mixing import Mixture, keep_untouched, needs_untouche
 from iimm_callbacks.rescue.rescuer import Rescuer, is_exceeded
 from iimm_callbacks.rescue.sweep import Mix, choose, held_out, measure_mixes, rescue, sweep
 
-WORKER = Path(__file__).parents[1] / "rescue_worker.py"
 LORA = {"r": 2, "target_modules": ["q_proj", "v_proj"]}
 ANY = Limits(1.0)
 
@@ -761,12 +759,7 @@ def test_the_limit_is_exceeded_by_what_was_observed():
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ranks")
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(
-        [sys.executable, str(WORKER), str(folder)],
-        env=environment, capture_output=True, text=True, timeout=200,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-4000:]
+    in_a_fork(main, folder)
     return [torch.load(folder / f"{name}.pt", weights_only=False) for name in ("alone", "0", "1")]
 
 

@@ -2,14 +2,15 @@
 
 import json
 import os
-import subprocess
 import sys
 import time
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
+from forked import in_a_fork, on_ranks
 from PIL import Image
 from test_cli import ask, fails, run
 from tiny import FAMILIES
@@ -562,34 +563,17 @@ def fail_on_rank(rank, folder):
 @pytest.mark.whole
 @pytest.mark.once
 def test_a_run_that_fails_on_one_rank_ends_all_of_them(tmp_path):
-    done = on_two_ranks(tmp_path, "fail_on_rank(rank, folder)", IIMM_CALLBACKS_TIMEOUT="5")
-    assert done.returncode != 0
-    assert "the card fell off the bus" in done.stderr
-    assert "RanksApartError" in done.stderr
-
-
-def on_two_ranks(folder, call, **environment):
-    program = folder / "ranks.py"
-    program.write_text(
-        "import sys; from pathlib import Path; from forked import on_ranks\n"
-        "from test_calibration import calibrate_on_rank, fail_on_rank\n"
-        "world, folder = int(sys.argv[1]), Path(sys.argv[2])\n"
-        f"on_ranks(world, lambda rank: {call})\n"
-    )
-    paths = [os.path.dirname(__file__), *sys.path]
-    path = os.pathsep.join(path for path in paths if path)
-    return subprocess.run(
-        [sys.executable, program, "2", str(folder)],
-        env=os.environ | {"PYTHONPATH": path} | environment,
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
+    fail = partial(fail_on_rank, folder=tmp_path)
+    with pytest.raises(RuntimeError, match="of 2 failed") as error:
+        in_a_fork(on_ranks, 2, fail, IIMM_CALLBACKS_TIMEOUT="5")
+    assert "the card fell off the bus" in str(error.value)
+    assert "RanksApartError" in str(error.value)
 
 
 @pytest.mark.whole
 def test_two_ranks_give_the_outcomes_of_one(tmp_path):
     calibrate_on_rank(0, tmp_path, 4)  # alone
-    done = on_two_ranks(tmp_path, "calibrate_on_rank(rank, folder, 4 // world)")
-    assert done.returncode == 0, done.stderr
+    in_a_fork(on_ranks, 2, partial(calibrate_on_rank, folder=tmp_path, batch=2))
     alone, shared = (read_outcomes(tmp_path / f"{batch}.jsonl") for batch in (4, 2))
     assert len(alone) == len(shared) == 2
     for one, other in zip(alone, shared, strict=True):

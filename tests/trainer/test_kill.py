@@ -1,14 +1,12 @@
 """Killed at random moments and resumed, a run ends as if it had never been interrupted."""
 
 import os
-import subprocess
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
-from resume_worker import KILLS, STEPS
+from forked import in_a_fork
+from resume_worker import KILLS, STEPS, main
 
 from iimm_callbacks import read_outcomes
 from iimm_callbacks.records.outcomes import one_of_each_run
@@ -16,8 +14,7 @@ from iimm_callbacks.records.run_file import read_run
 
 pytestmark = [pytest.mark.once, pytest.mark.whole]
 
-WORKER = Path(__file__).parents[1] / "resume_worker.py"
-SEED = os.environ.get("IIMM_KILL_SEED", "0")
+SEED = int(os.environ.get("IIMM_KILL_SEED", "0"))
 WALL_TIMES = ("time", "_runtime", "_per_second", "total_flos", "run")
 
 
@@ -34,12 +31,7 @@ def runs(folder, tiny_clip, processor, colours, shapes):
         processor.save_pretrained(folder / "model")
         colours.save_to_disk(folder / "colours")
         shapes.save_to_disk(folder / "shapes")
-        done = subprocess.run(
-            [sys.executable, str(WORKER), str(folder), SEED],
-            env=os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
-            capture_output=True, text=True, timeout=300,
-        )  # fmt: skip
-        assert done.returncode == 0, done.stderr[-4000:]
+        in_a_fork(main, folder, SEED)
     return sorted(folder.glob("run-*"))
 
 

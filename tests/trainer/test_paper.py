@@ -1,18 +1,17 @@
 """`iimm reproduce paper`: the paper's experiment on stand-ins, and its values beside ours."""
 
 import html
-import importlib.util
 import json
 import os
 import re
-import subprocess
-import sys
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from forked import in_a_fork, on_ranks
 from PIL import Image
 from scipy import stats
 from test_cli import ask, fails, run
@@ -274,28 +273,11 @@ def reproduce_on_rank(rank, folder, mirror):
     start(part(setting=Setting(1, 8, use_cpu=True)), FAMILIES["CLIP"](), mirror, output)
 
 
-@pytest.mark.skipif(
-    importlib.util.find_spec("torchvision") is not None,  # whose operators others do not declare
-    reason="in the main environment",
-)
 @pytest.mark.whole
 def test_two_ranks_give_the_outcomes_of_one(mirror, tmp_path):
-    program = tmp_path / "ranks.py"
-    program.write_text(
-        "import sys; from pathlib import Path; from forked import on_ranks\n"
-        "from test_paper import reproduce_on_rank\n"
-        "world, folder, mirror = int(sys.argv[1]), *map(Path, sys.argv[2:])\n"
-        "on_ranks(world, lambda rank: reproduce_on_rank(rank, folder, mirror))\n"
-    )
     (tmp_path / "out1").mkdir()
     start(part(setting=Setting(1, 8, use_cpu=True)), FAMILIES["CLIP"](), mirror, tmp_path / "out1")
-    paths = [os.path.dirname(__file__), *sys.path]
-    done = subprocess.run(
-        [sys.executable, program, "2", str(tmp_path), str(mirror)],
-        env=os.environ | {"PYTHONPATH": os.pathsep.join(path for path in paths if path)},
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
+    in_a_fork(on_ranks, 2, partial(reproduce_on_rank, folder=tmp_path, mirror=mirror))
     alone, shared = (read_outcomes(tmp_path / f"out{n}" / "outcomes.jsonl") for n in (1, 2))
     assert len(alone) == len(shared) == 2
     for one, other in zip(alone, shared, strict=True):

@@ -1,15 +1,10 @@
 """The guard on two ranks: same numbers, same verdict, same step, and nobody waits forever."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
-from ranks_worker import SCENARIOS, train
+from forked import in_a_fork
+from ranks_worker import SCENARIOS, main, train
 
-WORKER = Path(__file__).parents[1] / "ranks_worker.py"
 ALONE = ("batch-of-8", "resumed-alone")  # in one process
 
 
@@ -33,10 +28,7 @@ def ranks(launched, tmp_path_factory, tiny_clip, processor, colours, shapes):
     colours.save_to_disk(folder / "colours")
     shapes.save_to_disk(folder / "shapes")
     names = [name for name in SCENARIOS if name not in ALONE]
-    command = [sys.executable, str(WORKER), str(folder), *names]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-4000:]
+    in_a_fork(main, folder, names)
     for name in names:
         launched[name] = [torch.load(folder / f"{name}-{rank}.pt") for rank in (0, 1)]
     for name in ALONE:

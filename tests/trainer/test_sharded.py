@@ -5,18 +5,14 @@ what runs on GPUs, with gloo for NCCL.
 """
 
 import importlib.util
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
-from sharded_worker import LOADING, OPTIONS, parts
+from forked import in_a_fork
+from sharded_worker import LOADING, OPTIONS, main, parts
 
 from iimm_callbacks.probing.probe import Probe
 
-WORKER = Path(__file__).parents[1] / "sharded_worker.py"
 FSDP = [
     "ddp", "fsdp-plain", "fsdp", "fsdp-resumed", "fsdp-stopped", "fsdp-rescue", "fsdp1",
     "loop-plain", "loop", "loop-resumed",
@@ -32,10 +28,7 @@ pytestmark = [pytest.mark.whole, pytest.mark.once]
 
 def launch(folder, n_ranks, names):
     """Scenario -> what each rank came back with."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, str(WORKER), str(folder), str(n_ranks), *names]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-4000:]
+    in_a_fork(main, folder, n_ranks, names)
     return {
         name: [torch.load(folder / f"{name}-{rank}.pt") for rank in range(n_ranks)]
         for name in names
