@@ -8,8 +8,8 @@ from functools import partial
 from types import SimpleNamespace
 
 import torch
-from conftest import make_dataset
 from forked import on_ranks
+from made import make_dataset
 from tiny import FAMILIES
 from torch import distributed
 from torch.distributed.algorithms.join import Join

@@ -4,8 +4,8 @@ import copy
 from functools import partial
 
 import torch
-from conftest import make_dataset
 from forked import on_ranks
+from made import make_dataset
 from tiny import FAMILIES
 from torch import distributed
 

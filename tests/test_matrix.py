@@ -15,7 +15,7 @@ import pytest
 import tiny
 import torch
 import transformers as hf
-from conftest import SHAPES, make_dataset
+from made import SHAPES, make_dataset
 from safetensors.torch import load_file
 from transformers import Trainer, TrainingArguments
 

@@ -19,8 +19,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import COLOURS, make_dataset
 from datasets import Dataset, Features, Image, Value
+from made import COLOURS, make_dataset
 from safetensors.torch import load_file
 
 from iimm_callbacks import sample

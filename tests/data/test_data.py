@@ -18,11 +18,11 @@ import fsspec
 import numpy as np
 import pytest
 import torch
-from conftest import make_dataset
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, IterableDataset, Value
 from datasets.distributed import split_dataset_by_node
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from made import make_dataset
 from PIL import Image as PILImage
 
 from iimm_callbacks import IIMMCallback, Task

@@ -12,7 +12,7 @@ import pytest
 import tiny
 import torch
 import transformers as hf
-from conftest import make_dataset
+from made import make_dataset
 from peft import LoraConfig, get_peft_model
 from PIL import Image
 from torch import nn
