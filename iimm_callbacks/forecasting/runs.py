@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -95,6 +96,16 @@ class Run:
         if key not in self._known:
             self._known[key] = self._read(quantity, share)
         return self._known[key]
+
+    @cached_property
+    def metric(self) -> frozenset[str]:
+        """`metrics` of its task."""
+        return metrics(self.outcome, [self.outcome.task])
+
+    @cached_property
+    def metrics_kept(self) -> frozenset[str]:
+        """`metrics` of its off-target tasks."""
+        return metrics(self.outcome, self.outcome.off_target_before)
 
     def drops_at(self, share: float) -> dict[str, float] | None:
         """What each off-target task had lost at this share of the steps, between looks a mix.
@@ -203,14 +214,12 @@ def of_a_kind(runs: Iterable[Run], ask: Ask, quantity: str) -> list[Run]:
     """
     gain = quantity == "gain"
     asked = metrics(ask, [ask.task] if gain else ask.off_target)
-
-    def same(o: Outcome) -> bool:
-        return metrics(o, [o.task] if gain else o.off_target_before) == asked
-
     return [
         run
         for run in runs
-        if run.outcome.model_fingerprint == ask.model or not asked or same(run.outcome)
+        if run.outcome.model_fingerprint == ask.model
+        or not asked
+        or (run.metric if gain else run.metrics_kept) == asked
     ]
 
 
