@@ -66,7 +66,7 @@ def load(accelerator, settings):
     dtypes, runs = {"bf16": torch.bfloat16, "fp16": torch.float16}, sample.load_outcomes()
     monitor = IIMMMonitor(
         task,
-        sample.canaries(settings.task, probe_size=16 if settings.smoke else None),
+        sample.canaries(settings.task, probe_size=8 if settings.smoke else None),
         settings.max_forgetting,
         # What was learnt from a task must not forecast that task.
         outcomes="default" if settings.model else [o for o in runs if o.task != settings.task],

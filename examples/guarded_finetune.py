@@ -119,7 +119,7 @@ def finetune(settings, outcomes):
     guard = IIMMCallback(
         task,
         # None: the shipped tasks, as canaries
-        off_target=sample.canaries(task.name, probe_size=16) if settings.smoke else None,
+        off_target=sample.canaries(task.name, probe_size=8) if settings.smoke else None,
         max_forgetting=settings.max_forgetting,
         action=settings.action,
         outcomes=outcomes,

@@ -159,6 +159,7 @@ def test_the_accelerate_loop_tells_the_tracker_and_goes_on_from_its_checkpoint(
 
 @pytest.mark.whole
 @bare_processes
+@pytest.mark.once
 def test_the_examples_run_on_two_processes_and_a_stop_stops_both(example, python, tmp_path):
     run = ["--smoke", "--learning_rate", "1e-3", "--output_dir"]
     example("accelerate_loop").main([*run, "alone"])

@@ -8,6 +8,8 @@ import pytest
 
 import iimm_callbacks
 
+pytestmark = pytest.mark.once
+
 PACKAGE = Path(iimm_callbacks.__file__).parent
 LARGEST = 20_000_000  # bytes
 

@@ -3,6 +3,7 @@
 import importlib
 import math
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -530,6 +531,8 @@ def test_the_heads_are_tabled(study):
 def test_the_rescues_are_tabled(study, capsys, monkeypatch):
     rescues = study("rescues")
     monkeypatch.setattr(rescues.study, "OFF_TARGET_IMAGES", 16)
+    few = partial(sample.load_task, probe_size=64)
+    monkeypatch.setattr(rescues.study, "probe_task", few)
     rescues.main(["--tasks", "arrow_directions", "--steps", "2"])
     printed = capsys.readouterr().out
     assert printed.count("arrow_directions") == 2

@@ -339,6 +339,7 @@ def test_errors_of_rescue_name_the_argument_that_is_wrong(tmp_path, monkeypatch)
 # --- forecast ---
 
 
+@pytest.mark.once
 def test_forecast_shows_all_five_methods_and_chooses_one(store, model, fingerprint):
     plant(store, fingerprint, "full", base=0.1)
     plant(store, fingerprint, "lora", base=0.01)
@@ -362,6 +363,7 @@ def test_forecast_shows_all_five_methods_and_chooses_one(store, model, fingerpri
     assert "base rate" not in shown
 
 
+@pytest.mark.once
 def test_forecast_asks_the_forecaster_what_it_was_asked(store, model, fingerprint):
     plant(store, fingerprint)
     plan = ["--learning-rate", "1e-3", "--steps", 50, "--off-target", "a", "--off-target", "b"]
@@ -757,6 +759,7 @@ def test_names_saved_are_listed_as_they_are_written_and_in_json_as_they_are(stor
     assert [(row["task"], row["method"]) for row in rows] == [(HOSTILE, "m"), ("b", HOSTILE)]
 
 
+@pytest.mark.once
 def test_grade_shows_methods_as_they_are_written(store):
     for i, drop in enumerate((0.02, 0.04, 0.06, 0.08)):
         append_outcome(store, outcome(f"{HOSTILE}{i}", drop, x=0.3 + 0.02 * i, method=HOSTILE))
@@ -816,6 +819,7 @@ def test_data_sets_that_name_files_elsewhere_are_refused(tmp_path, colours):
 # --- grade ---
 
 
+@pytest.mark.once
 def test_grade_prints_the_hand_checked_errors_of_the_plain_mean(store):
     # Forgetting of 2, 4, 6 and 8 points; the mean of the others misses by 4, 4/3, 4/3 and 4.
     for i, (drop, before) in enumerate(((0.02, 0.5), (0.04, 0.4), (0.06, 0.6), (0.08, 0.5))):
@@ -845,6 +849,7 @@ def test_grade_prints_the_hand_checked_errors_of_the_plain_mean(store):
     assert "+15.0" in line
 
 
+@pytest.mark.once
 def test_grade_shows_the_method_that_was_asked_for(store):
     for i, drop in enumerate((0.02, 0.04, 0.06, 0.08)):
         append_outcome(store, outcome(f"task {i}", drop, x=0.3 + 0.02 * i))
@@ -887,6 +892,7 @@ def save(path, **more):
     return path
 
 
+@pytest.mark.once
 def test_report_writes_the_page_among_the_past_runs_of_its_model(tmp_path, store):
     path = save(tmp_path / "run.json")
     for i in range(4):
@@ -907,6 +913,7 @@ def test_report_writes_the_page_among_the_past_runs_of_its_model(tmp_path, store
 
 
 @pytest.mark.parametrize("more", [{}, {"model_fingerprint": None}])
+@pytest.mark.once
 def test_report_takes_a_run_of_an_unknown_model(tmp_path, store, more):
     append_outcome(store, outcome("task", model=""))
     save_run(make_record() | more, tmp_path / "run.json")
@@ -924,6 +931,7 @@ def test_report_refuses_what_is_no_run(tmp_path):
     assert "No such file" in fails("report", tmp_path / "none.json")
 
 
+@pytest.mark.once
 def test_report_tells_of_the_rescue_and_that_the_rest_was_before(tmp_path):
     path = tmp_path / "run.json"
     save_run(rescued_record() | {"metrics": {"digits": "recall@5"}}, path)
@@ -971,6 +979,7 @@ def test_compare_refuses_what_it_would_not_write_there(tmp_path, name):
     assert {p.name for p in tmp_path.iterdir()} == {"run.json", "empty"}
 
 
+@pytest.mark.once
 def test_compare_shows_runs_by_the_names_of_their_folders_and_draws_them(tmp_path):
     runs = [
         save(tmp_path / "full" / "run.json"),
@@ -1319,6 +1328,7 @@ main()
     assert "importing torch" in lines[1:]
 
 
+@pytest.mark.once
 def test_the_shipped_runs_count_once_however_they_are_named(store):
     asked = ["forecast", "sample", *EMOJI, "--method", "full"]
     plain = ask(*asked)["forecasts"]

@@ -11,7 +11,7 @@ from iimm_callbacks.cli import trying
 from iimm_callbacks.records.run_file import read_run
 from iimm_callbacks.reports.terminal import look_line, summary_table
 
-pytestmark = pytest.mark.whole
+pytestmark = [pytest.mark.once, pytest.mark.whole]
 
 
 @pytest.fixture(scope="module")

@@ -305,6 +305,7 @@ def told_of_no_look(caplog):
         (None, 0.05, 4, None),
     ],
 )
+@pytest.mark.once
 def test_a_loop_that_is_not_looked_at_before_its_end_is_told_so_once(
     tiny_clip, make_monitor, caplog, every, limit, steps, says
 ):
@@ -321,6 +322,7 @@ def test_a_loop_that_is_not_looked_at_before_its_end_is_told_so_once(
     ("every", "looks"),
     [(None, [0, 7, 14, 21, 35, 49, 70]), (20, [0, 21, 42, 63, 70]), (0.25, [0, 21, 35, 56, 70])],
 )
+@pytest.mark.once
 def test_a_loop_that_tells_every_seventh_step_is_looked_at_from_where_a_look_was_due(
     tiny_clip, make_monitor, every, looks
 ):
@@ -354,6 +356,7 @@ def test_without_the_number_of_steps_a_loop_is_told_to_give_it(tiny_clip, make_m
 
 
 @pytest.mark.parametrize(("steps", "n"), [(8.0, 8), (8.5, None), ("8", None)])
+@pytest.mark.once
 def test_the_number_of_steps_is_a_whole_number(tiny_clip, make_monitor, steps, n):
     monitor, model = make_monitor(), tiny_clip()
     monitor.begin(model, recipe={"steps": steps})
@@ -367,6 +370,7 @@ def test_the_number_of_steps_is_a_whole_number(tiny_clip, make_monitor, steps, n
 
 
 @pytest.mark.parametrize("kind", [np.int64, torch.tensor, float])
+@pytest.mark.once
 def test_steps_of_any_kind_are_kept_as_json_and_checkpoints_have_them(
     tiny_clip, make_monitor, tmp_path, kind
 ):
@@ -384,6 +388,7 @@ def test_steps_of_any_kind_are_kept_as_json_and_checkpoints_have_them(
 
 
 @pytest.mark.parametrize("step", [1.5, -1, "2", None, math.nan, math.inf, torch.ones(2)])
+@pytest.mark.once
 def test_a_step_that_is_no_whole_number_is_named(tiny_clip, make_monitor, step):
     monitor, model = make_monitor(), tiny_clip()
     monitor.begin(model, recipe={"steps": 4})
@@ -403,6 +408,7 @@ def test_a_step_that_is_no_whole_number_is_named(tiny_clip, make_monitor, step):
         (None, None),
     ],
 )
+@pytest.mark.once
 def test_a_loss_that_is_no_number_ends_no_run(tiny_clip, make_monitor, loss, kept):
     monitor, model = make_monitor(), tiny_clip()
     monitor.begin(model, recipe={"steps": 1})

@@ -16,6 +16,8 @@ from iimm_callbacks.records.lines import to_line
 from iimm_callbacks.records.outcomes import parse_outcome, parse_record
 from iimm_callbacks.records.store import check_store
 
+pytestmark = pytest.mark.once
+
 RUN = Outcome(
     model="tiny/clip",
     model_fingerprint="1f",

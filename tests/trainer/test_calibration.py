@@ -110,6 +110,7 @@ def test_every_run_is_saved_and_teaches_the_forecast(start, tiny, tmp_path):
     json.dumps(found.to_json(), allow_nan=False)
 
 
+@pytest.mark.once
 def test_the_errors_are_those_of_forecasts_without_the_own_task():
     def made(task, zero_shot, gain, method="full"):
         return Outcome("m", "fp", method, task, "", 0.3, 0.2, 0.4, 0.01, 100, 5, zero_shot,
@@ -127,6 +128,7 @@ def test_the_errors_are_those_of_forecasts_without_the_own_task():
     assert learnt.grade(own[:1], []) == ([], [])
 
 
+@pytest.mark.once
 def test_the_frontier_is_what_nothing_beats_in_both():
     def made(method, gain, drop):
         return Outcome("m", "fp", method, "t", "", None, None, None, None, None, None, 0.4,
@@ -146,6 +148,7 @@ def run_of(task, method, gain, drop, rate=0.1, zero_shot=0.4):
                    recipe={"learning_rate": rate, "steps": 10})  # fmt: skip
 
 
+@pytest.mark.once
 def test_the_choice_gains_most_of_what_likely_stays_within_the_limit():
     ends = {"full": (0.3, 0.1), "lora": (0.2, 0.02), "bitfit": (0.1, 0.0)}
     record = [
@@ -200,6 +203,7 @@ def test_killed_after_any_run_it_goes_on_to_the_same_outcomes(start, tmp_path, m
     assert read_outcomes(tmp_path / "store.jsonl") == whole
 
 
+@pytest.mark.once
 def test_other_images_or_another_recipe_are_other_runs(start, tmp_path):
     start(tasks=LESSONS[:1])
     start(tasks=[lesson("warm", ["red", "green"], 99)])
@@ -207,6 +211,7 @@ def test_other_images_or_another_recipe_are_other_runs(start, tmp_path):
     assert len({o.run for o in read_outcomes(tmp_path / "store.jsonl")}) == 3
 
 
+@pytest.mark.once
 def test_a_training_set_with_other_images_is_another_run(start, tmp_path):
     (task, train), *_ = LESSONS
     start(tasks=[(task, train)])
@@ -217,6 +222,7 @@ def test_a_training_set_with_other_images_is_another_run(start, tmp_path):
     assert len({o.run for o in read_outcomes(tmp_path / "store.jsonl")}) == 2
 
 
+@pytest.mark.once
 def test_a_run_that_is_not_done_in_time_is_ended_and_counts_for_nothing(start, monkeypatch, capsys):
     ticks = iter([*[0.0] * 5, *[1e9] * 99])  # the clock leaps in the first run
     monkeypatch.setattr(module, "perf_counter", lambda: next(ticks))
@@ -229,6 +235,7 @@ def test_a_run_that_is_not_done_in_time_is_ended_and_counts_for_nothing(start, m
     assert len(start(tasks=LESSONS[:2], budget=1e8).outcomes) == 2
 
 
+@pytest.mark.once
 def test_one_run_that_fails_costs_that_run_only(start, monkeypatch):
     real = work.fine_tune
 
@@ -243,11 +250,13 @@ def test_one_run_that_fails_costs_that_run_only(start, monkeypatch):
     assert found.failed == {"cold, full 0.01, 5 steps": "RuntimeError: loss is NaN"}
 
 
+@pytest.mark.once
 def test_a_task_that_is_learnt_is_not_off_target_of_its_own_runs(start):
     found = start(tasks=LESSONS[:2], off_target=[*KEPT, LESSONS[0][0]])
     assert [set(o.off_target_before) for o in found.outcomes] == [{"kept"}, {"kept", "warm"}]
 
 
+@pytest.mark.once
 def test_an_interruption_says_what_is_left_and_loses_nothing(start, monkeypatch, capsys, tmp_path):
     real = work.Work.run
 
@@ -265,6 +274,7 @@ def test_an_interruption_says_what_is_left_and_loses_nothing(start, monkeypatch,
     assert [o.task for o in read_outcomes(tmp_path / "store.jsonl")] == ["warm"]
 
 
+@pytest.mark.once
 def test_a_full_disk_ends_it_at_once(start, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
@@ -290,6 +300,7 @@ def test_a_budget_ends_while_tasks_are_measured(start, monkeypatch):
         start(tasks=LESSONS[:3], budget=60.0)
 
 
+@pytest.mark.once
 def test_a_short_budget_makes_runs_shorter_and_marks_them(start, monkeypatch):
     monkeypatch.setattr(work.Work, "time", lambda _: Cost([1.0, 1.0], [100.0]))
     monkeypatch.setattr(module, "perf_counter", lambda: 0.0)
@@ -300,6 +311,7 @@ def test_a_short_budget_makes_runs_shorter_and_marks_them(start, monkeypatch):
     assert all(o.complete for o in found.outcomes)
 
 
+@pytest.mark.once
 def test_another_plan_in_the_folder_is_not_taken_for_this_one(start, monkeypatch):
     start(tasks=LESSONS[:1])
     monkeypatch.setattr(work.Work, "time", lambda _: Cost([1.0], [100.0]))
@@ -309,6 +321,7 @@ def test_another_plan_in_the_folder_is_not_taken_for_this_one(start, monkeypatch
     assert [o.recipe["steps"] for o in found.outcomes] == [25]
 
 
+@pytest.mark.once
 def test_what_fits():
     jobs, cost = [Job(t, r, 100) for t in range(2) for r in range(2)], Cost([10, 20], [0.1, 0.3])
     assert sum(job.seconds for job in fit(jobs, cost, None)) == pytest.approx(60 + 80)
@@ -326,6 +339,7 @@ def test_what_fits():
             seconds_of(text)
 
 
+@pytest.mark.once
 def test_the_most_different_are_chosen(start):
     features = [[0.0, 1.0], [0.1, 1.0], [5.0, 1.0], [0.0, 9.0], [0.0, 1.1]]
     assert most_different([[0.0], [5.0], [9.0]], 1) == [1]  # the middle
@@ -378,6 +392,7 @@ def test_recipes_of_a_file_and_of_flags(tmp_path):
         ("peft: 3", "'peft' must be the settings of a config, got 3"),
     ],
 )
+@pytest.mark.once
 def test_a_wrong_recipe_is_named(text, told, tmp_path):
     path = tmp_path / "recipe.yaml"
     path.write_text(text)
@@ -407,6 +422,7 @@ def test_a_flag_that_is_wrong_is_named_beside_a_file(tmp_path):
         ({"off_target": None}, "two classes with one prompt"),  # of canaries, by this tokenizer
     ],
 )
+@pytest.mark.once
 def test_wrong_input_is_named(start, settings, told):
     with pytest.raises(ValueError, match=told):
         start(**settings)
@@ -477,6 +493,7 @@ def test_a_script_without_a_guard_is_told(tmp_path):
 
 
 @pytest.mark.whole
+@pytest.mark.once
 def test_a_script_that_takes_too_long_is_killed_with_what_it_started(tmp_path):
     script, beside = tmp_path / "train.py", tmp_path / "alive"
     later = f"import time, pathlib; time.sleep(2); pathlib.Path({str(beside)!r}).touch()"
@@ -492,6 +509,7 @@ def test_a_script_that_takes_too_long_is_killed_with_what_it_started(tmp_path):
     assert not beside.exists()
 
 
+@pytest.mark.once
 def test_a_script_is_timed_by_the_looks_of_its_run_file(tmp_path, monkeypatch):
     script, shares = tmp_path / "train.py", iter([None, 0.0, 0.0, 0.1, 0.2, *[0.4] * 1000])
     script.write_text("import time; time.sleep(60)")
@@ -518,6 +536,7 @@ def test_a_script_is_timed_by_the_looks_of_its_run_file(tmp_path, monkeypatch):
     assert said[-1] == "A run takes about 9 s."
 
 
+@pytest.mark.once
 def test_a_run_is_not_begun_where_the_last_one_took_longer_than_is_left(
     start, tmp_path, monkeypatch, capsys
 ):
@@ -632,6 +651,7 @@ def test_the_commands_calibrate_and_plan(folders, tmp_path, monkeypatch):
     assert "No choice: every recipe has a risk above 0.01" in text
 
 
+@pytest.mark.once
 def test_a_plan_without_runs_of_the_model_ranks_all_methods(folders, tmp_path, monkeypatch):
     monkeypatch.setenv("IIMM_CALLBACKS_STORE", str(tmp_path / "store.jsonl"))
     asked = ["plan", folders / "model", folders / "both", "--template", "a photo of the {} thing"]
@@ -650,6 +670,7 @@ def test_a_plan_without_runs_of_the_model_ranks_all_methods(folders, tmp_path, m
     assert sorted(row["method"] for row in found["options"]) == sorted(names)
 
 
+@pytest.mark.once
 def test_what_plan_tries_is_saved_and_known(folders, tmp_path, monkeypatch):
     store = tmp_path / "store.jsonl"
     monkeypatch.setenv("IIMM_CALLBACKS_STORE", str(store))

@@ -191,6 +191,7 @@ def test_what_is_measured_is_what_every_other_entry_measures(model, splits):
     json.dumps(measured, allow_nan=False)
 
 
+@pytest.mark.once
 def test_the_interval_of_tau_is_of_resampled_tasks():
     x, y = np.array([1.0, 2.0, 3.0, 4.0]), np.array([1.0, 3.0, 2.0, 4.0])
     drawn = results._resampled_taus(x, y)
@@ -239,6 +240,7 @@ def start(asked, model, mirror, output, **more):
     return found, said
 
 
+@pytest.mark.once
 def test_a_run_that_diverges_is_told_and_the_others_go_on(model, mirror, tmp_path):
     found, said = start(part(rates=[1e12, 0.01]), model, mirror, tmp_path)
     assert list(found.failed) == [f"CLIP ViT-B/32, {t}, full 1e+12" for t in ("dtd", "mnist")]
@@ -247,6 +249,7 @@ def test_a_run_that_diverges_is_told_and_the_others_go_on(model, mirror, tmp_pat
     assert sum("gain" in line for line in said) == 2
 
 
+@pytest.mark.once
 def test_without_time_nothing_is_begun_and_that_is_said(model, mirror, tmp_path):
     found, _ = start(part(), model, mirror, tmp_path, budget=0.0)
     assert found.n_left == 2
@@ -256,6 +259,7 @@ def test_without_time_nothing_is_begun_and_that_is_said(model, mirror, tmp_path)
     assert len(again.outcomes["clip"]) == 2
 
 
+@pytest.mark.once
 def test_other_images_or_another_recipe_are_other_runs(model, mirror, tmp_path):
     found, _ = start(part(tasks=["dtd", "mnist"]), model, mirror, tmp_path)
     other, _ = start(part(setting=Setting(2, 9, use_cpu=True)), model, mirror, tmp_path)
