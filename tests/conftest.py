@@ -47,7 +47,7 @@ LONGEST = ("tests/test_notebook.py", "tests/test_study.py", "tests/test_examples
 IN_ONE_PLACE = (
     "test_apart.py", "test_demo.py", "test_kill.py", "test_package.py", "test_paper.py",
     "test_probe_ranks.py", "test_public_api.py", "test_ranks.py", "test_rescue.py",
-    "test_sharded.py",
+    "test_sample.py", "test_sharded.py",
 )  # fmt: skip
 
 

@@ -17,6 +17,7 @@ import pytest
 import torch
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import launch_command_parser
+from forked import in_a_fork
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -205,9 +206,8 @@ def test_accelerate_reads_the_configs(path):
 
 @pytest.mark.whole
 @pytest.mark.once
-@bare_processes
-def test_nothing_is_lost_by_kills_and_faults(python):
-    printed = python(ROOT / "examples" / "soak.py", "--smoke")
+def test_nothing_is_lost_by_kills_and_faults(example):
+    printed = in_a_fork(example("soak").main, ["--smoke"])
     assert re.search(r"\b1 runs ended as if nothing had been", printed)
     assert "0 runs lost something" in printed
     happened = dict(re.findall(r"│ (.*?) +│ (\d+) ", printed))

@@ -32,15 +32,25 @@ def test_train_and_test_of_a_task_have_no_picture_in_common(name):
     assert not [image for image in test["image"] if image.tobytes() in seen]
 
 
+@pytest.fixture(scope="module")
+def looks():
+    """Task -> a probe of it alone, and its look at the shipped model."""
+    model, processor = sample.load_model(), sample.load_processor()
+    tasks = {name: sample.load_task(name) for name in sample.task_names()}
+    probes = {
+        name: Probe(task, processor=processor, progress=False) for name, task in tasks.items()
+    }
+    return {name: (probe, probe.look(model, 0)) for name, probe in probes.items()}
+
+
 @pytest.mark.once
 @pytest.mark.whole
-def test_zero_shot_accuracy_is_above_chance_on_most_tasks_and_far_from_perfect():
-    model, processor = sample.load_model(), sample.load_processor()
-    tasks = [sample.load_task(name, probe_size=128) for name in sample.task_names()]
-    look = Probe(tasks[0], tasks[1:], processor=processor, progress=False).look(model, 0)
-    clearly_above = [t for t in tasks if look.accuracy(t.name) > 1.5 / len(t.class_names)]
+def test_zero_shot_accuracy_is_above_chance_on_most_tasks_and_far_from_perfect(looks):
+    accuracies = {name: look.accuracy(name) for name, (_, look) in looks.items()}
+    tasks = [sample.load_task(name) for name in accuracies]
+    clearly_above = [t for t in tasks if accuracies[t.name] > 1.5 / len(t.class_names)]
     assert len(clearly_above) > len(tasks) / 2
-    assert all(look.accuracy(task.name) < 0.95 for task in tasks)
+    assert max(accuracies.values()) < 0.95
 
 
 def test_the_recorded_runs_are_of_the_shipped_model_and_gain_and_forget():
@@ -80,13 +90,11 @@ def test_the_data_card_has_the_recorded_gains_and_forgetting():
 
 @pytest.mark.once
 @pytest.mark.whole
-def test_the_recorded_runs_are_of_the_tasks_as_they_are_probed_now():
+def test_the_recorded_runs_are_of_the_tasks_as_they_are_probed_now(looks):
     """Else the forecast would take its own past tasks for others of the same name."""
-    model, processor = sample.load_model(), sample.load_processor()
     first = {outcome.task: outcome for outcome in sample.load_outcomes()}
     for name, outcome in first.items():
-        probe = Probe(sample.load_task(name), processor=processor, progress=False)
-        look = probe.look(model, 0)
+        probe, look = looks[name]
         assert probe.fingerprints == {name: outcome.task_fingerprint}
         assert look.accuracy(name) == pytest.approx(outcome.zero_shot_accuracy, abs=0.01)
         assert look.measurement.iimm == pytest.approx(outcome.iimm, abs=1e-4)
