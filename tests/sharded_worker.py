@@ -1,7 +1,7 @@
 """What every rank of `test_sharded.py` runs: weights or optimizer spread over ranks, on CPUs."""
 
 from functools import partial
-from itertools import count
+from itertools import chain, count, islice, repeat
 
 import torch
 from accelerate import Accelerator, FullyShardedDataParallelPlugin
@@ -142,7 +142,7 @@ def loop(folder, output, guarded=True, resume=None, fsdp=True):
     if resume:
         accelerator.load_state(str(folder / resume))
         first = 4
-    batches = [batch for _ in range(6) for batch in loader][:6]
+    batches = list(islice(chain.from_iterable(repeat(loader)), 6))
     if monitor:
         monitor.begin(net, recipe={"learning_rate": 1e-3, "steps": 6})
     losses = []
@@ -171,12 +171,12 @@ def loop(folder, output, guarded=True, resume=None, fsdp=True):
 # name -> what runs; one that resumes goes on from the one before
 SCENARIOS = {
     "ddp": partial(train, more=SAVED),
-    "ddp-resumed": partial(train, more=SAVED, resume="out-ddp/checkpoint-3"),
+    "ddp-resumed": partial(train, more={}, resume="out-ddp/checkpoint-3"),
     "ddp-loop": partial(loop, fsdp=False),
     "ddp-loop-resumed": partial(loop, fsdp=False, resume="out-ddp-loop/saved"),
-    "fsdp-plain": partial(train, more=FSDP | SAVED, guarded=False),
+    "fsdp-plain": partial(train, more=FSDP, guarded=False),
     "fsdp": partial(train, more=FSDP | SAVED),
-    "fsdp-resumed": partial(train, more=FSDP | SAVED, resume="out-fsdp/checkpoint-3"),
+    "fsdp-resumed": partial(train, more=FSDP, resume="out-fsdp/checkpoint-3"),
     "fsdp-stopped": partial(train, more=FSDP, action=at_its_second_call),
     "fsdp-rescue": partial(train, more=FSDP, action="rescue"),
     "fsdp1": partial(train, more=FSDP | FSDP1),
