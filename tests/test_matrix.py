@@ -76,6 +76,7 @@ MAY_CHANGE = {
     "linear_probe": r"^dual_encoder\.classifier\.(weight|bias)$",
 }
 QUICK = ("full", "lora")  # what is tried without --whole
+HEADS = ("clip_adapter", "linear_probe")
 LEARNING_RATE = dict.fromkeys(MAY_CHANGE, 1e-2) | {"full": 1e-3, "linear_probe": 1e-3}
 SOUNDS = ("tone", "noise", "click", "square")
 RATE = 8000
@@ -204,11 +205,17 @@ def embed(classifier, cell):
         )
 
 
-@pytest.mark.parametrize(
-    "method",
-    [pytest.param(m, marks=() if m in QUICK else pytest.mark.whole) for m in MAY_CHANGE],
-)
-@pytest.mark.parametrize("family", FAMILIES)
+def cells():
+    """All pairs; heads on the embeddings of a family's model are tried on one version of it."""
+    for family in FAMILIES:
+        for method in MAY_CHANGE:
+            marks = [] if method in QUICK else [pytest.mark.whole]
+            if method in HEADS and family in tiny.FAMILIES:
+                marks.append(pytest.mark.once)
+            yield pytest.param(family, method, marks=marks, id=f"{family}-{method}")
+
+
+@pytest.mark.parametrize(("family", "method"), list(cells()))
 def test_cell(family, method, data, tmp_path, record):
     try:
         cell = prepare_cell(family, method, data)
