@@ -28,7 +28,11 @@ def in_a_fork(function, *arguments, seconds=300, **environment):
     """
     gc.freeze()
     with tempfile.TemporaryFile("w+") as output:
-        child = os.fork()
+        with (
+            warnings.catch_warnings()
+        ):  # Python 3.12 warns where there are threads, xdist's for one
+            warnings.simplefilter("ignore", DeprecationWarning)
+            child = os.fork()
         if not child:
             _become(function, arguments, output, seconds, environment)
         status = os.waitpid(child, 0)[1]

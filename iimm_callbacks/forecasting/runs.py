@@ -123,11 +123,17 @@ class Run:
 
     def noise_at(self, quantity: str, share: float) -> float | None:
         """Standard error of the look next to this share, where it is saved."""
-        looks = [look for look in self._looks if f"{quantity}_se" in look]
+        key = f"{quantity}_se", share
+        if key not in self._known:
+            self._known[key] = self._read_noise(*key)
+        return self._known[key]
+
+    def _read_noise(self, name: str, share: float) -> float | None:
+        looks = [look for look in self._looks if name in look]
         if not looks:
             return None
         nearest = min(looks, key=lambda look: abs(look["share"] - share))
-        return float(nearest[f"{quantity}_se"])
+        return float(nearest[name])
 
     def _read(self, quantity: str, share: float) -> float | None:
         if share >= 1:
