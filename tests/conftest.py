@@ -26,7 +26,8 @@ def pytest_addoption(parser):
 
 def pytest_configure(config):
     """Importing torch and transformers takes six seconds: xdist's own process does without."""
-    if config.getoption("dist", "no") == "no" or hasattr(config, "workerinput"):
+    runs_here = config.getoption("dist", "no") == "no" or config.option.collectonly
+    if runs_here or hasattr(config, "workerinput"):
         config.pluginmanager.import_plugin("made")
 
 
