@@ -28,9 +28,8 @@ def in_a_fork(function, *arguments, seconds=300, **environment):
     """
     gc.freeze()
     with tempfile.TemporaryFile("w+") as output:
-        with (
-            warnings.catch_warnings()
-        ):  # Python 3.12 warns where there are threads, xdist's for one
+        with warnings.catch_warnings():
+            # From Python 3.12 on a fork beside threads, such as xdist's, warns.
             warnings.simplefilter("ignore", DeprecationWarning)
             child = os.fork()
         if not child:
