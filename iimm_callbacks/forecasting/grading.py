@@ -1,4 +1,4 @@
-"""Leave-one-task-out evaluation of forecast and guard on saved runs."""
+"""Leave-one-task-out evaluation of forecast and guard on saved runs, told again look by look."""
 
 from __future__ import annotations
 
@@ -8,14 +8,16 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
+from scipy import stats
+from tqdm.auto import tqdm
 
 from ..guard.judging import judge
 from ..guard.schedule import DEFAULT_SHARES
 from ..measures.results import Drop, Forgetting
-from ..records.forecast import QUANTITIES, Prediction
+from ..records.forecast import QUANTITIES, Forecast, Prediction
 from ..records.outcomes import Outcome, at_the_last_step, one_of_each_run
 from ..records.verdict import Limits
-from .replay import Replay, replay_all
+from .runs import about, measured
 
 if TYPE_CHECKING:
     from .forecaster import Forecaster
@@ -115,6 +117,26 @@ class Grade:
         }
 
 
+@dataclass(frozen=True)
+class Replay:
+    """A saved run, and what would have been forecast of it at each look.
+
+    Attributes:
+        outcome: The run.
+        shares: Of the steps done at each look, the one before training first.
+        looks: As `Outcome.trajectory`, at these shares.
+        forecasts: At these shares, from runs on other tasks.
+        plain: Quantity -> what the plain mean of the method's runs on other tasks says of it, and
+            their line on zero-shot error.
+    """
+
+    outcome: Outcome
+    shares: tuple[float, ...]
+    looks: tuple[dict[str, float], ...]
+    forecasts: tuple[Forecast, ...]
+    plain: dict[str, tuple[float, float]]
+
+
 def grade(
     new: Callable[[], Forecaster],
     outcomes: Iterable[Outcome],
@@ -140,7 +162,7 @@ def grade(
         ValueError: No run can be replayed.
     """
     runs = [at_the_last_step(outcome) for outcome in one_of_each_run(outcomes)]
-    replays = replay_all(new, runs)
+    replays = _replay_all(new, runs)
     if not replays:
         raise ValueError(
             "`outcomes` must hold complete runs with looks on at least 2 tasks, got "
@@ -167,6 +189,63 @@ def grade(
         if guarded
     ]
     return Grade(tuple(forecasts), tuple(guard), len(replays), len(runs) - len(replays))
+
+
+def _replay_all(new: Callable[[], Forecaster], runs: Sequence[Outcome]) -> list[Replay]:
+    """Each complete run with looks, forecast look by look from the runs on other tasks."""
+    replays = []
+    forecasters: dict[str, Forecaster] = {}
+    for o in tqdm(runs, desc="replaying", unit="run", disable=None, leave=False, delay=2):
+        if o.complete and o.trajectory:
+            others = [other for other in runs if other.task != o.task]
+            if o.task not in forecasters:
+                forecasters[o.task] = new().fit(others, base_rates=False)
+            replays.append(replay_one(o, forecasters[o.task], others))
+    return [replay for replay in replays if replay is not None]
+
+
+def replay_one(o: Outcome, forecaster: Forecaster, others: Sequence[Outcome]) -> Replay | None:
+    """A run, forecast look by look; None where nothing is known.
+
+    Args:
+        o: A complete run with looks.
+        forecaster: Fitted to runs without it.
+        others: Runs that the plain mean and the line on zero-shot error are of.
+    """
+    looks = sorted(o.trajectory, key=lambda look: look["share"])
+    looks = [{"share": 0.0, "gain": 0.0}] * (looks[0]["share"] > 0) + looks
+    shares = [look["share"] for look in looks]
+    coming = [*shares[1:], None]
+    prior = forecaster.predict(measured(o), **about(o), next_share=coming[0])
+    if not prior.n_outcomes:
+        return None
+    forecasts = [prior]
+    for look, next_share in zip(looks[1:], coming[1:], strict=True):
+        seen = {q: (look[q], look.get(f"{q}_se", 0.0)) for q in QUANTITIES if q in look}
+        drops: Any = look.get("drops")
+        forecasts.append(
+            forecaster.update(
+                prior, share=look["share"], seen=seen, next_share=next_share, drops=drops
+            )
+        )
+    plain = {q: _plain(o, q, others) for q in QUANTITIES}
+    return Replay(o, tuple(shares), tuple(looks), tuple(forecasts), plain)
+
+
+def _plain(o: Outcome, quantity: str, others: Sequence[Outcome]) -> tuple[float, float]:
+    """Plain mean of the method's other runs, and their line on zero-shot error."""
+    rows = [
+        (1 - other.zero_shot_accuracy, getattr(other, quantity))
+        for other in others
+        if (other.model_fingerprint, other.method) == (o.model_fingerprint, o.method)
+        and other.complete
+        and getattr(other, quantity) is not None
+    ]
+    mean = float(np.mean([y for _, y in rows])) if rows else math.nan
+    if len(rows) < 2 or np.ptp([x for x, _ in rows]) == 0:
+        return mean, math.nan
+    line = stats.linregress(*zip(*rows, strict=True))
+    return mean, float(line.intercept + line.slope * (1 - o.zero_shot_accuracy))
 
 
 def _grade_forecast(
@@ -212,35 +291,27 @@ def _grade_policy(replays: Sequence[Replay], policy: str, limits: Limits) -> Gua
     quantity = "forgetting" if limits.limit_on == "mean" else "worst"
     limit = limits.max_forgetting
     assert limit is not None
-    over = stopped_over = stopped_under = never_began = within = 0
-    excess, gains, oracle_gains = [], [], []
-    for r in replays:
-        ends_over = getattr(r.outcome, quantity) > limit
-        over += ends_over
-        at = _stops_at(r, policy, limits, quantity)
-        oracle_gains.append(r.looks[_stops_at(r, "oracle", limits, quantity)]["gain"])
-        gains.append(r.looks[at]["gain"])
-        if at == len(r.looks) - 1:
-            continue
-        stopped_over += ends_over
-        stopped_under += not ends_over
-        never_began += at == 0
-        look = r.looks[at]
-        above = look.get(quantity, 0.0) - limit
-        excess.append(max(above, 0.0))
-        within += above <= _TOLERANCE + _NOISE * look.get(f"{quantity}_se", 0.0)
+    ends_over = [getattr(r.outcome, quantity) > limit for r in replays]
+    ends = [_stops_at(r, policy, limits, quantity) for r in replays]
+    best = [_stops_at(r, "oracle", limits, quantity) for r in replays]
+    stopped = [i for i, r in enumerate(replays) if ends[i] < len(r.looks) - 1]
+    over = sum(ends_over[i] for i in stopped)
+    looks = [replays[i].looks[ends[i]] for i in stopped]
+    above = [look.get(quantity, 0.0) - limit for look in looks]
+    noise = [_NOISE * look.get(f"{quantity}_se", 0.0) for look in looks]
+    within = sum(a <= _TOLERANCE + n for a, n in zip(above, noise, strict=True))
     return GuardGrade(
         policy,
         limit,
         len(replays),
+        sum(ends_over),
         over,
-        stopped_over,
-        stopped_under,
-        never_began,
-        within / len(excess) if excess else math.nan,
-        float(np.mean(excess)) if excess else 0.0,
-        float(np.mean(gains)),
-        float(np.mean(oracle_gains)),
+        len(stopped) - over,
+        sum(ends[i] == 0 for i in stopped),
+        within / len(stopped) if stopped else math.nan,
+        float(np.mean(np.maximum(above, 0.0))) if stopped else 0.0,
+        float(np.mean([r.looks[i]["gain"] for r, i in zip(replays, ends, strict=True)])),
+        float(np.mean([r.looks[i]["gain"] for r, i in zip(replays, best, strict=True)])),
     )
 
 

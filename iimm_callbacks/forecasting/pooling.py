@@ -27,12 +27,16 @@ import numpy as np
 from scipy import special
 
 from ..records.forecast import COVERAGE, Evidence, Prediction
-from .cells import Extra, as_rows, describe, describe_ask, group
 from .mixed_model import (
     Effect,
+    Extra,
     Floats,
     Rows,
+    as_rows,
     covariance,
+    describe,
+    describe_ask,
+    group,
     heavy_tailed,
     left_out,
     predict,
