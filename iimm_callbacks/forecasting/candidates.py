@@ -5,24 +5,22 @@ and a record holds few tasks. So none is picked for good: each candidate is a sm
 fit, its error is measured on every task in turn with that task left out, and their predictions are
 averaged with weights ``w_k ∝ 4^(-cost_k) · MAE_k^(-T/2)`` for T tasks: the root of the
 leave-one-task-out likelihood under Laplace-distributed errors, times a prior that asks each slope
-(`Candidate.cost`) to earn its place. With ten tasks, one twice as wrong as another weighs 1/32 of
-it.
+to earn its place. With ten tasks, one twice as wrong as another weighs 1/32 of it.
 """
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import cached_property
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy import special
 
-Floats = NDArray[np.float64]
+from .mixed_model import Floats
+from .runs import MIN_TASKS
+from .tabulate import Question, Table
 
-MIN_TASKS = 3  # with fewer, leaving one out leaves no error to speak of
 # Prior strength of a method's (or model's) own offset, in tasks: that of a method seen on n tasks
 # is shrunk to n/(n + 1) of itself. Partial pooling.
 _POOLING = 1.0
@@ -32,65 +30,6 @@ _SINGULAR = 1e8  # condition number
 # One that knows other tasks and models, too, was better alone on 3 to 7 tasks of the sample and of
 # another model, on 9 it was not: slopes that it is ahead for each task fewer than 8.
 _FEW, _AHEAD = 8, 0.8
-
-
-@dataclass(frozen=True)
-class Table:
-    """Saved runs, as columns of length n.
-
-    Attributes:
-        tasks, methods, models: [n] names.
-        target: [n] float64, what is to be predicted.
-        features: Name -> [n] float64, what it is predicted from.
-    """
-
-    tasks: NDArray[np.str_]
-    methods: NDArray[np.str_]
-    models: NDArray[np.str_]
-    target: Floats
-    features: Mapping[str, Floats]
-
-    def content(self) -> tuple[object, ...]:
-        """Hashable: two tables with the same one are the same."""
-        columns = (self.tasks, self.methods, self.models, self.target)
-        named = sorted(self.features.items())
-        return (*(c.tobytes() for c in columns), *((k, v.tobytes()) for k, v in named))
-
-    @cached_property
-    def task_names(self) -> list[str]:
-        """Sorted, each once."""
-        return sorted(set(self.tasks.tolist()))
-
-    @cached_property
-    def task_index(self) -> NDArray[np.int64]:
-        """[n] positions in `task_names`."""
-        return np.searchsorted(self.task_names, self.tasks)
-
-    @cached_property
-    def method_names(self) -> tuple[str, ...]:
-        """Sorted, each once."""
-        return tuple(sorted(set(self.methods.tolist())))
-
-    @cached_property
-    def model_names(self) -> tuple[str, ...]:
-        """Sorted, each once."""
-        return tuple(sorted(set(self.models.tolist())))
-
-    @cached_property
-    def weights(self) -> Floats:
-        """[n] so that the runs of one task under one method of one model weigh 1 together."""
-        cells = list(zip(self.tasks, self.methods, self.models, strict=True))
-        counts = Counter(cells)
-        return np.array([1 / counts[cell] for cell in cells])
-
-
-@dataclass(frozen=True)
-class Question:
-    """The run that is asked about: its method, model and features."""
-
-    method: str
-    model: str
-    features: Mapping[str, float]
 
 
 @dataclass(frozen=True)
@@ -119,20 +58,12 @@ class Candidate:
     credit: float = 0.0
     learnt_elsewhere: bool = False
 
-    def cost(self) -> float:
-        """Slopes; being fitted over another feature counts half a one, as it is a choice too."""
-        return len(self.features) + (0.5 if self.times else 0.0)
-
-    def needs(self) -> tuple[str, ...]:
-        """All features it reads."""
-        return (*self.features, *(f for f in (self.offset, self.times) if f))
-
 
 @dataclass(frozen=True)
 class _Fit:
     candidate: Candidate
-    methods: tuple[str, ...]  # with an offset each
-    models: tuple[str, ...]
+    methods: list[str]  # with an offset each
+    models: list[str]
     coefficients: Floats  # [p]
     inverse: Floats  # [p, p], of the normal equations
     left_out: Floats  # [n] prediction of each scored row with its task left out
@@ -235,42 +166,33 @@ def blend(
         [[np.abs(table.target - f.left_out)[rows].mean() for rows in inside] for f in fits]
     )
     fitted = [f.candidate for f in fits]
-    slopes = np.array([c.cost() for c in fitted])
+    # Being fitted over another feature counts half a slope, as it is a choice too.
+    slopes = np.array([len(c.features) + (0.5 if c.times else 0.0) for c in fitted])
     more = _AHEAD * max(_FEW - len(tasks), 0)
     costs = slopes - [c.credit + more * c.learnt_elsewhere for c in fitted]
     weights = _weights(misses, costs)  # [K]
-    left_out = _left_out(fits, inside, misses, costs, len(table.tasks))
+    left_out = np.full(len(table.tasks), np.nan)
+    for t, rows in enumerate(inside):
+        blind = _weights(np.delete(misses, t, axis=1), costs)  # they have not seen the task either
+        left_out[rows] = np.sum([w * f.left_out[rows] for w, f in zip(blind, fits, strict=True)], 0)
     residuals = [table.target[rows] - left_out[rows] for rows in inside]
     squares = np.array([np.mean(r**2) for r in residuals])  # [T]
     dof = max(len(tasks) - 1 - float(weights @ slopes), 1.0)
     reach = float(special.stdtrit(dof, (1 + coverage) / 2))
-    held = []
-    for t, residual in enumerate(residuals):
-        others = float(np.sqrt(np.delete(squares, t).mean()))
-        held += list(np.abs(residual) <= reach * others)
+    others = [float(np.sqrt(np.delete(squares, t).mean())) for t in range(len(tasks))]
+    held = [np.abs(r) <= reach * other for r, other in zip(residuals, others, strict=True)]
     return Blend(
-        weights={f.candidate: float(w) for f, w in zip(fits, weights, strict=True)},
-        errors={f.candidate: float(e) for f, e in zip(fits, misses.mean(1), strict=True)},
+        weights=dict(zip(fitted, weights.tolist(), strict=True)),
+        errors=dict(zip(fitted, misses.mean(1).tolist(), strict=True)),
         error=float(np.mean([np.abs(r).mean() for r in residuals])),
         scale=float(np.sqrt(squares.mean())),
         dof=dof,
-        coverage=float(np.mean(held)),
+        coverage=float(np.concatenate(held).mean()),
         left_out=left_out,
         n_runs=int(scored.sum()),
         n_tasks=len(tasks),
         _fits=fits,
     )
-
-
-def _left_out(
-    fits: Sequence[_Fit], inside: Sequence[NDArray[np.intp]], misses: Floats, costs: Floats, n: int
-) -> Floats:
-    """[n] averages for each task's rows, by weights that have not seen the task either."""
-    left_out = np.full(n, np.nan)
-    for t, rows in enumerate(inside):
-        blind = _weights(np.delete(misses, t, axis=1), costs)
-        left_out[rows] = np.sum([w * f.left_out[rows] for w, f in zip(blind, fits, strict=True)], 0)
-    return left_out
 
 
 def _weights(misses: Floats, slopes: Floats) -> Floats:
@@ -288,25 +210,26 @@ def _fit(table: Table, candidate: Candidate, method: str, scored: NDArray[np.boo
     With ``A_t``, ``b_t`` the normal equations of task t alone, leaving it out solves
     ``(Σ A - A_t + Λ) β = Σ b - b_t``: no row is read twice.
     """
-    if any(name not in table.features for name in candidate.needs()):
+    if not {*candidate.features, candidate.offset, candidate.times} <= {None, *table.features}:
         return None
-    own = table.methods == method
-    rows = np.ones(len(own), bool) if candidate.pooled else own
-    if candidate.pooled and len(table.method_names) < 2 and len(table.model_names) < 2:
-        return None  # the same as without
+    rows, methods, models = table.methods == method, [], []
+    if candidate.pooled:
+        rows = np.ones(len(rows), bool)
+        methods = sorted(set(table.methods.tolist()))
+        models = sorted(set(table.models.tolist()))
+        models = models if len(models) > 1 else []
+        if len(methods) < 2 and not models:
+            return None  # the same as without
     free = candidate.intercept or bool(candidate.features)
     n_tasks = len(np.unique(table.task_index[rows]))
     if free and n_tasks < MIN_TASKS + len(candidate.features):
         return None
     if any(np.ptp(table.features[name][rows]) < 1e-9 for name in candidate.features):
         return None
-    methods = table.method_names if candidate.pooled else ()
-    models = table.model_names if candidate.pooled and len(table.model_names) > 1 else ()
     x = _columns(candidate, table.features, table.methods, table.models, methods, models)  # [n, p]
     offset = table.features[candidate.offset] if candidate.offset else np.zeros(len(x))
-    n, p = x.shape
-    task = table.task_index
-    t = len(table.task_names)
+    (n, p), task = x.shape, table.task_index
+    t = int(task.max()) + 1
     share = np.zeros((t, n))  # a row's weight in its task
     share[task, np.arange(n)] = np.where(rows, table.weights, 0.0)
     gram = (share @ (x[:, :, None] * x[:, None, :]).reshape(n, p * p)).reshape(t, p, p)
@@ -348,3 +271,80 @@ def _columns(
     columns += [times * (methods == name) for name in known_methods]
     columns += [times * (models == name) for name in known_models]
     return np.stack(columns, axis=1) if columns else np.zeros((len(methods), 0))
+
+
+MEAN = Candidate("mean")
+ZERO_SHOT = Candidate("zero-shot error", ("zero_shot_error",))
+# Quantity -> the pooled forecast as it is. What that of the gain rests on was learnt on other tasks
+# and models too: ahead of what this record suggests.
+_BY_ERROR = Candidate(
+    "zero-shot error, pooled", offset="pooled", intercept=False, learnt_elsewhere=True
+)
+POOLED = {
+    "gain": replace(_BY_ERROR, name="linear probe, pooled", credit=4.0),
+    "forgetting": _BY_ERROR,
+    "worst": _BY_ERROR,
+}
+RECIPE = ("log_learning_rate", "log_steps")
+
+
+def before_training(quantity: str, features: Mapping[str, Floats]) -> list[Candidate]:
+    """The candidates for the end of a run, from what is known before it, nested.
+
+    Args:
+        quantity: "gain", "forgetting" or "worst"; gain is fitted over zero-shot error too.
+        features: Those of the table: the recipe's are used where they differ between runs.
+    """
+    over_error = "zero_shot_error" if quantity == "gain" else None  # the paper's target
+    nested = [MEAN, ZERO_SHOT]
+    if over_error:
+        nested.append(Candidate("mean gain over zero-shot error", times=over_error))
+    nested += [
+        Candidate("IIMM", ("iimm",), times=over_error),
+        Candidate("both terms of IIMM", ("inter", "intra"), times=over_error),
+        Candidate("zero-shot error and IIMM", ("zero_shot_error", "iimm")),
+        Candidate("other runs of the same task", ("same_task",)),
+    ]
+    if recipe := _varied_recipe(features):
+        nested += [
+            replace(c, name=f"{c.name} + recipe", features=(*c.features, *recipe)) for c in nested
+        ]
+    return [POOLED[quantity], *nested, *(replace(c, pooled=True) for c in nested)]
+
+
+def during_training(features: Mapping[str, Floats]) -> list[Candidate]:
+    """The candidates for the end of a run, from what was seen of it so far.
+
+    The forecast before training enters as it is, without a slope: left-out forecasts of the saved
+    runs are built from each other's ends (those of the plain mean exactly so), and a line on them
+    would find that.
+    """
+    so_far = "what was seen so far"
+    nested = [
+        Candidate(f"{so_far} and the mean rest", offset="so_far"),
+        Candidate(f"line on {so_far}", ("so_far",)),
+    ]
+    more = [
+        (("zero_shot_error",), "zero-shot error"),
+        (("iimm",), "IIMM"),
+        (("probe_gain",), "linear probe"),
+        (("gain_so_far",), "gain so far"),
+        (("mean_so_far",), "mean forgetting so far"),
+        (_varied_recipe(features), "recipe"),
+    ]
+    nested += [
+        Candidate(f"line on {so_far} and {name}", ("so_far", *added))
+        for added, name in more
+        if added
+    ]
+    return [
+        Candidate("forecast before training", offset="prior", intercept=False),
+        Candidate(so_far, offset="so_far", intercept=False),
+        *nested,
+        *(replace(c, pooled=True) for c in nested),
+    ]
+
+
+def _varied_recipe(features: Mapping[str, Floats]) -> tuple[str, ...]:
+    """The recipe's features that differ between the saved runs."""
+    return tuple(n for n in RECIPE if n in features and np.ptp(features[n]) > 1e-9)

@@ -12,11 +12,21 @@ import numpy as np
 from ..records.forecast import COVERAGE, Evidence, Prediction
 from ..records.outcomes import OFF_TARGET_PROBE_SIZE
 from . import pooling
-from .candidates import Blend, Candidate, Floats, Question, Table, blend
+from .candidates import (
+    MEAN,
+    POOLED,
+    RECIPE,
+    ZERO_SHOT,
+    Blend,
+    Candidate,
+    before_training,
+    blend,
+    during_training,
+)  # fmt: skip
+from .mixed_model import Floats
 from .pooling import Pooled
-from .predictors import MEAN, POOLED, RECIPE, ZERO_SHOT, before_training, during_training
 from .runs import Ask, Run, Runs, of_a_kind
-from .tabulate import beyond, tabulate, with_pooled, within
+from .tabulate import Question, Table, beyond, tabulate, with_pooled, within
 
 
 @dataclass(frozen=True)

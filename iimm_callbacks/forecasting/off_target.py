@@ -22,8 +22,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..records.forecast import Prediction
-from .candidates import MIN_TASKS, Floats
-from .runs import Ask, Run, n_tasks
+from .mixed_model import Floats
+from .runs import MIN_TASKS, Ask, Run, n_tasks
 
 # The profile of all methods counts as much as this many tasks under the method itself.
 _POOLING = 2.0

@@ -5,21 +5,67 @@ from __future__ import annotations
 import math
 import sys
 from collections import Counter
-from collections.abc import Iterable, Sequence
-from dataclasses import replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ..records.outcomes import Outcome
-from .candidates import MIN_TASKS, Floats, Question, Table
+from .mixed_model import Floats
 from .pooling import Pooled
-from .runs import Ask, Run, Runs, alike, n_tasks, task_key
+from .runs import MIN_TASKS, Ask, Run, Runs, alike, n_tasks, task_key
 
 # Beyond the recorded range by this many half-ranges (at the least: the unit), nothing is said.
 _TOO_FAR = 5.0
 _UNITS = {"iimm": 0.05, "log_learning_rate": math.log(2), "log_steps": math.log(2)}
 _WORDS = {"iimm": "IIMM", "log_learning_rate": "learning rate", "log_steps": "number of steps"}
+
+
+@dataclass(frozen=True)
+class Table:
+    """Saved runs, as columns of length n.
+
+    Attributes:
+        tasks, methods, models: [n] names.
+        target: [n] float64, what is to be predicted.
+        features: Name -> [n] float64, what it is predicted from.
+    """
+
+    tasks: NDArray[np.str_]
+    methods: NDArray[np.str_]
+    models: NDArray[np.str_]
+    target: Floats
+    features: Mapping[str, Floats]
+
+    def content(self) -> tuple[object, ...]:
+        """Hashable: two tables with the same one are the same."""
+        columns = (self.tasks, self.methods, self.models, self.target)
+        named = sorted(self.features.items())
+        return (*(c.tobytes() for c in columns), *((k, v.tobytes()) for k, v in named))
+
+    @cached_property
+    def task_index(self) -> NDArray[np.int64]:
+        """[n] positions in the sorted names of tasks."""
+        return np.unique(self.tasks, return_inverse=True)[1]
+
+    @cached_property
+    def weights(self) -> Floats:
+        """[n] so that the runs of one task under one method of one model weigh 1 together."""
+        cells = list(zip(self.tasks, self.methods, self.models, strict=True))
+        counts = Counter(cells)
+        return np.array([1 / counts[cell] for cell in cells])
+
+
+@dataclass(frozen=True)
+class Question:
+    """The run that is asked about: its method, model and features."""
+
+    method: str
+    model: str
+    features: Mapping[str, float]
 
 
 def tabulate(

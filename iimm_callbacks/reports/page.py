@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
 
-from ..forecasting.candidates import MIN_TASKS
+from ..forecasting.runs import MIN_TASKS
 from ..measures.results import NEAR_CEILING
 from ..records import keys
 from ..records.forecast import COVERAGE

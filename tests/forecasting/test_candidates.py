@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from iimm_callbacks.forecasting.candidates import Candidate, Question, Table, _weights, blend
+from iimm_callbacks.forecasting.candidates import Candidate, _weights, blend
+from iimm_callbacks.forecasting.tabulate import Question, Table
 
 pytestmark = pytest.mark.once
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from ...forecasting.candidates import MIN_TASKS
+from ...forecasting.runs import MIN_TASKS
 from ...forecasting.forecaster import Forecaster
 from ...forecasting.runs import about, measured
 from ...records.forecast import Forecast, Prediction
