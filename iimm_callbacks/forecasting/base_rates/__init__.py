@@ -7,15 +7,13 @@ names where they come from. Nothing here touches the network.
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from ...records.outcomes import Outcome
+from ...records.outcomes import Outcome
 
 __all__ = ["load_base_rates"]
-
-_FOLDER = Path(__file__).parent
 
 
 def load_base_rates() -> list[Outcome]:
@@ -29,66 +27,57 @@ def load_base_rates() -> list[Outcome]:
     Returns:
         76 outcomes, all with a `source`.
     """
-    data = json.loads((_FOLDER / "clip.json").read_text(encoding="utf-8"))
-    probes = json.loads((_FOLDER / "linear_probes.json").read_text(encoding="utf-8"))["models"]
+    data, probes = _read("clip.json"), _read("linear_probes.json")["models"]
+    names = data["task_names"]
+    probed = {model: _fractions(table, table.values()) for model, table in probes.items()}
     twenty = {
-        table["model"]: dict(zip(table["columns"], table["pre_trained"], strict=True))
+        table["model"]: _fractions(table["columns"], table["pre_trained"])
         for table in data["twenty_tasks"]
     }
-    outcomes = []
+    found = []  # table, task, accuracies before and after
     for table in data["matrices"]:
-        tasks = [data["task_names"][column] for column in table["columns"]]
-        before = table["pre_trained"]
-        if before is None:  # the published table of B/16 has no such row
-            before = [twenty[table["model"]][task] for task in tasks]
-        for row in table["fine_tuned"]:
-            after = dict(zip(tasks, table["fine_tuned"][row], strict=True))
-            task = data["task_names"][row]
-            outcomes.append(
-                _outcome(data, probes, table, task, dict(zip(tasks, before, strict=True)), after)
-            )
-    crosswise = set(data["task_names"].values())
+        tasks = [names[column] for column in table["columns"]]
+        before = {task: twenty[table["model"]][task] for task in tasks}
+        if table["pre_trained"] is not None:  # the published table of B/16 has no such row
+            before = _fractions(tasks, table["pre_trained"])
+        for row, after in table["fine_tuned"].items():
+            found.append((table, names[row], before, _fractions(tasks, after)))
     for table in data["twenty_tasks"]:
-        for task, before, after in zip(
-            table["columns"], table["pre_trained"], table["fine_tuned"], strict=True
-        ):
-            if task not in crosswise:
-                outcomes.append(_outcome(data, probes, table, task, {task: before}, {task: after}))
-    return outcomes
+        before, after = (
+            _fractions(table["columns"], table[k]) for k in ("pre_trained", "fine_tuned")
+        )
+        for task in before:
+            if task not in names.values():
+                found.append((table, task, {task: before[task]}, {task: after[task]}))
+    return [
+        Outcome(
+            model=table["model"],
+            model_fingerprint=f"published:{table['model']}",
+            method=table["method"],
+            task=task,
+            task_fingerprint="",
+            iimm=None,
+            inter=None,
+            intra=None,
+            standard_error=None,
+            n_images=None,
+            n_classes=None,
+            zero_shot_accuracy=before[task],
+            final_accuracy=after[task],
+            off_target_before={name: v for name, v in before.items() if name != task},
+            off_target_after={name: v for name, v in after.items() if name != task},
+            recipe=dict(data["recipes"][table["recipe"]]),
+            source=data["source"],
+            linear_probe_accuracy=probed[table["model"]].get(task),
+        )
+        for table, task, before, after in found
+    ]
 
 
-def _outcome(
-    data: dict[str, Any],
-    probes: dict[str, dict[str, float]],
-    table: dict[str, Any],
-    task: str,
-    before: dict[str, float],
-    after: dict[str, float],
-) -> Outcome:
-    from ...records.outcomes import Outcome
-
-    probe = probes[table["model"]].get(task)
-    return Outcome(
-        model=table["model"],
-        model_fingerprint=f"published:{table['model']}",
-        method=table["method"],
-        task=task,
-        task_fingerprint="",
-        iimm=None,
-        inter=None,
-        intra=None,
-        standard_error=None,
-        n_images=None,
-        n_classes=None,
-        zero_shot_accuracy=_fraction(before[task]),
-        final_accuracy=_fraction(after[task]),
-        off_target_before={name: _fraction(v) for name, v in before.items() if name != task},
-        off_target_after={name: _fraction(v) for name, v in after.items() if name != task},
-        recipe=dict(data["recipes"][table["recipe"]]),
-        source=data["source"],
-        linear_probe_accuracy=None if probe is None else _fraction(probe),
-    )
+def _read(name: str) -> Any:
+    return json.loads((Path(__file__).parent / name).read_text(encoding="utf-8"))
 
 
-def _fraction(percent: float) -> float:
-    return round(percent / 100, 6)  # 28.3 / 100 is 0.28300000000000003
+def _fractions(tasks: Iterable[str], percents: Iterable[float]) -> dict[str, float]:
+    # 28.3 / 100 is 0.28300000000000003
+    return {task: round(p / 100, 6) for task, p in zip(tasks, percents, strict=True)}
