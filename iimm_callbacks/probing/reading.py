@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import hashlib
 import math
+import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -23,9 +25,11 @@ from tqdm.auto import tqdm
 from ..data.images import content, seed_all, streams
 from ..data.tasks import Task
 from ..models.encoders import Encoder
-from .ahead import ahead, n_threads
 from .kept import Packed, find_levels
 
+_T = TypeVar("_T")
+_R = TypeVar("_R")
+_MOST = 16  # threads: each holds a batch of pictures
 FEWEST = 8  # images of a task that a look shows
 FAILED = "`processor` failed"
 _FEW = 8  # images that are read to try
@@ -251,3 +255,41 @@ def _n_bytes(inputs: Any) -> int:
     if isinstance(inputs, dict):
         return sum(value.nbytes for value in inputs.values() if isinstance(value, Tensor))
     return sum(len(content(image)) for image in inputs) if isinstance(inputs, list) else 0
+
+
+def n_threads() -> int:
+    """Of this process: the cores that it may use, shared with the other ranks on its machine."""
+    if hasattr(os, "sched_getaffinity"):
+        cores = len(os.sched_getaffinity(0))
+    else:
+        cores = os.cpu_count() or 1
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
+    return max(min(cores // max(ranks, 1), _MOST), 1)
+
+
+def ahead(function: Callable[[_T], _R], items: Iterable[_T], threads: int) -> Iterator[_R]:
+    """`map(function, items)`, computed ahead by threads: no more than one item for each and one.
+
+    Args:
+        function: Threads call it together.
+        items: Read by the caller's thread.
+        threads: 1: nothing is computed ahead.
+
+    Raises:
+        Exception: What `function` raises, at the place of its item; those after it are given up.
+    """
+    if threads < 2:
+        yield from map(function, items)
+        return
+    waiting: deque[Future[_R]] = deque()
+    with ThreadPoolExecutor(threads, thread_name_prefix="iimm") as pool:
+        try:
+            for item in items:
+                waiting.append(pool.submit(function, item))
+                if len(waiting) > threads:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            for future in waiting:
+                future.cancel()

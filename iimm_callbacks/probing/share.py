@@ -16,9 +16,8 @@ from ..data.tasks import Task
 from ..models.encoders import Encoder
 from ..records.log import get_logger
 from . import ranks
-from .ahead import ahead
 from .kept import Packed
-from .reading import FAILED, Batch, Reader, same_image, sha256_of, some_of
+from .reading import FAILED, Batch, Reader, ahead, same_image, sha256_of, some_of
 from .texts import Prompts, captions_of, first_of_each, tell_one_text
 
 logger = get_logger(__name__)

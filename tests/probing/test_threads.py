@@ -19,9 +19,9 @@ from iimm_callbacks import Task
 from iimm_callbacks.data.images import streams
 from iimm_callbacks.models.encoders import Encoder, find_encoder
 from iimm_callbacks.probing import kept, reading
-from iimm_callbacks.probing.ahead import ahead, n_threads
 from iimm_callbacks.probing.kept import Levels, Packed, find_levels
 from iimm_callbacks.probing.probe import Probe
+from iimm_callbacks.probing.reading import ahead, n_threads
 
 NAMES = ["red", "green"]
 
