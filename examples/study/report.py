@@ -32,8 +32,7 @@ from transformers import HfArgumentParser
 
 from iimm_callbacks import read_outcomes, sample
 from iimm_callbacks.measures.transferability import SCORES
-from iimm_callbacks.models.encoders import find_encoder
-from iimm_callbacks.models.undisturbed import undisturbed
+from iimm_callbacks.models.encoders import find_encoder, undisturbed
 from iimm_callbacks.models.wrappers import model_fingerprint
 
 

@@ -13,9 +13,8 @@ from torch import Tensor, nn
 from ..data.images import as_image
 from ..data.labels import as_integer
 from ..data.tasks import Task
-from .encoders import TEXT_BATCH, Encoder, class_embeddings, find_encoder, move
+from .encoders import TEXT_BATCH, Encoder, FrozenPart, class_embeddings, find_encoder, move
 from .processors import read_images
-from .undisturbed import FrozenPart
 from .wrappers import find_dual_encoder, find_head
 
 

@@ -11,10 +11,9 @@ from torch import Tensor, nn
 
 from ..data.tasks import Task
 from ..records.log import get_logger
-from .encoders import TEXT_BATCH, Encoder, class_embeddings, find_encoder, move
+from .encoders import TEXT_BATCH, Encoder, class_embeddings, find_encoder, move, undisturbed
 from .families import encoder_inside, family_of
 from .sharded import full_parameters
-from .undisturbed import undisturbed
 from .untouched import freeze
 from .wrappers import ClipAdapter, LinearProbe, adapter_ids, core_of, find_dual_encoder, find_head
 

@@ -14,9 +14,8 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ..data.tasks import Task
-from ..models.encoders import Encoder, class_embeddings, move
+from ..models.encoders import Encoder, autocast, class_embeddings, move
 from ..models.sharded import InStep, inside_forward, is_sharded
-from ..models.undisturbed import autocast
 from ..models.wrappers import find_head, find_own_head
 from ..records.log import get_logger
 from .kept import Packed

@@ -20,9 +20,8 @@ from ..data.tasks import Task
 from ..data.training import NoTrainingSetError, OtherLabelsError, training_task
 from ..measures.embeddings import autocast_off, unit_rows
 from ..measures.probe_accuracy import LinearProbe, linear_probe
-from ..models.encoders import Encoder
+from ..models.encoders import Encoder, autocast, undisturbed
 from ..models.sharded import inside_forward
-from ..models.undisturbed import autocast, undisturbed
 from ..models.wrappers import adapt
 from ..records.log import get_logger
 from ..records.look import Learnable

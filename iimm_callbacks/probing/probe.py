@@ -15,9 +15,8 @@ from ..data.tasks import TASK_PROBE_SIZE, Task
 from ..data.training import SAMPLE_SIZE
 from ..measures.embeddings import NotFiniteError, autocast_off
 from ..measures.results import Measurement
-from ..models.encoders import EncodePair, find_encoder, move
+from ..models.encoders import EncodePair, FrozenPart, autocast, find_encoder, move, undisturbed
 from ..models.sharded import check_measurable, inside_forward
-from ..models.undisturbed import FrozenPart, autocast, undisturbed
 from ..models.wrappers import adapt, find_dual_encoder
 from ..records.log import get_logger
 from ..records.look import Learnable, Look
@@ -37,7 +36,7 @@ class Probe:
 
     Of several ranks each shows its model a share of the images; only sums travel, in one
     all-reduce per look, and all ranks have the same `Look`. All of them must look together. Towers
-    that are frozen are run once: see `undisturbed.FrozenPart`. A task's own metric is computed by
+    that are frozen are run once: see `encoders.FrozenPart`. A task's own metric is computed by
     the first rank, which tells the others.
 
     Args:

@@ -16,7 +16,7 @@ from ..data.tasks import Task
 from ..measures.accuracy import zero_shot_correct, zero_shot_scores
 from ..measures.measure import GROUPS, IIMMAccumulator
 from ..measures.results import Measurement, Score
-from ..models.undisturbed import undisturbed
+from ..models.encoders import undisturbed
 from ..records.log import get_logger
 from ..records.look import PARTS
 from . import ranks

@@ -8,7 +8,7 @@ from pathlib import Path
 from torch import nn
 from transformers import TrainerState
 
-from ..models.undisturbed import undisturbed
+from ..models.encoders import undisturbed
 from ..models.untouched import load_untouched
 from ..models.wrappers import (
     adapter_ids,

@@ -15,8 +15,7 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from ..data.tasks import Task
 from ..guard.schedule import Every
-from ..models.encoders import EncodePair
-from ..models.undisturbed import undisturbed
+from ..models.encoders import EncodePair, undisturbed
 from ..models.untouched import find_untouched
 from ..models.wrappers import model_fingerprint
 from ..monitor import IIMMMonitor

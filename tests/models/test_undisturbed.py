@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from iimm_callbacks import PromptClassifier
+from iimm_callbacks.models.encoders import FrozenPart
 from iimm_callbacks.models.tuning import prepare
-from iimm_callbacks.models.undisturbed import FrozenPart
 from iimm_callbacks.models.wrappers import find_dual_encoder
 from iimm_callbacks.probing.probe import Probe
 

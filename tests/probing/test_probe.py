@@ -13,8 +13,7 @@ from torch import nn
 
 from iimm_callbacks import Task, iimm
 from iimm_callbacks.measures.accuracy import zero_shot_correct
-from iimm_callbacks.models.encoders import class_embeddings, find_encoder
-from iimm_callbacks.models.undisturbed import undisturbed
+from iimm_callbacks.models.encoders import class_embeddings, find_encoder, undisturbed
 from iimm_callbacks.probing.probe import Probe
 
 

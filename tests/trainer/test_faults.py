@@ -25,8 +25,7 @@ from transformers import CLIPModel, TrainerCallback
 
 from iimm_callbacks import IIMMCallback, Task, append_outcome, read_outcomes
 from iimm_callbacks.measures.accuracy import zero_shot_scores
-from iimm_callbacks.models.encoders import find_encoder
-from iimm_callbacks.models.undisturbed import undisturbed
+from iimm_callbacks.models.encoders import find_encoder, undisturbed
 from iimm_callbacks.records.run_file import read_run
 from iimm_callbacks.records.store import FileLock
 from iimm_callbacks.records.verdict import LEVELS

@@ -23,7 +23,7 @@ from ...measures.probe_accuracy import linear_probe
 from ...measures.transferability import SCORES, emms
 from ...models.encoders import find_encoder, move
 from ...models.tuning import prepare
-from ...models.undisturbed import undisturbed
+from ...models.encoders import undisturbed
 from ...models.wrappers import find_dual_encoder
 from ...probing import ranks
 from ...probing.embedding import Halving, embed_classes
