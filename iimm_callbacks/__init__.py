@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .data.tasks import Task
     from .forecasting.forecaster import Forecaster
-    from .measures.accuracy import zero_shot_accuracy
+    from .measures.embeddings import zero_shot_accuracy
     from .measures.measure import IIMMAccumulator, drift_bound, iimm
     from .measures.probe_accuracy import LinearProbe, linear_probe
     from .measures.results import Measurement, forgetting, gain_over_zero_shot_error
@@ -30,7 +30,7 @@ __version__ = "0.1.0"
 # Where each public name lives. It is imported when first asked for, as transformers does it: what
 # needs no Trainer does not wait for it, and `iimm doctor` runs where transformers is broken.
 _HOMES = {
-    "measures.accuracy": ("zero_shot_accuracy",),
+    "measures.embeddings": ("zero_shot_accuracy",),
     "measures.results": ("Measurement", "forgetting", "gain_over_zero_shot_error"),
     "trainer.calibration.calibrate": ("calibrate",),
     "trainer.calibration.recipes": ("Recipe",),
@@ -81,11 +81,12 @@ __all__ = [
 _MOVED = {
     f"{__name__}.{old}": f"{__name__}.{new}"
     for old, new in {
-        "accuracy": "measures.accuracy",
+        "accuracy": "measures.embeddings",
         "callback": "trainer.callback",
         "card": "reports.card",
         "forecasting.forecast": "records.forecast",
         "measure": "measures.measure",
+        "measures.accuracy": "measures.embeddings",
         "measurement": "measures.measurement",
         "probe_accuracy": "measures.probe_accuracy",
         "report": "reports.terminal",

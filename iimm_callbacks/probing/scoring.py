@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..data.metrics import Metric
 from ..data.tasks import Task
-from ..measures.accuracy import zero_shot_correct, zero_shot_scores
+from ..measures.embeddings import zero_shot_correct, zero_shot_scores
 from ..measures.measure import GROUPS, IIMMAccumulator
 from ..measures.results import Measurement, Score
 from ..models.encoders import undisturbed

@@ -61,7 +61,7 @@ class Look:
         return float(self.correct[task].mean()) if score is None else score.value
 
     def seen(self, task: str) -> np.ndarray | Score:
-        """What `accuracy` is made of, image by image: for `accuracy.paired_drop`."""
+        """What `accuracy` is made of, image by image: for `results.paired_drop`."""
         return self.scores.get(task, self.correct[task])
 
     def first(self, other: Look) -> Look:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from iimm_callbacks import forgetting, gain_over_zero_shot_error, zero_shot_accuracy
-from iimm_callbacks.measures.accuracy import zero_shot_correct, zero_shot_scores
+from iimm_callbacks.measures.embeddings import zero_shot_correct, zero_shot_scores
 from iimm_callbacks.measures.results import paired_drop
 
 

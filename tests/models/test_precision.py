@@ -7,7 +7,7 @@ import torch
 from transformers import BitsAndBytesConfig, CLIPModel
 
 from iimm_callbacks import IIMMCallback
-from iimm_callbacks.measures.accuracy import zero_shot_correct
+from iimm_callbacks.measures.embeddings import zero_shot_correct
 from iimm_callbacks.models.encoders import class_embeddings, find_encoder, move
 from iimm_callbacks.models.tuning import detect, prepare
 from iimm_callbacks.models.untouched import zero_shot_twin

@@ -12,7 +12,7 @@ from PIL import Image
 from torch import nn
 
 from iimm_callbacks import Task, iimm
-from iimm_callbacks.measures.accuracy import zero_shot_correct
+from iimm_callbacks.measures.embeddings import zero_shot_correct
 from iimm_callbacks.models.encoders import class_embeddings, find_encoder, undisturbed
 from iimm_callbacks.probing.probe import Probe
 

@@ -24,7 +24,7 @@ from tqdm.auto import tqdm
 from transformers import CLIPModel, TrainerCallback
 
 from iimm_callbacks import IIMMCallback, Task, append_outcome, read_outcomes
-from iimm_callbacks.measures.accuracy import zero_shot_scores
+from iimm_callbacks.measures.embeddings import zero_shot_scores
 from iimm_callbacks.models.encoders import find_encoder, undisturbed
 from iimm_callbacks.records.run_file import read_run
 from iimm_callbacks.records.store import FileLock

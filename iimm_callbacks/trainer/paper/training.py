@@ -16,7 +16,7 @@ from transformers import TrainerCallback, TrainingArguments, set_seed
 
 from ...data.tasks import Task
 from ...data.training import SAMPLE_SIZE
-from ...measures.accuracy import zero_shot_accuracy
+from ...measures.embeddings import zero_shot_accuracy
 from ...measures.embeddings import NotFiniteError, unit_rows
 from ...measures.measure import iimm
 from ...measures.probe_accuracy import linear_probe
