@@ -84,6 +84,7 @@ _MOVED = {
         "accuracy": "measures.embeddings",
         "callback": "trainer.callback",
         "card": "reports.card",
+        "data.templates": "data.prompts",
         "forecasting.forecast": "records.forecast",
         "measure": "measures.measure",
         "measures.accuracy": "measures.embeddings",

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from ..records.log import get_logger
-from .templates import check_utf8, checked_class_names, own_names, some
+from .prompts import check_utf8, checked_class_names, own_names, some
 
 _IMAGES = ("Image", "Audio")  # features of `datasets`
 # Names of a column of labels, or of captions, in the order of preference.
@@ -101,7 +101,7 @@ def read_labels(
     Args:
         name: Of the task, for errors.
         source: As `sources.open_source` returns it: its labels, one for each image, its names of
-            classes, as `templates.own_names` takes them, and how often each string was read.
+            classes, as `prompts.own_names` takes them, and how often each string was read.
         given: Names of the classes by the user: in the order of the labels, or a mapping from the
             data set's names.
 

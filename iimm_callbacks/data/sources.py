@@ -216,7 +216,7 @@ class ImageFolder:
     Attributes:
         path: The folder, its own links resolved.
         folders: Names of the class folders, in label order.
-        classes: The same; see `templates.checked_class_names` for what prompts have.
+        classes: The same; see `prompts.checked_class_names` for what prompts have.
         targets: Label of every image.
         skipped: How many files and links were skipped.
 

@@ -14,9 +14,9 @@ from . import hub
 from .images import kind, random_streams_kept, read_image
 from .labels import read_labels
 from .metrics import as_metric
+from .prompts import check_utf8, given_templates
 from .sources import ImageFolder, open_source
 from .streams import STREAM_SIZE
-from .templates import check_utf8, given_templates
 
 TASK_PROBE_SIZE = 512
 
@@ -42,7 +42,7 @@ class Task:
             transform of a `datasets.Dataset` is not applied: the model's own processor is.
         templates: One or several prompt templates with one ``{}`` for the class name; embeddings of
             several are averaged as in CLIP. ``"clip:imagenet"`` and so on name the templates that
-            CLIP's authors used for a data set; `templates.names()` lists them. For captions the
+            CLIP's authors used for a data set; `prompts.names()` lists them. For captions the
             default is the caption itself.
         class_names: One name per class, in label order; or a mapping from the data set's names.
             Default: those of the `ClassLabel`, or ``dataset.classes``, ``_`` as a space and

@@ -9,9 +9,9 @@ from itertools import zip_longest
 from typing import Any
 
 from .labels import pick_columns
+from .prompts import own_names, some
 from .streams import is_stream
 from .tasks import Task
-from .templates import own_names, some
 
 SAMPLE_SIZE = 1024
 

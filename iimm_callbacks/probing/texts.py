@@ -19,8 +19,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor, nn
 
+from ..data.prompts import tell_doubles
 from ..data.tasks import Task
-from ..data.templates import tell_doubles
 from ..models.encoders import TEXT_BATCH, Encoder
 from ..records.run_file import write_whole
 
@@ -95,7 +95,7 @@ def tell_one_text(task: Task, prompts: Prompts) -> None:
         prompts: Its prompts.
 
     Raises:
-        ValueError: As `templates.tell_doubles`.
+        ValueError: As `prompts.tell_doubles`.
     """
     texts: list[Any] = [()] * len(prompts.names)  # tokens of those that are not told apart yet
     same = list(range(len(texts)))

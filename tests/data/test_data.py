@@ -26,7 +26,7 @@ from made import make_dataset
 from PIL import Image as PILImage
 
 from iimm_callbacks import IIMMCallback, Task
-from iimm_callbacks.data import templates
+from iimm_callbacks.data import prompts
 from iimm_callbacks.data.sources import ImageFolder, has_class_folders
 from iimm_callbacks.data.streams import Draw
 from iimm_callbacks.probing.probe import Probe
@@ -53,24 +53,24 @@ LENGTHS = {
 
 
 def test_every_list_is_there_and_is_the_one_that_was_held_against_its_source():
-    assert {name: len(templates.get(name)) for name in templates.names()} == {
+    assert {name: len(prompts.get(name)) for name in prompts.names()} == {
         f"clip:{name}": n for name, n in LENGTHS.items()
     }
-    said = json.dumps([templates.get(name) for name in templates.names()])
+    said = json.dumps([prompts.get(name) for name in prompts.names()])
     assert hashlib.sha256(said.encode()).hexdigest()[:16] == "486f8dc370bc6fdb"
-    assert set(templates.get("clip:imagenet_7")) < set(templates.get("clip:imagenet"))
+    assert set(prompts.get("clip:imagenet_7")) < set(prompts.get("clip:imagenet"))
 
 
 def test_a_template_has_a_gap_and_a_name_has_none():
-    for name in templates.names():
+    for name in prompts.names():
         assert "{}" not in name
-        found = templates.get(name)
+        found = prompts.get(name)
         assert [t.count("{}") for t in found] == [1] * len(found)
         assert len(set(found)) == len(found)
 
 
 def test_source_and_licence_are_shipped_with_the_prompts():
-    text = (Path(templates.__file__).parent / "clip_prompts" / "SOURCE.md").read_text()
+    text = (Path(prompts.__file__).parent / "clip_prompts" / "SOURCE.md").read_text()
     for needed in ("github.com/openai/CLIP", "MIT License", "Copyright (c) 2021 OpenAI"):
         assert needed in text
     for name in ("eurosat", "gtsrb", "fer2013"):
@@ -80,7 +80,7 @@ def test_source_and_licence_are_shipped_with_the_prompts():
 def test_a_task_takes_names_and_templates_side_by_side():
     pairs = [(png(0), 0), (png(1), 1)]
     task = Task("t", pairs, templates=["clip:eurosat", "clip:{} aside"], **TWO)
-    assert task.templates == (*templates.get("clip:eurosat"), "clip:{} aside")
+    assert task.templates == (*prompts.get("clip:eurosat"), "clip:{} aside")
     assert task.prompts([])[:2] == [
         "a centered satellite photo of a.",
         "a centered satellite photo of a a.",
@@ -95,7 +95,7 @@ def test_a_task_takes_names_and_templates_side_by_side():
     [("clip:DescribableTextures", "dtd"), ("clip:Oxford-Pets", "oxford_pets"), ("clip:SST2", None)],
 )
 def test_headings_of_the_source_are_names_too(name, own):
-    assert templates.get(name) == templates.get(f"clip:{own or 'rendered_sst2'}")
+    assert prompts.get(name) == prompts.get(f"clip:{own or 'rendered_sst2'}")
 
 
 @pytest.mark.parametrize(
