@@ -25,9 +25,8 @@ def check_every(every: Every) -> None:
         or every in EVENTS
         or (isinstance(every, int) and not isinstance(every, bool) and every >= 1)
         or (isinstance(every, float) and 0 < every < 1)
-        or (isinstance(every, list | tuple) and len(every) > 0
-            and all(_is_share(share) for share in every))
-    )  # fmt: skip
+        or (isinstance(every, list | tuple) and len(every) > 0 and all(map(_is_share, every)))
+    )
     if not good:
         raise ValueError(
             "`every` must be None, a number of steps (1, 2, ...), a fraction of the training in "
@@ -85,11 +84,9 @@ def is_due(every: Every, step: int, total_steps: int, since: int | None = None) 
         return True
     if isinstance(every, str):
         return False
-    if isinstance(every, int):
-        return step // every > since // every
-    if not isinstance(every, float):
+    if not isinstance(every, int | float):
         return any(since < due <= step for due in moments(every, total_steps))
-    gap = every * total_steps  # due where a multiple of it lies in (since, step]
+    gap = _gap(every, total_steps)  # due where a multiple of it lies in (since, step]
     return math.floor((step + 1e-9) / gap) > math.floor((since + 1e-9) / gap)
 
 
@@ -112,7 +109,7 @@ def next_share(every: Every, step: int, total_steps: int, last_step: int) -> flo
     elif not isinstance(every, int | float):
         due = next((s for s in moments(every, total_steps) if s > step), total_steps)
     else:
-        gap = every if isinstance(every, int) else every * total_steps
+        gap = _gap(every, total_steps)
         due = max(math.ceil((math.floor((step + 1e-9) / gap) + 1) * gap - 1e-9), step + 1)
     return min(due, total_steps) / max(total_steps, 1)
 
@@ -149,8 +146,12 @@ def looks_to_come(every: Every, step: int, total_steps: int) -> int:
         return 1
     if not isinstance(every, int | float):
         return len([due for due in moments(every, total_steps) if step <= due < total_steps])
-    gap = every if isinstance(every, int) else every * total_steps
-    return max(math.ceil((total_steps - step) / gap - 1e-9), 1)
+    return max(math.ceil((total_steps - step) / _gap(every, total_steps) - 1e-9), 1)
+
+
+def _gap(every: float, total_steps: int) -> float:
+    """Steps from one look to the next."""
+    return every if isinstance(every, int) else every * total_steps
 
 
 def is_needed(step: int, total_steps: int, looks: int) -> bool:
@@ -177,9 +178,5 @@ def next_needed(step: int, total_steps: int, looks: int) -> float:
         >>> next_needed(10, 100, 2), next_needed(12, 100, 4)
         (0.2, 0.5)
     """
-    later = (
-        due
-        for due in moments(None, total_steps)
-        if due > step and is_needed(due, total_steps, looks)
-    )
+    later = (d for d in moments(None, total_steps) if d > step and is_needed(d, total_steps, looks))
     return next(later, total_steps) / max(total_steps, 1)

@@ -13,8 +13,6 @@ from torch import Tensor
 from .results import forgetting, gain_over_zero_shot_error  # noqa: F401, their former place
 
 ArrayLike = Tensor | np.ndarray
-
-
 _DEVICES = ("cpu", "cuda", "xpu", "mps")  # on which torch may autocast
 
 
@@ -44,7 +42,7 @@ def as_matrix(values: ArrayLike, name: str) -> Tensor:
     """
     if not isinstance(values, Tensor | np.ndarray):
         raise TypeError(f"`{name}` must be a torch tensor or numpy array, got {type(values)}")
-    matrix = torch.as_tensor(_native(values) if isinstance(values, np.ndarray) else values).detach()
+    matrix = _native(values).detach()
     if not matrix.is_floating_point():
         raise TypeError(f"`{name}` must be of a float dtype, got {matrix.dtype}")
     if matrix.ndim != 2 or matrix.shape[1] == 0:
@@ -70,7 +68,7 @@ def as_labels(labels: ArrayLike, n_images: int, n_classes: int) -> Tensor:
         ValueError: Not one per image, or one outside [0, C).
     """
     try:
-        index = torch.as_tensor(_native(labels) if isinstance(labels, np.ndarray) else labels)
+        index = _native(labels)
     except (TypeError, ValueError, RuntimeError) as error:  # strings, ragged lists, None
         kind = type(labels).__name__
         raise TypeError(f"`labels` must be integers, got {kind} ({error})") from error
@@ -91,8 +89,10 @@ def as_labels(labels: ArrayLike, n_images: int, n_classes: int) -> Tensor:
     return index
 
 
-def _native(values: np.ndarray) -> Tensor | np.ndarray:
-    """The array as torch takes it: native byte order, no long doubles, no negative strides."""
+def _native(values: ArrayLike) -> Tensor:
+    """A tensor; of an array in native byte order, without long doubles and negative strides."""
+    if not isinstance(values, np.ndarray):
+        return torch.as_tensor(values)
     if values.dtype.kind == "f" and values.dtype.itemsize > 8:
         values = values.astype(np.float64)
     values = values.astype(values.dtype.newbyteorder("="), copy=False)
@@ -175,9 +175,8 @@ def zero_shot_correct(
         >>> zero_shot_correct(torch.eye(2), torch.eye(2), torch.tensor([0, 0])).tolist()
         [True, False]
     """
-    n_images = len(as_matrix(image_embeds, "image_embeds"))
-    index = as_labels(labels, n_images, len(as_matrix(text_embeds, "text_embeds")))
     scores = zero_shot_scores(image_embeds, text_embeds)
+    index = as_labels(labels, *scores.shape)
     return (scores.argmax(1) == index.to(scores.device)).cpu().numpy()
 
 
@@ -205,7 +204,7 @@ def zero_shot_scores(image_embeds: ArrayLike, text_embeds: ArrayLike) -> Tensor:
         [[1.0, 0.0], [0.0, 1.0]]
     """
     images, texts = as_matrix(image_embeds, "image_embeds"), as_matrix(text_embeds, "text_embeds")
-    if len(texts) == 0 or images.ndim != 2 or images.shape[1:] != texts.shape[1:]:
+    if len(texts) == 0 or images.shape[1] != texts.shape[1]:
         raise ValueError(
             "`image_embeds` and `text_embeds` must have the same width and at least one text, got "
             f"shapes {tuple(images.shape)} and {tuple(texts.shape)}"

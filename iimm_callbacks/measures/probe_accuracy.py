@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, one_hot
 
 from .embeddings import ArrayLike, as_labels, as_matrix, autocast_off, unit_rows
 
@@ -222,7 +222,7 @@ class _Ridge:
         self._basis = basis.to(images.dtype)  # [D, D]
         moment = images.new_zeros(images.shape[1], len(texts))
         for x, y in self._chunks(images, labels):
-            moment += x.T @ (_one_hot(y, len(texts)) - self._logits(x).softmax(1))
+            moment += x.T @ (one_hot(y, len(texts)) - self._logits(x).softmax(1))
         self._moment = self._basis.T @ moment  # [D, C]
         # Relative to the mean eigenvalue: the same for any number of images.
         unit = float(self._values.mean())
@@ -239,7 +239,7 @@ class _Ridge:
 
         for x, y in self._chunks(self._images, self._labels):
             zero_shot = self._logits(x)
-            lacking = _one_hot(y, zero_shot.shape[1]) - zero_shot.softmax(1)
+            lacking = one_hot(y, zero_shot.shape[1]) - zero_shot.softmax(1)
             rotated = x @ self._basis
             note((math.inf, 0.0), zero_shot, y)
             for penalty in self.penalties:
@@ -268,9 +268,8 @@ class _Ridge:
         return logits
 
     def _chunks(self, images: Tensor, labels: Tensor) -> list[tuple[Tensor, Tensor]]:
-        return list(
-            zip(torch.split(images, self._rows), torch.split(labels, self._rows), strict=True)
-        )
+        parts = (torch.split(rows, self._rows) for rows in (images, labels))
+        return list(zip(*parts, strict=True))
 
 
 def _checked(
@@ -296,7 +295,3 @@ def _checked_pair(held_out: tuple[ArrayLike, ArrayLike], texts: Tensor) -> tuple
     if not len(images):
         raise ValueError("`held_out` must hold at least 1 image, got 0")
     return images, index
-
-
-def _one_hot(labels: Tensor, n_classes: int) -> Tensor:
-    return torch.nn.functional.one_hot(labels, n_classes).float()

@@ -70,7 +70,8 @@ def gbc(embeds: ArrayLike, labels: ArrayLike) -> float:
         ValueError: Shapes do not match, a value is not finite, or fewer than two classes.
     """
     features, index, counts = _checked(embeds, labels)
-    features = _principal_components(features, N_COMPONENTS)
+    left, singular, _ = np.linalg.svd(features - features.mean(0), full_matrices=False)
+    features = left[:, :N_COMPONENTS] * singular[:N_COMPONENTS]  # principal components
     means = _class_means(features, index, counts)
     dim = features.shape[1]
     squares = ((features - means[index]) ** 2).mean(1)
@@ -223,13 +224,6 @@ def _checked(embeds: ArrayLike, labels: ArrayLike) -> tuple[Floats, NDArray[Any]
 def _class_means(features: Floats, index: NDArray[Any], counts: NDArray[Any]) -> Floats:
     means: Floats = np.eye(len(counts))[index].T @ features / counts[:, None]  # [C, D]
     return means
-
-
-def _principal_components(features: Floats, n: int) -> Floats:
-    features = features - features.mean(0)
-    left, singular, _ = np.linalg.svd(features, full_matrices=False)
-    components: Floats = left[:, :n] * singular[:n]  # [N, min(n, N, D)]
-    return components
 
 
 def _coding_rate(features: Floats) -> float:
