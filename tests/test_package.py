@@ -32,7 +32,7 @@ def test_the_wheel_stays_under_20_megabytes(files):
 def test_the_wheel_holds_its_types_data_and_pages(files):
     names = {path.relative_to(PACKAGE).as_posix() for path in files}
     wanted = {"py.typed", "sample/model/model.safetensors", "sample/outcomes.jsonl"}
-    wanted |= {"sample/tasks.json", "forecasting/base_rates/clip.json", "sample/DATA_CARD.md"}
+    wanted |= {"sample/tasks.json", "sample/base_rates/clip.json", "sample/DATA_CARD.md"}
     wanted |= {"data/clip_prompts/templates.json", "data/clip_prompts/SOURCE.md"}
     wanted |= {
         f"reports/{name}" for name in ("style.css", "base.html", "report.html", "compare.html")

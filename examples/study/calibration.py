@@ -19,8 +19,8 @@ from rich.table import Table
 from transformers import HfArgumentParser
 
 from iimm_callbacks import Forecaster, read_outcomes, sample
-from iimm_callbacks.forecasting.base_rates import load_base_rates
 from iimm_callbacks.forecasting.runs import about, measured
+from iimm_callbacks.sample import load_base_rates
 from iimm_callbacks.trainer.calibration.calibrate import most_different
 
 HERE = Path(__file__).parent

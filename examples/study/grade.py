@@ -23,9 +23,9 @@ from rich.table import Table
 from transformers import HfArgumentParser
 
 from iimm_callbacks import Forecaster, Limits, Measurement, Outcome, read_outcomes, sample
-from iimm_callbacks.forecasting.base_rates import load_base_rates
 from iimm_callbacks.forecasting.grading import SHARES, replay_one
 from iimm_callbacks.forecasting.runs import about, measured
+from iimm_callbacks.sample import load_base_rates
 from iimm_callbacks.trainer.calibration.learnt import Option, choice
 
 TASKS = (0, 1, 2, 3, 5)  # with saved runs, and all others

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -24,28 +24,9 @@ from .candidates import (
     during_training,
 )  # fmt: skip
 from .mixed_model import Floats
-from .pooling import Pooled
+from .pooling import Pooled, Sight
 from .runs import Ask, Run, Runs, of_a_kind
 from .tabulate import Question, Table, beyond, tabulate, with_pooled, within
-
-
-@dataclass(frozen=True)
-class Sight:
-    """What was seen of a run, and what is asked about it.
-
-    Attributes:
-        quantity: "gain", "forgetting" or "worst".
-        share: Of the steps that are done, in (0, 1).
-        until: Share of the steps for which it is forecast; 1 is the end.
-        seen: Quantity -> observed value and its standard error, fractions.
-        prior: The forecast before training, if there was one.
-    """
-
-    quantity: str
-    share: float
-    until: float
-    seen: Mapping[str, tuple[float, float]]
-    prior: Prediction | None
 
 
 class Estimates:
@@ -77,11 +58,7 @@ class Estimates:
         """
         pooled = self._pooled(runs, ask, quantity, share)
         if quantity == "worst" and runs.other_off_target:
-            return (
-                None,
-                None,
-                ["no forecast of the worst task: saved runs used others"],
-            )
+            return None, None, ["no forecast of the worst task: saved runs used others"]
         if not runs.own:
             return (*_of_pool(pooled, ask, quantity), [])
         table, question, rows = tabulate(runs, ask, quantity, share)
@@ -128,16 +105,8 @@ class Estimates:
             if found is not None:
                 return _bounded(found[0], ask, quantity), found[1]
         before = self._pooled(runs, ask, quantity, 1.0)
-        pooled = pooling.during_training(
-            of_a_kind(self._all_runs(runs, ask), ask, quantity),
-            ask,
-            quantity,
-            sight.share,
-            sight.until,
-            sight.seen[quantity],
-            sight.prior,
-            before.left_out if before else {},
-        )
+        rows = of_a_kind(self._all_runs(runs, ask), ask, quantity)
+        pooled = pooling.during_training(rows, ask, sight, before.left_out if before else {})
         return _of_pool(pooled, ask, quantity)
 
     def _pooled(self, runs: Runs, ask: Ask, quantity: str, until: float) -> Pooled | None:
@@ -164,10 +133,8 @@ class Estimates:
         table, question, rows = tabulate(replace(runs, rows=followed), ask, quantity, sight.until)
         if not rows:
             return None
-        features, asked = self._seen(runs, ask, sight, table, question, rows)
-        table = replace(table, features=features)
-        question = replace(question, features=asked)
-        fitted = self._blend(table, during_training(features), ask.method)
+        table, question = self._seen(runs, ask, sight, table, question, rows)
+        fitted = self._blend(table, during_training(table.features), ask.method)
         if fitted is None:
             return None
         error = seen[quantity][1]
@@ -188,15 +155,9 @@ class Estimates:
         return Prediction(point, scale, fitted.dof), _evidence(fitted)
 
     def _seen(
-        self,
-        runs: Runs,
-        ask: Ask,
-        sight: Sight,
-        table: Table,
-        question: Question,
-        rows: list[Run],
-    ) -> tuple[dict[str, Floats], dict[str, float]]:
-        """The features of the runs and of the one asked about, with what was seen of them."""
+        self, runs: Runs, ask: Ask, sight: Sight, table: Table, question: Question, rows: list[Run]
+    ) -> tuple[Table, Question]:
+        """Table and question with what was seen of the runs as features."""
         quantity, share, seen = sight.quantity, sight.share, sight.seen
         so_far = np.array([run.at(quantity, share) for run in rows], dtype=float)
         features = {**table.features, "so_far": so_far}
@@ -215,7 +176,7 @@ class Estimates:
             priors = self._left_out(runs, ask, quantity, rows)
             if priors is not None:
                 features["prior"], asked["prior"] = priors, sight.prior.point
-        return features, asked
+        return replace(table, features=features), replace(question, features=asked)
 
     def _left_out(self, runs: Runs, ask: Ask, quantity: str, rows: list[Run]) -> Floats | None:
         """[n] forecast before training of each saved run, its own task left out."""

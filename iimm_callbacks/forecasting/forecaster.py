@@ -17,9 +17,10 @@ from ..measures.results import NEAR_CEILING, Measurement
 from ..records.catalog import thin
 from ..records.forecast import QUANTITIES, Forecast, Prediction
 from ..records.outcomes import Outcome, at_the_last_step, one_of_each_run
-from .estimates import Estimates, Sight
+from .estimates import Estimates
 from .off_target import by_task
-from .runs import Ask, Run, Runs, choose, of_a_kind, saved_name
+from .pooling import Sight
+from .runs import Ask, Run, Runs, choose, saved_name
 
 if TYPE_CHECKING:
     from .grading import Grade
@@ -69,7 +70,9 @@ class Forecaster:
         """
         ended = map(at_the_last_step, one_of_each_run(outcomes))
         self._record = [Run(o) for o in ended if o.complete]
-        self._borrowed = _load_borrowed(self._record) if base_rates else []
+        models = {run.outcome.model_fingerprint for run in self._record}
+        shipped = _shipped() if base_rates else ()  # the sample's too, where none of them is saved
+        self._borrowed = [run for run in shipped if run.outcome.model_fingerprint not in models]
         self._taught = {}
         return self
 
@@ -174,7 +177,7 @@ class Forecaster:
             runs.base_rate,
             in_range,
             self._next_look(runs, ask, next_share),
-            _by_task(runs, ask, predictions["forgetting"]),
+            by_task(runs.rows, ask, predictions["forgetting"]),
             (ask, runs),
         )
 
@@ -234,9 +237,7 @@ class Forecaster:
             updated[name] = found
             plain = forecast.evidence.get(name, now)
             evidence[name] = replace(
-                now,
-                error_of_mean=plain.error_of_mean,
-                error_of_zero_shot=plain.error_of_zero_shot,
+                now, error_of_mean=plain.error_of_mean, error_of_zero_shot=plain.error_of_zero_shot
             )
             if next_share is not None and name != "gain":
                 coming, _ = estimates.during(runs, ask, replace(sight, until=next_share))
@@ -252,7 +253,7 @@ class Forecaster:
             basis=basis,
             evidence=evidence,
             next_look=next_look,
-            off_target=_by_task(runs, ask, mean, (share, drops) if drops else None),
+            off_target=by_task(runs.rows, ask, mean, (share, drops) if drops else None),
         )
 
     def grade(self, outcomes: Iterable[Outcome], **settings: Any) -> Grade:
@@ -278,26 +279,8 @@ def _refused(runs: Runs, ask: Ask, quantity: str) -> bool:
     return quantity == "gain" and ask.zero_shot_accuracy > NEAR_CEILING
 
 
-def _by_task(
-    runs: Runs,
-    ask: Ask,
-    mean: Prediction | None,
-    seen: tuple[float, Mapping[str, float]] | None = None,
-) -> dict[str, Prediction]:
-    if mean is None:
-        return {}
-    return by_task(of_a_kind(runs.rows, ask, "forgetting"), ask, mean, seen)
-
-
-def _load_borrowed(record: Sequence[Run]) -> list[Run]:
-    """Published runs, and those of the shipped sample where the saved runs have none of them."""
-    models = {run.outcome.model_fingerprint for run in record}
-    return [run for run in _shipped() if run.outcome.model_fingerprint not in models]
-
-
 @cache
 def _shipped() -> tuple[Run, ...]:
-    from ..sample import load_outcomes
-    from .base_rates import load_base_rates
+    from ..sample import load_base_rates, load_outcomes
 
     return tuple(Run(outcome) for outcome in (*load_base_rates(), *load_outcomes()))

@@ -207,10 +207,7 @@ def group(runs: Sequence[Run], ask: Ask) -> list[list[Run]]:
 
 
 def describe(
-    cell: Sequence[Run],
-    quantity: str,
-    target: Callable[[Run], float],
-    more: Extra | None,
+    cell: Sequence[Run], quantity: str, target: Callable[[Run], float], more: Extra | None
 ) -> dict[str, float | str]:
     """A cell as a row of the mixed model.
 
@@ -235,10 +232,7 @@ def describe(
 
 
 def describe_ask(
-    ask: Ask,
-    quantity: str,
-    cells: Sequence[Sequence[Run]],
-    more: Extra | None,
+    ask: Ask, quantity: str, cells: Sequence[Sequence[Run]], more: Extra | None
 ) -> dict[str, float | str]:
     """The run that is asked about as a row, its target NaN.
 

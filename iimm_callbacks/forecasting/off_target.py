@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from ..records.forecast import Prediction
 from .mixed_model import Floats
-from .runs import MIN_TASKS, Ask, Run, n_tasks
+from .runs import MIN_TASKS, Ask, Run, n_tasks, of_a_kind
 
 # The profile of all methods counts as much as this many tasks under the method itself.
 _POOLING = 2.0
@@ -33,7 +33,7 @@ _LEAST_SPREAD = 0.3  # of the method's mean spread: a line may not take it to 0
 def by_task(
     runs: Sequence[Run],
     ask: Ask,
-    mean: Prediction,
+    mean: Prediction | None,
     seen: tuple[float, Mapping[str, float]] | None = None,
 ) -> dict[str, Prediction]:
     """The forecast drop of each off-target task at the end of the run.
@@ -41,7 +41,7 @@ def by_task(
     Args:
         runs: Saved ones.
         ask: The run that is asked about, with its off-target tasks and their accuracies.
-        mean: The forecast of its mean forgetting.
+        mean: The forecast of its mean forgetting, if there is one.
         seen: Share of the steps done, and the drop of each off-target task so far.
 
     Returns:
@@ -49,8 +49,8 @@ def by_task(
         few tasks have off-target tasks of their own. The points are about `mean`, but for the
         rounding at what an accuracy allows.
     """
-    table = _Drops.of(runs, ask)
-    if table is None:
+    table = _Drops.of(of_a_kind(runs, ask, "forgetting"), ask)
+    if table is None or mean is None:
         return {}
     own = table.spread(ask.method, mean.point) * table.profile(ask.method)  # [T]
     residual = table.residual(ask.method)
@@ -94,8 +94,8 @@ class _Drops:
         rows = [run for run in runs if len(run.off_target) > 1]
         if n_tasks(rows) < MIN_TASKS or len(ask.off_target_accuracies) < 2:
             return None
-        before = [*(r.outcome.off_target_before for r in rows)]
-        before.append(dict(zip(ask.off_target, ask.off_target_accuracies, strict=True)))
+        asked = dict(zip(ask.off_target, ask.off_target_accuracies, strict=True))
+        before = [*(r.outcome.off_target_before for r in rows), asked]
         names = sorted(set().union(*before))
         drops = np.array([[r.outcome.drops.get(n, math.nan) for n in names] for r in rows])
         accuracy = np.nanmean([[b.get(n, math.nan) for n in names] for b in before], axis=0)

@@ -41,7 +41,7 @@ from .mixed_model import (
     left_out,
     predict,
     surprises,
-)
+)  # fmt: skip
 from .runs import Ask, Run
 
 _DOF = 3  # of the intervals before any run of the model is saved
@@ -139,12 +139,31 @@ class Learnt:
     left_out: dict[Run, float]
 
 
+@dataclass(frozen=True)
+class Sight:
+    """What was seen of a run, and what is asked about it.
+
+    Attributes:
+        quantity: "gain", "forgetting" or "worst".
+        share: Of the steps that are done, in (0, 1).
+        until: Share of the steps for which it is forecast; 1 is the end.
+        seen: Quantity -> observed value and its standard error, fractions.
+        prior: The forecast before training, if there was one.
+    """
+
+    quantity: str
+    share: float
+    until: float
+    seen: Mapping[str, tuple[float, float]]
+    prior: Prediction | None
+
+
 def before_training(
     runs: Sequence[Run],
     ask: Ask,
     quantity: str,
-    until: float = 1.0,
-    kept: dict[Any, Learnt] | None = None,
+    until: float,
+    kept: dict[Any, Learnt],
 ) -> Pooled | None:
     """The forecast before training.
 
@@ -165,7 +184,6 @@ def before_training(
     if not rows:
         return None
     effects, name = _EFFECTS[quantity == "gain", probed]
-    kept = {} if kept is None else kept
     to_end = partial(_at, quantity=quantity, share=until)
     return _pool(rows, ask, quantity, effects, name, to_end, None, kept, until)
 
@@ -173,11 +191,7 @@ def before_training(
 def during_training(
     runs: Sequence[Run],
     ask: Ask,
-    quantity: str,
-    share: float,
-    until: float,
-    seen: tuple[float, float],
-    prior: Prediction | None,
+    sight: Sight,
     priors: Mapping[Run, float],
 ) -> Pooled | None:
     """The forecast from what was seen so far, by a line fitted to other models' runs.
@@ -185,16 +199,13 @@ def during_training(
     Args:
         runs: As `before_training`.
         ask: As `before_training`.
-        quantity: As `before_training`.
-        until: As `before_training`.
-        share: Of the steps that are done.
-        seen: Value so far and its standard error.
-        prior: The forecast of the end before training.
-        priors: The same of each run, without its task.
+        sight: What was seen of it.
+        priors: The forecast of each run before training, without its task.
 
     Returns:
         `Pooled`; None where no run was followed.
     """
+    quantity, share, until, prior = sight.quantity, sight.share, sight.until, sight.prior
     rows = [
         run
         for run in runs
@@ -205,7 +216,7 @@ def during_training(
         rows = [run for run in rows if run in priors]
     if not rows:
         return None
-    value, error = seen
+    value, error = sight.seen[quantity]
     effects = _GAIN_TO_COME if gain else _LOSS_TO_COME
     noises = [n for run in rows if (n := run.noise_at(quantity, share)) is not None]
     excess = max(error**2 - float(np.mean(np.square(noises))), 0.0) if noises else error**2

@@ -1,4 +1,4 @@
-"""A small CLIP and labelled tasks of real pictures that come with the package.
+"""What ships: a small CLIP, labelled tasks of real pictures, and runs of it and of others.
 
 The model was trained from scratch on captioned pictures, the tasks hold pictures that it has never
 seen; DATA_CARD.md names sources, licences and measured accuracies. Made for examples, tests and
@@ -10,7 +10,7 @@ Nothing here touches the network or writes a cache.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "canaries",
+    "load_base_rates",
     "load_dataset",
     "load_model",
     "load_outcomes",
@@ -78,7 +79,7 @@ def task_names() -> list[str]:
         >>> "handwritten_digits" in task_names()
         True
     """
-    return list(_cards())
+    return list(_read("tasks.json"))
 
 
 def templates(name: str) -> list[str]:
@@ -145,7 +146,7 @@ def canaries(except_for: str, probe_size: int | None = None) -> list[Task]:
         except_for: Name of the task being learnt, which is left out if it is one of the sample.
         probe_size: Images of each task; ``None``: 128, and fewer where the run is short.
     """
-    names = [name for name, card in _cards().items() if card.get("canary", True)]
+    names = [name for name, card in _read("tasks.json").items() if card.get("canary", True)]
     names = [name for name in names if name != except_for]
     if probe_size is not None:
         return [load_task(name, probe_size=probe_size) for name in names]
@@ -190,14 +191,80 @@ def load_outcomes() -> list[Outcome]:
     return read_outcomes(OUTCOMES)
 
 
-def _cards() -> dict[str, dict[str, Any]]:
-    text = (_FOLDER / "tasks.json").read_text(encoding="utf-8")
-    return cast("dict[str, dict[str, Any]]", json.loads(text))
+def load_base_rates() -> list[Outcome]:
+    """Published fine-tunes of CLIP ViT-B/32, B/16 and L/14: full, LoRA and linearized LoRA.
+
+    They say what is usual before anything was run here, have no IIMM, and are *not* runs of your
+    recipe; ``base_rates/SOURCE.md`` names where they come from. Of the eight tasks that were tested
+    crosswise each outcome has the other seven as off-target tasks; the twelve others (``"full"``
+    only) have none. Nine tasks have the published accuracy of a linear probe on all training images
+    beside them. Their `model_fingerprint` is ``"published:<model>"``, so none is taken for a run of
+    your model.
+
+    Returns:
+        76 outcomes, all with a `source`.
+    """
+    from ..records.outcomes import Outcome
+
+    data, probes = _read("base_rates/clip.json"), _read("base_rates/linear_probes.json")["models"]
+    names = data["task_names"]
+    probed = {model: _fractions(table, table.values()) for model, table in probes.items()}
+    twenty = {
+        table["model"]: _fractions(table["columns"], table["pre_trained"])
+        for table in data["twenty_tasks"]
+    }
+    found = []  # table, task, accuracies before and after
+    for table in data["matrices"]:
+        tasks = [names[column] for column in table["columns"]]
+        before = {task: twenty[table["model"]][task] for task in tasks}
+        if table["pre_trained"] is not None:  # the published table of B/16 has no such row
+            before = _fractions(tasks, table["pre_trained"])
+        for row, after in table["fine_tuned"].items():
+            found.append((table, names[row], before, _fractions(tasks, after)))
+    for table in data["twenty_tasks"]:
+        before, after = (
+            _fractions(table["columns"], table[k]) for k in ("pre_trained", "fine_tuned")
+        )
+        for task in before:
+            if task not in names.values():
+                found.append((table, task, {task: before[task]}, {task: after[task]}))
+    return [
+        Outcome(
+            model=table["model"],
+            model_fingerprint=f"published:{table['model']}",
+            method=table["method"],
+            task=task,
+            task_fingerprint="",
+            iimm=None,
+            inter=None,
+            intra=None,
+            standard_error=None,
+            n_images=None,
+            n_classes=None,
+            zero_shot_accuracy=before[task],
+            final_accuracy=after[task],
+            off_target_before={name: v for name, v in before.items() if name != task},
+            off_target_after={name: v for name, v in after.items() if name != task},
+            recipe=dict(data["recipes"][table["recipe"]]),
+            source=data["source"],
+            linear_probe_accuracy=probed[table["model"]].get(task),
+        )
+        for table, task, before, after in found
+    ]
+
+
+def _fractions(tasks: Iterable[str], percents: Iterable[float]) -> dict[str, float]:
+    # 28.3 / 100 is 0.28300000000000003
+    return {task: round(p / 100, 6) for task, p in zip(tasks, percents, strict=True)}
+
+
+def _read(file: str) -> Any:
+    return json.loads((_FOLDER / file).read_text(encoding="utf-8"))
 
 
 def _card(name: str) -> dict[str, Any]:
-    cards = _cards()
+    cards = _read("tasks.json")
     if name not in cards:
         choices = ", ".join(cards)
         raise ValueError(f"`name` must be a task of the sample, one of {choices}; got {name!r}")
-    return cards[name]
+    return cast("dict[str, Any]", cards[name])

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from iimm_callbacks import Forecast, Forecaster, Measurement, Outcome, sample
-from iimm_callbacks.forecasting.base_rates import load_base_rates
 from iimm_callbacks.forecasting.runs import about, measured
 from iimm_callbacks.records.forecast import Prediction
+from iimm_callbacks.sample import load_base_rates
 
 pytestmark = pytest.mark.once
 

@@ -7,8 +7,8 @@ from dataclasses import asdict
 import numpy as np
 import pytest
 
-from iimm_callbacks.forecasting.base_rates import load_base_rates
 from iimm_callbacks.records.outcomes import parse_outcome
+from iimm_callbacks.sample import load_base_rates
 
 pytestmark = pytest.mark.once
 

@@ -23,13 +23,13 @@ from iimm_callbacks import (
     read_outcomes,
     sample,
 )
-from iimm_callbacks.forecasting.base_rates import load_base_rates
 from iimm_callbacks.guard.judging import judge_look
 from iimm_callbacks.guard.pace import Budget
 from iimm_callbacks.models.tuning import prepare
 from iimm_callbacks.models.wrappers import model_fingerprint
 from iimm_callbacks.probing.probe import Probe
 from iimm_callbacks.records.verdict import Verdict
+from iimm_callbacks.sample import load_base_rates
 
 CHECKPOINTING = "activation_checkpointing"  # its name since transformers 5
 if CHECKPOINTING not in TrainingArguments.__dataclass_fields__:
