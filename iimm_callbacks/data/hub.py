@@ -60,7 +60,19 @@ def load(
         check_names(folder)
         saved: Any = datasets.load_from_disk(name)
     except Exception as error:  # of whatever kind: it is told
-        raise _refusal(name, split, config, revision, argument, error) from error
+        known = []
+        if split is not None and type(error) is ValueError:
+            with suppress(Exception):  # then the name is what is wrong
+                known = datasets.get_dataset_split_names(name, config, revision=revision)
+        if known and split not in known:
+            raise ValueError(
+                f"`split` must be one of {', '.join(known)} for {name!r}, got {split!r} "
+                f"({_told(error)})"
+            ) from error
+        raise ValueError(
+            f"`{argument}` must be a data set on the Hub or a folder that `datasets` reads, got "
+            f"{name!r}: {_told(error)}"
+        ) from error
     if split is not None:
         saved = _part(saved, split, name)
     if not streaming:
@@ -71,12 +83,7 @@ def load(
 
 
 def _check_place(
-    name: str,
-    folder: Path,
-    is_saved: bool,
-    config: str | None,
-    revision: str | None,
-    argument: str,
+    name: str, folder: Path, is_saved: bool, config: str | None, revision: str | None, argument: str
 ) -> None:
     is_format = name.isidentifier() and find_spec(f"datasets.packaged_modules.{name}") is not None
     if is_format and not folder.is_dir():  # it would read the working directory
@@ -94,32 +101,6 @@ def _check_place(
             f"`config` must be left out for {name!r}, which `datasets` saved, got {config!r}; "
             "pass the folder of the one that you want"
         )
-
-
-def _refusal(
-    name: str,
-    split: Any,
-    config: str | None,
-    revision: str | None,
-    argument: str,
-    error: Exception,
-) -> ValueError:
-    """The error for a data set that `datasets` cannot load."""
-    import datasets
-
-    known = []
-    if split is not None and type(error) is ValueError:
-        with suppress(Exception):  # then the name is what is wrong
-            known = datasets.get_dataset_split_names(name, config, revision=revision)
-    if known and split not in known:
-        return ValueError(
-            f"`split` must be one of {', '.join(known)} for {name!r}, got {split!r} "
-            f"({_told(error)})"
-        )
-    return ValueError(
-        f"`{argument}` must be a data set on the Hub or a folder that `datasets` reads, got "
-        f"{name!r}: {_told(error)}"
-    )
 
 
 def pick(

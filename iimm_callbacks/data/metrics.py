@@ -172,12 +172,7 @@ class Metric:
 
 
 def as_metric(
-    metric: Any,
-    kwargs: Mapping[str, Any] | None,
-    key: str | None,
-    *,
-    task: str,
-    n_classes: int,
+    metric: Any, kwargs: Mapping[str, Any] | None, key: str | None, *, task: str, n_classes: int
 ) -> RecallAt | Metric | None:
     """The metric that a `Task` was given; ``None`` for zero-shot accuracy.
 

@@ -23,6 +23,7 @@ _PREFIX = "clip:"
 logger = get_logger(__name__)
 
 _WORDNET = re.compile(r"n\d{8}")
+_NUMBER = re.compile(r"^\d+[\W_]+(?=[\W_]*[^\W_])")
 _NUMBERED = re.compile(r"(\d{2,})[._ -]+(\D.*)")  # such as "001.Black_footed_Albatross"
 
 
@@ -129,8 +130,9 @@ def own_names(name: str, classes: Any, given: Any = None) -> tuple[str, ...] | N
     try:
         if isinstance(classes, Mapping):
             if sorted(classes.values(), key=str) != sorted(range(len(classes)), key=str):
-                told = f"{what} must map names to labels 0, 1, 2, ..., got {classes!r:.80}"
-                raise ValueError(told)
+                raise ValueError(
+                    f"{what} must map names to labels 0, 1, 2, ..., got {classes!r:.80}"
+                )
             classes = sorted(classes, key=classes.__getitem__)
         names = as_listed(what, "a list of names in the order of the labels", classes)
         firsts = [own[0] if isinstance(own, list | tuple) and own else own for own in names]
@@ -161,19 +163,19 @@ def checked_class_names(name: str, given: Any, own: Sequence[str] | None) -> tup
         ValueError: There are none, fewer than two, two alike, a blank one, one that UTF-8 cannot
             hold, they are not those of the data set, or the order of the data set's is doubtful.
     """
-    if given is None and own is None:
+    if isinstance(given, Mapping):
+        names = _given_names(name, _mapped(name, given, own))
+    elif given is not None:
+        names = _given_names(name, given)
+        if own is not None:
+            _check_order(name, names, own)
+    elif own is not None:
+        names = _words(name, own)
+    else:
         raise ValueError(
             f"`class_names` of task {name!r} must be given: the data set has integer labels "
             "without names"
         )
-    if given is None:
-        names = _words(name, own or ())
-    elif isinstance(given, Mapping):
-        names = _given_names(name, _mapped(name, given, own))
-    else:
-        names = _given_names(name, given)
-        if own is not None:
-            _check_order(name, names, own)
     for each in names:
         check_utf8(f"`class_names` of task {name!r}", each)
     if len(names) < 2:
@@ -209,7 +211,8 @@ def _check_order(name: str, given: tuple[str, ...], own: Sequence[str]) -> None:
             f"({', '.join(map(str, own[:5]))}, ...), got {len(given)}; give one name per class, "
             "in the order of the labels"
         )
-    for key in (_spaced, _letters, _bare):  # by which names are the same, ever looser
+    # By which names are the same, ever looser: the last without numbering.
+    for key in (_spaced, _letters, lambda n: _letters(_NUMBER.sub("", n))):
         ours, theirs = list(map(key, own)), list(map(key, given))
         if ours != theirs and len(set(ours)) == len(ours) and sorted(ours) == sorted(theirs):
             raise ValueError(
@@ -255,10 +258,6 @@ def _spaced(class_name: str) -> str:
 
 def _letters(class_name: str) -> str:
     return re.sub(r"[\W_]+", "", class_name).casefold()
-
-
-def _bare(class_name: str) -> str:
-    return _letters(re.sub(r"^\d+[\W_]+(?=[\W_]*[^\W_])", "", class_name))
 
 
 def _given_names(name: str, given: Any) -> tuple[str, ...]:

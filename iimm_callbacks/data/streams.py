@@ -137,13 +137,12 @@ class Draw:
 
 
 def _first(rows: list[Any], size: int) -> list[Any]:
-    turns: dict[Label, int] = {}
+    turns: Counter[Label] = Counter()
     ranked = []
     for row in sorted(rows, key=lambda row: row[:2]):
-        turn = turns.get(row[3], 0)
-        turns[row[3]] = turn + 1
-        ranked.append((turn, *row[:2], row))
-    return [row for *_, row in sorted(ranked, key=lambda entry: entry[:3])[:size]]
+        ranked.append((turns[row[3]], row))
+        turns[row[3]] += 1
+    return [row for _, row in sorted(ranked, key=lambda entry: entry[0])[:size]]
 
 
 def _read(name: str, stream: Any, first: int) -> Iterator[tuple[int, dict[str, Any]]]:

@@ -50,8 +50,12 @@ def training_task(train: Any, task: Task, *, given: bool = True) -> Task:
         return _named_as(train, task)
     if is_stream(train):
         raise NoTrainingSetError("the training set is a stream, and a stream is read only once")
-    if not given:
-        _check_cheap(train)
+    is_cheap = hasattr(train, "features") or hasattr(train, "targets") or isinstance(train, list)
+    if not given and not is_cheap:
+        raise NoTrainingSetError(
+            f"the labels of the training set ({type(train).__name__}) cannot be read without "
+            "reading every image; pass `train=`"
+        )
     read = _read(_as_pairs(train, task), task)
     if read.is_captions:
         raise NoTrainingSetError("the training set has texts for labels, the task has classes")
@@ -122,14 +126,6 @@ def _has_other_labels(names: Sequence[str], others: Sequence[str]) -> bool:
     """Whether a name stands in both at different places."""
     labels = {name: label for label, name in enumerate(others)}
     return any(labels.get(name, label) != label for label, name in enumerate(names))
-
-
-def _check_cheap(train: Any) -> None:
-    if not (hasattr(train, "features") or hasattr(train, "targets") or isinstance(train, list)):
-        raise NoTrainingSetError(
-            f"the labels of the training set ({type(train).__name__}) cannot be read without "
-            "reading every image; pass `train=`"
-        )
 
 
 def _own_names(train: Any, task: Task) -> tuple[str, ...] | None:

@@ -137,15 +137,7 @@ class IIMM(evaluate.Measurement):  # type: ignore[misc]  # evaluate is untyped
         self, image_embeds: Any, labels: Any, text_embeds: Any, logit_scale: float | None = None
     ) -> dict[str, float]:
         images = _matrix("image_embeds", list(image_embeds)).astype(np.float32)
-        m = iimm_callbacks.iimm(images, text_embeds, labels)
-        found = {
-            "iimm": m.iimm,
-            "inter": m.inter,
-            "intra": m.intra,
-            "standard_error": m.standard_error,
-            "n_images": m.n_images,
-            "n_classes": m.n_classes,
-        }
+        found = dict(vars(iimm_callbacks.iimm(images, text_embeds, labels)))
         if logit_scale is not None:
             probe = iimm_callbacks.linear_probe(
                 images, text_embeds, labels, logit_scale=logit_scale
