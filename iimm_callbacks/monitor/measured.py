@@ -267,9 +267,7 @@ class Measured(Journaled):
         self._forecaster.fit(outcomes)
 
     def _first_look(
-        self,
-        model: nn.Module,
-        untouched: nn.Module | AbstractContextManager[Any] | None,
+        self, model: nn.Module, untouched: nn.Module | AbstractContextManager[Any] | None
     ) -> Journal:
         if untouched is not None:  # else the look reads while it embeds
             self.probe.prepare(model)

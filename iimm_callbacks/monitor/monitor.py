@@ -259,11 +259,7 @@ class IIMMMonitor(Measured):
         return due
 
     def check(
-        self,
-        model: nn.Module,
-        step: int,
-        total_steps: int,
-        training_loss: float | None = None,
+        self, model: nn.Module, step: int, total_steps: int, training_loss: float | None = None
     ) -> Verdict:
         """The verdict on the model in training, of a look at it now.
 

@@ -142,24 +142,21 @@ Run = Halving | Sharded
 
 
 @contextmanager
-def runs(
-    model: nn.Module, core: nn.Module, share: Share, halving: Halving, dtype: torch.dtype | None
-) -> Iterator[tuple[Run, Run]]:
+def runs(early: Early, core: nn.Module, share: Share) -> Iterator[tuple[Run, Run]]:
     """How batches of prompts and of images are embedded inside.
 
     Args:
-        model: As it trains.
-        core: The dual encoder in it.
+        early: Of the look; halves of a sharded model's batches would fall out of step.
+        core: The dual encoder in its model.
         share: Has one of each.
-        halving: Runs them where the model is not sharded; halves would fall out of step.
-        dtype: Of autocast.
     """
+    model = early.model
     if not is_sharded(model):
-        yield halving, halving
+        yield early.halving, early.halving
         return
     encoder = share.encoder
     with InStep(model, core).kept() as steps:
-        with autocast(model, dtype):
+        with autocast(model, early.dtype):
             texts = Sharded(steps, partial(encoder.embed_texts, model), move(share.prompt, model))
             images = Sharded(
                 steps, partial(encoder.embed_backbone, model), move(share.image, model)
@@ -177,17 +174,14 @@ class Early:
         overlaps: Whether to; ``None``: where the model is not on the CPU, whose cores read.
 
     Attributes:
+        model, halving, dtype: As given.
         seconds: Spent.
     """
 
     def __init__(
-        self,
-        model: nn.Module,
-        halving: Halving,
-        dtype: torch.dtype | None,
-        overlaps: bool | None,
+        self, model: nn.Module, halving: Halving, dtype: torch.dtype | None, overlaps: bool | None
     ) -> None:
-        self._model, self._halving, self._dtype = model, halving, dtype
+        self.model, self.halving, self.dtype = model, halving, dtype
         first = next(model.parameters(), torch.zeros(0))
         wanted = first.device.type != "cpu" if overlaps is None else overlaps
         self._overlaps = wanted and not is_sharded(model)  # whose ranks embed in step
@@ -202,9 +196,9 @@ class Early:
         start = time.perf_counter()
         with suppress(Exception):  # the look embeds it again, and tells
             if isinstance(inputs, Packed):
-                inputs = inputs.inputs(next((p.device for p in self._model.parameters()), None))
-            with autocast(self._model, self._dtype):
-                found = embed_images(self._model, encoder, inputs, self._halving)
+                inputs = inputs.inputs(next((p.device for p in self.model.parameters()), None))
+            with autocast(self.model, self.dtype):
+                found = embed_images(self.model, encoder, inputs, self.halving)
             found[:1].cpu()  # until it is done, for the clock; threads read on
             self._found[id(batch)] = found
         self.seconds += time.perf_counter() - start
@@ -221,7 +215,7 @@ class Early:
         """[n, D] as `embed_images`, of a batch as `Share.shown` gives it."""
         if self.holds(batch):
             return self._found.pop(id(batch))[:n_shown]
-        return embed_images(self._model, encoder, inputs, run)
+        return embed_images(self.model, encoder, inputs, run)
 
 
 def width_of(model: nn.Module, core: nn.Module, share: Share) -> int:

@@ -47,10 +47,6 @@ class TrainingSet:
     data: Any
     given: bool = True
 
-    def task(self, task: Task) -> Task:
-        """As a task like the one being learnt; see `data.training.training_task`."""
-        return training_task(self.data, task, given=self.given)
-
 
 def read_sample(train: TrainingSet | None, task: Task) -> tuple[Task | None, str]:
     """The training set as a task, on all ranks; and why there is none, in words.
@@ -61,7 +57,7 @@ def read_sample(train: TrainingSet | None, task: Task) -> tuple[Task | None, str
     if train is None:
         return None, "no training set was given"
     try:
-        return ranks.together(partial(train.task, task)), ""
+        return ranks.together(partial(training_task, train.data, task, given=train.given)), ""
     except NoTrainingSetError as error:
         if train.given:
             raise
@@ -171,28 +167,20 @@ def _likeliest_scale(images: Tensor, classes: Tensor, labels: Tensor) -> float:
     return math.exp(found.x)
 
 
-def _show(
-    model: nn.Module,
-    core: nn.Module,
-    share: Share,
-    dtype: torch.dtype | None,
-    embeds: Tensor,
-    halving: Halving,
-    early: Early,
-) -> Exception | None:
+def _show(core: nn.Module, share: Share, embeds: Tensor, early: Early) -> Exception | None:
     """Fill this rank's rows of `embeds`; the first failure is returned, as in `Probe._show`."""
     failure = None
-    with runs(model, core, share, halving, dtype) as (_, run):
+    with runs(early, core, share) as (_, run):
         for batch, n_shown, inputs, error in share.shown(
-            1.0, model, lambda batch: not early.holds(batch)
+            1.0, early.model, lambda batch: not early.holds(batch)
         ):
             failure = failure or error or run.failure
             if failure or not n_shown:
                 run.skip()
                 continue
-            with autocast(model, dtype):
+            with autocast(early.model, early.dtype):
                 found = early.embed(share.encoder, batch, n_shown, inputs, run)
-                found = adapt(model, found)
+                found = adapt(early.model, found)
             embeds[batch.first : batch.first + len(found)] = found.detach().cpu().double()
     return failure or run.failure
 
@@ -249,11 +237,7 @@ def embed_sample(
     embeds = torch.zeros(len(share.tasks[0].labels), width, dtype=torch.float64)
     try:
         with undisturbed(model):
-            failure = inside_forward(
-                model,
-                core,
-                lambda: _show(model, core, share, autocast_dtype, embeds, halving, early),
-            )
+            failure = inside_forward(model, core, lambda: _show(core, share, embeds, early))
     except Exception as error:
         failure = error
     clear_device_cache()

@@ -196,18 +196,10 @@ class Probe:
         with ranks.during(f"the look at step {step}" if step else "the look before training"):
             early = Early(model, self._halving, autocast_dtype, self._may_overlap)
             self.prepare(model, early)
-            return self._look(model, step, autocast_dtype, linear_probe, part, early)
+            return self._look(early, step, linear_probe, part)
 
-    def _look(
-        self,
-        model: nn.Module,
-        step: int,
-        autocast_dtype: torch.dtype | None,
-        linear_probe: bool,
-        part: float,
-        early: Early,
-    ) -> Look:
-        start = time.perf_counter() - early.seconds
+    def _look(self, early: Early, step: int, linear_probe: bool, part: float) -> Look:
+        start, model = time.perf_counter() - early.seconds, early.model
         share = self._share
         assert share is not None
         sums = Sums.zeros(share.tasks, self._width, keep=linear_probe)
@@ -218,9 +210,7 @@ class Probe:
         try:
             with undisturbed(model):
                 classes, failure = inside_forward(
-                    model,
-                    self._core(model),
-                    lambda: self._show(model, share, autocast_dtype, sums, part, step, early),
+                    model, self._core(model), lambda: self._show(early, share, sums, part, step)
                 )
         except Exception as error:
             failure = error
@@ -240,23 +230,17 @@ class Probe:
         if linear_probe:
             start = time.perf_counter()
             parts = measure_parts(classes.cpu(), share.tasks[0], sums.embeds)
-            learnable = self._learn(model, share, autocast_dtype, sums.embeds, classes.cpu())
+            learnable = self._learn(early, share, sums.embeds, classes.cpu())
             runtime += time.perf_counter() - start
         return Look(
             step, accumulator.compute(), scored.correct, runtime, scored.scores, learnable, parts
         )
 
-    def _learn(
-        self,
-        model: nn.Module,
-        share: Share,
-        autocast_dtype: torch.dtype | None,
-        images: Tensor,
-        classes: Tensor,
-    ) -> Learnable:
+    def _learn(self, early: Early, share: Share, images: Tensor, classes: Tensor) -> Learnable:
         """The linear probe on [N, D] embeddings of the task's images."""
         if reason := why_none(self.task):
             return Learnable(None, reason)
+        model = early.model
         with undisturbed(model):  # items of the training set may draw random numbers
             sample, why_not = read_sample(self.train, self.task)
         scale = None  # the functions of `encode` tell none
@@ -271,21 +255,14 @@ class Probe:
                 embed_sample, model, self._core(model), share.encoder, sample,
                 size=self.training_size, width=self._width, batch_size=size,
                 cache_limit=self.cache_limit, progress=self.progress,
-                autocast_dtype=autocast_dtype, halving=self._halving, overlaps=self._may_overlap,
+                autocast_dtype=early.dtype, halving=self._halving, overlaps=self._may_overlap,
             )  # fmt: skip
         n_train = None if sample is None else len(sample)
         task, *others = share.tasks
         return learn(task, images.float(), classes, scale, embed, n_train, why_not, others)
 
     def _show(
-        self,
-        model: nn.Module,
-        share: Share,
-        autocast_dtype: torch.dtype | None,
-        sums: Sums,
-        part: float,
-        step: int,
-        early: Early,
+        self, early: Early, share: Share, sums: Sums, part: float, step: int
     ) -> tuple[Tensor, Exception | None]:
         """Add what this rank sees to `sums`.
 
@@ -293,15 +270,15 @@ class Probe:
             The class embeddings of the task, [C, D]; and the first failure. It is not raised here:
             where the model is sharded this rank's forward passes must go on beside the others'.
         """
-        encoder, core, held = share.encoder, self._core(model), self._frozen_images.holds
-
-        with runs(model, core, share, self._halving, autocast_dtype) as (run_texts, run):
-            with autocast(model, autocast_dtype):
+        encoder, model, dtype = share.encoder, early.model, early.dtype
+        core, held = self._core(model), self._frozen_images.holds
+        with runs(early, core, share) as (run_texts, run):
+            with autocast(model, dtype):
                 more: dict[str, Any] = {"progress": self.progress and ranks.world()[0] == 0}
                 if run is self._halving:
-                    self._find_frozen(model, share, autocast_dtype)
+                    self._find_frozen(early, share)
                     if self.encode is None and not step:  # later texts may have been trained
-                        more["kept"] = KeptTexts(core, autocast_dtype)
+                        more["kept"] = KeptTexts(core, dtype)
                 embed_task = partial(embed_classes, model, encoder, run=run_texts, **more)
                 classes = [
                     self._frozen_texts.get(t.task.name, partial(embed_task, shown=t))
@@ -319,7 +296,7 @@ class Probe:
                     run.skip()
                     continue
                 try:
-                    with autocast(model, autocast_dtype):
+                    with autocast(model, dtype):
                         embed = partial(early.embed, encoder, batch, n_shown, inputs, run)
                         kept = self._frozen_images.get(key, embed, keep=is_whole)
                         images = adapt(model, kept[:n_shown] if is_kept else kept)
@@ -337,13 +314,12 @@ class Probe:
                     failure = error
         return classes[0], failure
 
-    def _find_frozen(
-        self, model: nn.Module, share: Share, autocast_dtype: torch.dtype | None
-    ) -> None:
+    def _find_frozen(self, early: Early, share: Share) -> None:
         if self.encode is not None:
             return  # a user's functions may hide gradients, and all would look frozen
-        encoder, image, prompt = share.encoder, move(share.image, model), move(share.prompt, model)
+        encoder, model = share.encoder, early.model
+        image, prompt = move(share.image, model), move(share.prompt, model)
         # Autocast's cache holds casts made without gradients, which would look frozen.
-        with autocast(model, autocast_dtype, cache_enabled=False):
+        with autocast(model, early.dtype, cache_enabled=False):
             self._frozen_images.update(model, lambda: encoder.embed_backbone(model, image))
             self._frozen_texts.update(model, lambda: encoder.embed_texts(model, prompt))

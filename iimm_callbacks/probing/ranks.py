@@ -197,7 +197,7 @@ def any_rank(flag: bool, what: str) -> bool:
         flag: Of this rank.
         what: As `during`.
     """
-    return _agree(float(flag), "MAX", what) > 0
+    return least(-float(flag), what) < 0
 
 
 def least(number: float, what: str) -> float:
@@ -207,16 +207,12 @@ def least(number: float, what: str) -> float:
         number: Of this rank.
         what: As `during`.
     """
-    return _agree(number, "MIN", what)
-
-
-def _agree(number: float, op: str, what: str) -> float:
-    mine = torch.tensor([number], dtype=torch.float64)
     if world()[1] == 1:
         return number
+    mine = torch.tensor([number], dtype=torch.float64)
     try:
         with during(what):
-            return float(_reduce(mine, getattr(distributed.ReduceOp, op)))
+            return float(_reduce(mine, distributed.ReduceOp.MIN))
     except RanksApartError as error:
         logger.warning("The IIMM guard: %s. Training goes on.", error)
         return 0.0

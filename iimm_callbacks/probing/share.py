@@ -220,9 +220,12 @@ def _agree_on_subsets(
     def draw() -> tuple[list[list[int]], Tensor]:
         subsets = [task.subset(size) for task, size in zip(tasks, sizes, strict=True)]
         shown = [
-            (t.name, s, t.labels(s), t.templates, _names(t, s), t.metric and t.metric.name)
+            (
+                t.name, s, t.labels(s), t.templates,
+                t.captions(s) if t.is_captions else t.class_names, t.metric and t.metric.name,
+            )
             for t, s in zip(tasks, subsets, strict=True)
-        ]
+        ]  # fmt: skip
         return subsets, sha256_of(repr((shown, batch_size)).encode())
 
     subsets, digest = ranks.together(draw)
@@ -232,10 +235,6 @@ def _agree_on_subsets(
             "give every rank the whole data set, the guard splits it"
         )
     return subsets
-
-
-def _names(task: Task, subset: list[int]) -> Sequence[Any]:
-    return task.captions(subset) if task.is_captions else task.class_names
 
 
 def _deal(subsets: list[list[int]], batch_size: int) -> list[Batch]:
