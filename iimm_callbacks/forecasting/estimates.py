@@ -22,7 +22,7 @@ from .candidates import (
     before_training,
     blend,
     during_training,
-)  # fmt: skip
+)
 from .mixed_model import Floats
 from .pooling import Pooled, Sight
 from .runs import Ask, Run, Runs, of_a_kind

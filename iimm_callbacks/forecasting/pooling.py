@@ -41,7 +41,7 @@ from .mixed_model import (
     left_out,
     predict,
     surprises,
-)  # fmt: skip
+)
 from .runs import Ask, Run
 
 _DOF = 3  # of the intervals before any run of the model is saved
@@ -159,11 +159,7 @@ class Sight:
 
 
 def before_training(
-    runs: Sequence[Run],
-    ask: Ask,
-    quantity: str,
-    until: float,
-    kept: dict[Any, Learnt],
+    runs: Sequence[Run], ask: Ask, quantity: str, until: float, kept: dict[Any, Learnt]
 ) -> Pooled | None:
     """The forecast before training.
 
@@ -184,15 +180,16 @@ def before_training(
     if not rows:
         return None
     effects, name = _EFFECTS[quantity == "gain", probed]
-    to_end = partial(_at, quantity=quantity, share=until)
-    return _pool(rows, ask, quantity, effects, name, to_end, None, kept, until)
+    cells = group(rows, ask)
+    key = (ask.model, quantity, name, until, frozenset(run for cell in cells for run in cell))
+    if key not in kept:
+        to_end = partial(_at, quantity=quantity, share=until)
+        kept[key] = _learn(cells, ask.model, quantity, effects, name, to_end, None)
+    return _predicted(kept[key], cells, ask, quantity, effects, None)
 
 
 def during_training(
-    runs: Sequence[Run],
-    ask: Ask,
-    sight: Sight,
-    priors: Mapping[Run, float],
+    runs: Sequence[Run], ask: Ask, sight: Sight, priors: Mapping[Run, float]
 ) -> Pooled | None:
     """The forecast from what was seen so far, by a line fitted to other models' runs.
 
@@ -229,7 +226,9 @@ def during_training(
     def to_come(run: Run) -> float:
         return _at(run, quantity, until) - _at(run, quantity, share)
 
-    found = _pool(rows, ask, quantity, effects, _SO_FAR, to_come, more, {}, until)
+    cells = group(rows, ask)
+    learnt = _learn(cells, ask.model, quantity, effects, _SO_FAR, to_come, more)
+    found = _predicted(learnt, cells, ask, quantity, effects, more)
     line = replace(found.prediction, point=value + found.prediction.point)
     known = [run for run in rows if run in priors]
     if prior is not None and known:
@@ -282,22 +281,14 @@ def _join(
     return Pooled(joined, evidence, {})
 
 
-def _pool(
-    runs: Sequence[Run],
+def _predicted(
+    learnt: Learnt,
+    cells: Sequence[Sequence[Run]],
     ask: Ask,
     quantity: str,
     effects: Sequence[Effect],
-    name: str,
-    target: Callable[[Run], float],
     more: Extra | None,
-    kept: dict[Any, Learnt],
-    until: float,
 ) -> Pooled:
-    cells = group(runs, ask)
-    key = (ask.model, quantity, name, until, frozenset(run for cell in cells for run in cell))
-    if key not in kept:
-        kept[key] = _learn(cells, ask.model, quantity, effects, name, target, more)
-    learnt = kept[key]
     asked = as_rows([describe_ask(ask, quantity, cells, more)])
     point, scale = (float(found[0]) for found in predict(learnt.known, asked, effects))
     point += float(asked.numbers["way"][0]) if effects is _GAIN else 0.0

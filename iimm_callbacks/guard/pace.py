@@ -20,7 +20,7 @@ from .schedule import (
     looks_to_come,
     next_needed,
     next_share,
-)  # fmt: skip
+)
 
 # What training on an image costs at the least, in forward passes: that, two for its gradients, and
 # one for reading it and the optimizer's step. (Of the shipped model on a CPU it is six.)
