@@ -21,7 +21,7 @@ from .processors import (
     read_images,
     read_prompts,
     tokenizer_told,
-)  # fmt: skip
+)
 from .wrappers import adapt, breadth_first, core_of, find_dual_encoder
 
 TEXT_BATCH = 256  # prompts in one forward pass
@@ -99,7 +99,8 @@ def find_encoder(
         images, texts = encode
         names = ", ".join(getattr(f, "__qualname__", type(f).__name__) for f in encode)
         return Encoder(list, list, images, texts, lambda m: (1.0, None), f"user functions {names}")
-    own = next((e for m in breadth_first(model) if (e := _encoder_of(m)) is not None), None)
+    known = (getattr(module, "encoder", None) for module in breadth_first(model))
+    own = next((e for e in known if isinstance(e, Encoder)), None)
     if own is not None and not is_complete(processor):
         return own
     core = find_dual_encoder(model)
@@ -108,6 +109,7 @@ def find_encoder(
     if not own_way:
         processor = find_processor(inner, processor, takes_pair=family.name == "open_clip")
     read = family.preprocess(processor)
+    is_lowered = family.name == "SigLIP" and keeps_case(processor)
 
     def preprocess(images: list[Any]) -> Any:
         wrong = next((k for k in map(kind, images) if k != family.reads), None)
@@ -123,7 +125,7 @@ def find_encoder(
         lambda m, inputs: _vectors(m, family, "embed_images", inputs),
         lambda m, inputs: _vectors(m, family, "embed_texts", inputs),
         lambda m: family.logit_scale(find_dual_encoder(m)),
-        family.name if own_way else describe(processor) + _of_prompts(family, processor),
+        family.name if own_way else describe(processor) + " prompts in lower case" * is_lowered,
         lambda: None if is_registered(family) else tokenizer_told(processor, family.name),
     )
 
@@ -186,16 +188,6 @@ def class_embeddings(prompt_embeds: Tensor, n_templates: int) -> Tensor:
     return nn.functional.normalize(per_class.mean(1), dim=1)
 
 
-def _of_prompts(family: Family, processor: Any) -> str:
-    is_lowered = family.name == "SigLIP" and keeps_case(processor)
-    return " prompts in lower case" if is_lowered else ""
-
-
-def _encoder_of(module: nn.Module) -> Encoder | None:
-    encoder = getattr(module, "encoder", None)
-    return encoder if isinstance(encoder, Encoder) else None
-
-
 def _vectors(model: nn.Module, family: Family, function: str, inputs: Any) -> Tensor:
     core = find_dual_encoder(model)
     output = getattr(family, function)(core, inputs)
@@ -206,8 +198,7 @@ def _vectors(model: nn.Module, family: Family, function: str, inputs: Any) -> Te
             f"`{function}` of {type(core).__name__}; pass `encode=(encode_images, encode_texts)`, "
             "or teach its family with `register_encoder`"
         )
-    embeds: Tensor = output
-    return embeds
+    return output
 
 
 @contextmanager

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from .processors import Inputs, Read, read_images, read_lower_cased, read_prompts
+from .processors import Inputs, Read, keeps_case, read_images, read_prompts
 
 
 def exponential_scale(model: Any) -> tuple[Any, Any]:
@@ -104,10 +104,12 @@ def encoder_inside(module: nn.Module) -> nn.Module | None:
 def why_not(module: nn.Module) -> str | None:
     """Why a module is no dual encoder; None if nothing is known of it."""
     for name, value in vars(module).items():
-        held = next(filter(_is_encoder, _held(value)), None) if name != "_modules" else None
-        if held is not None:
+        held = value.values() if isinstance(value, Mapping) else value
+        held = held if isinstance(value, Mapping | list | tuple) else (value,)
+        hidden = [m for m in held if isinstance(m, nn.Module) and family_of(m) is not None]
+        if hidden and name != "_modules":
             return (
-                f"its `{name}` hides a {type(held).__name__} from torch, so that no optimizer "
+                f"its `{name}` hides a {type(hidden[0]).__name__} from torch, so that no optimizer "
                 "trains it and no checkpoint has it; set it as an attribute, or in an "
                 "`nn.ModuleList`"
             )
@@ -123,16 +125,6 @@ def why_not(module: nn.Module) -> str | None:
     if inputs == "input_ids" and kind is not None:
         return "it embeds texts only and has no image tower"
     return None
-
-
-def _is_encoder(value: Any) -> bool:
-    return isinstance(value, nn.Module) and family_of(value) is not None
-
-
-def _held(value: Any) -> Iterable[Any]:
-    if isinstance(value, Mapping):
-        return value.values()
-    return value if isinstance(value, list | tuple) else (value,)
 
 
 def _vector(output: Any) -> Any:
@@ -166,11 +158,7 @@ def _transformers(
         return lambda model, inputs: vector(getattr(model, function)(**inputs))
 
     return Family(
-        name=name,
-        embed_images=embed(images),
-        embed_texts=embed(texts),
-        tokenize=tokenize,
-        **entry,
+        name=name, embed_images=embed(images), embed_texts=embed(texts), tokenize=tokenize, **entry
     )
 
 
@@ -180,16 +168,6 @@ def _full_length(model: Any) -> int:
 
 def _temperature(model: Any) -> tuple[Any, Any]:
     return 1 / model.temperature, None
-
-
-def _clamped(model: Any) -> tuple[Any, Any]:
-    return model.logit_scale.clamp(0.0, model.max_log_logit_scale).exp(), None
-
-
-def _chinese_clip_texts(model: Any, inputs: Inputs) -> Tensor:
-    # transformers 4: its `get_text_features` fails, because the text tower has no pooler.
-    embeds: Tensor = model.text_projection(model.text_model(**inputs)[0][:, 0])
-    return embeds
 
 
 def _x_clip_videos(model: Any, inputs: Inputs) -> Tensor:
@@ -209,29 +187,12 @@ def _blip_tokens(inputs: Inputs) -> Inputs:
     return {name: value for name, value in inputs.items() if name != "token_type_ids"}
 
 
-def _blip_retrieval() -> Family:
-    # The class has no feature functions and no scale; 0.07 is BLIP's own initial temperature.
-    def images(model: Any, inputs: Inputs) -> Tensor:
-        embeds: Tensor = model.vision_proj(model.vision_model(**inputs)[0][:, 0])
-        return embeds
-
-    def texts(model: Any, inputs: Inputs) -> Tensor:
-        hidden = model.text_encoder(**_blip_tokens(inputs))[0]
-        embeds: Tensor = model.text_proj(hidden[:, 0])
-        return embeds
-
-    return Family(
-        name="BLIP retrieval",
-        embed_images=images,
-        embed_texts=texts,
-        logit_scale=lambda model: (1 / 0.07, None),
-        towers=("vision_model", "text_encoder"),
-    )
-
-
 def _siglip() -> Family:
     def tokenize(model: Any, processor: Any) -> Read:
-        return read_lower_cased(model, processor, _full_length(model))
+        read = read_prompts(model, processor, _full_length(model))
+        if not keeps_case(processor):
+            return read
+        return lambda prompts: read([prompt.lower() for prompt in prompts])
 
     return replace(_transformers("SigLIP"), tokenize=tokenize)
 
@@ -244,14 +205,10 @@ def _open_clip() -> Family:
         embeds: Tensor = model.encode_image(pixels if patches is None else pixels.to(patches.dtype))
         return embeds
 
-    def texts(model: Any, inputs: Inputs) -> Tensor:
-        embeds: Tensor = model.encode_text(inputs["input_ids"])
-        return embeds
-
     return Family(
         name="open_clip",
         embed_images=images,
-        embed_texts=texts,
+        embed_texts=lambda model, inputs: model.encode_text(inputs["input_ids"]),
         towers=("visual", "text", "transformer"),
     )
 
@@ -295,7 +252,14 @@ _TABLE: list[tuple[Callable[[nn.Module], bool], Family]] = [
     (_is("tipsv2"), _transformers("TIPSv2", padding=_full_length, logit_scale=_temperature)),
     (_is("align"), _transformers("ALIGN", logit_scale=_temperature)),
     # Its text tower attends to what comes later where no text of the batch is padded.
-    (_is("aimv2"), _transformers("AIMv2", padding=_full_length, logit_scale=_clamped)),
+    (
+        _is("aimv2"),
+        _transformers(
+            "AIMv2",
+            padding=_full_length,
+            logit_scale=lambda m: (m.logit_scale.clamp(0.0, m.max_log_logit_scale).exp(), None),
+        ),
+    ),
     (
         _is("flava"),
         _transformers("FLAVA", vector=_first_token, towers=("image_model", "text_model")),
@@ -319,7 +283,18 @@ _TABLE: list[tuple[Callable[[nn.Module], bool], Family]] = [
             reads="video",
         ),
     ),
-    (_is("blip", functions="text_proj"), _blip_retrieval()),
+    (  # it has no feature functions and no scale; 0.07 is BLIP's own initial temperature
+        _is("blip", functions="text_proj"),
+        Family(
+            name="BLIP retrieval",
+            embed_images=lambda m, inputs: m.vision_proj(m.vision_model(**inputs)[0][:, 0]),
+            embed_texts=lambda m, inputs: m.text_proj(
+                m.text_encoder(**_blip_tokens(inputs))[0][:, 0]
+            ),
+            logit_scale=lambda model: (1 / 0.07, None),
+            towers=("vision_model", "text_encoder"),
+        ),
+    ),
     (
         _is("blip"),
         _transformers(
@@ -327,7 +302,13 @@ _TABLE: list[tuple[Callable[[nn.Module], bool], Family]] = [
             texts=lambda model, inputs: _vector(model.get_text_features(**_blip_tokens(inputs))),
         ),
     ),
-    (_is("chinese_clip"), _transformers("Chinese-CLIP", texts=_chinese_clip_texts)),
+    (  # transformers 4: its `get_text_features` fails, because the text tower has no pooler
+        _is("chinese_clip"),
+        _transformers(
+            "Chinese-CLIP",
+            texts=lambda m, inputs: m.text_projection(m.text_model(**inputs)[0][:, 0]),
+        ),
+    ),
     (_has("get_image_features", "get_text_features"), _transformers("CLIP")),
     # A user's module may have these two around a model of any family; `visual` is open_clip's.
     (_has("encode_image", "encode_text", "visual"), _open_clip()),

@@ -146,14 +146,6 @@ def _teller() -> Callable[[Callable[[], list[str]], int], None]:
     return tell
 
 
-def read_lower_cased(model: Any, processor: Any, pad_to: int) -> Read:
-    """As `read_prompts`, of prompts in lower case where the tokenizer leaves that to its user."""
-    read = read_prompts(model, processor, pad_to)
-    if not keeps_case(processor):
-        return read
-    return lambda prompts: read([prompt.lower() for prompt in prompts])
-
-
 def keeps_case(processor: Any) -> bool:
     """Whether its tokenizer is Gemma's, which SigLIP 2 was trained with on lower-cased text.
 

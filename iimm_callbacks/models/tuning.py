@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -158,18 +159,6 @@ def _peft_type(config: Any) -> str:
     return str(getattr(kind, "value", kind)).lower()
 
 
-def _full(model: nn.Module) -> nn.Module:
-    return model.requires_grad_(True)
-
-
-def _bitfit(model: nn.Module, *, n_blocks: int | None = None) -> nn.Module:
-    return _train_only(model, "bias", _is_bias, n_blocks)
-
-
-def _attention(model: nn.Module, *, n_blocks: int | None = None) -> nn.Module:
-    return _train_only(model, "attention input projection", _is_input_projection, n_blocks)
-
-
 def _lora(
     model: nn.Module,
     *,
@@ -270,7 +259,7 @@ def _embed_texts(model: nn.Module, encoder: Encoder, prompts: list[str]) -> Tens
 
 
 def _train_only(
-    model: nn.Module, what: str, wanted: Callable[[str], bool], n_blocks: int | None
+    model: nn.Module, *, what: str, wanted: Callable[[str], bool], n_blocks: int | None = None
 ) -> nn.Module:
     in_blocks = _inside(_block_names(model, n_blocks))
     names = [name for name, _ in model.named_parameters() if in_blocks(name) and wanted(name)]
@@ -340,9 +329,11 @@ def _is_input_projection(name: str) -> bool:
 
 
 _METHODS: dict[str, Callable[..., nn.Module]] = {
-    "full": _full,
-    "bitfit": _bitfit,
-    "attention": _attention,
+    "full": lambda model: model.requires_grad_(True),
+    "bitfit": partial(_train_only, what="bias", wanted=_is_bias),
+    "attention": partial(
+        _train_only, what="attention input projection", wanted=_is_input_projection
+    ),
     "lora": _lora,
     "clip_adapter": _clip_adapter,
     "linear_probe": _linear_probe,

@@ -224,7 +224,7 @@ def trains_outside(model: nn.Module) -> list[str]:
     """
     inside = {id(p) for p in find_dual_encoder(model).parameters()}
     head = find_head(model)
-    if isinstance(head, nn.Module):
+    if head is not None:
         inside |= {id(p) for p in head.parameters()}
     return [n for n, p in model.named_parameters() if p.requires_grad and id(p) not in inside]
 

@@ -145,7 +145,8 @@ def counterparts(
             "`base` must be a model, a state dict, a Hub name or a folder, got "
             f"{type(untouched).__name__}"
         )
-    theirs = _without_adapters(theirs, core)
+    layers = {n for m in core.modules() for n in getattr(m, "adapter_layer_names", ())} | _ADAPTERS
+    theirs = {n: t for n, t in theirs.items() if layers.isdisjoint(n.split("."))}
     extra = [n for n, t in theirs.items() if n not in own and t.is_floating_point()]
     missing = [] if isinstance(untouched, Kept) else _missing(weights, theirs)
     for names, problem in ((missing, "lacks"), (extra, "has beside them")):
@@ -164,11 +165,6 @@ def counterparts(
                 f"`base` must be given, as {weight.names[0]!r} began to train later and was not "
                 "kept; give the model before fine-tuning"
             )
-
-
-def _without_adapters(theirs: Mapping[str, Tensor], core: nn.Module) -> dict[str, Tensor]:
-    layers = {n for m in core.modules() for n in getattr(m, "adapter_layer_names", ())} | _ADAPTERS
-    return {n: t for n, t in theirs.items() if layers.isdisjoint(n.split("."))}
 
 
 def _pair(weight: Weight, known: list[Tensor]) -> list[tuple[Tensor, Tensor]]:

@@ -327,10 +327,7 @@ def held_out(looks: Mapping[float, Look], limits: Limits) -> Mix:
 
 
 def _mix(
-    alpha: float,
-    before: Mapping[str, np.ndarray],
-    after: Mapping[str, np.ndarray],
-    limits: Limits,
+    alpha: float, before: Mapping[str, np.ndarray], after: Mapping[str, np.ndarray], limits: Limits
 ) -> Mix:
     task, *off_target = before
     gain = paired_drop(before[task], after[task])
