@@ -26,7 +26,7 @@ from ..models.wrappers import adapt
 from ..records.log import get_logger
 from ..records.look import Learnable
 from . import ranks
-from .embedding import Early, Halving, runs
+from .embedding import Early, runs
 from .share import ProbeTask, Share, among, read_share, tell_of_shared
 
 logger = get_logger(__name__)
@@ -186,7 +186,7 @@ def _show(core: nn.Module, share: Share, embeds: Tensor, early: Early) -> Except
 
 
 def embed_sample(
-    model: nn.Module,
+    early: Early,
     core: nn.Module,
     encoder: Encoder,
     sample: Task,
@@ -196,14 +196,11 @@ def embed_sample(
     batch_size: int,
     cache_limit: int,
     progress: bool,
-    autocast_dtype: torch.dtype | None,
-    halving: Halving,
-    overlaps: bool | None = None,
 ) -> tuple[ProbeTask, Tensor]:
     """Embed the sample; each rank a share of it, and all of them must call this together.
 
     Args:
-        model: As it trains.
+        early: Fresh, of the model as it trains.
         core: The dual encoder in it.
         encoder: Of the model.
         sample: The training set as a task.
@@ -212,9 +209,6 @@ def embed_sample(
         batch_size: As `Probe`.
         cache_limit: As `Probe`; freed when this returns.
         progress: As `Probe`.
-        autocast_dtype: As `Probe.look`.
-        halving: How a batch is embedded where the model is not sharded.
-        overlaps: As `Probe`.
 
     Returns:
         The sample as it is probed, and its embeddings [M, D] float32.
@@ -223,7 +217,7 @@ def embed_sample(
         ValueError: Fewer than two images can be read.
         RuntimeError: Another rank failed.
     """
-    early = Early(model, halving, autocast_dtype, overlaps)
+    model = early.model
     with undisturbed(model):
         share = read_share(
             [sample],

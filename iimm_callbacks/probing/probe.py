@@ -252,10 +252,10 @@ class Probe:
             if self._halving.parts > 1:  # no larger than what has fitted into memory
                 size = max(self._largest // self._halving.parts, 1)
             embed = partial(
-                embed_sample, model, self._core(model), share.encoder, sample,
+                embed_sample, Early(model, self._halving, early.dtype, self._may_overlap),
+                self._core(model), share.encoder, sample,
                 size=self.training_size, width=self._width, batch_size=size,
                 cache_limit=self.cache_limit, progress=self.progress,
-                autocast_dtype=early.dtype, halving=self._halving, overlaps=self._may_overlap,
             )  # fmt: skip
         n_train = None if sample is None else len(sample)
         task, *others = share.tasks

@@ -9,9 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from ...forecasting.runs import MIN_TASKS
 from ...forecasting.forecaster import Forecaster
-from ...forecasting.runs import about, measured
+from ...forecasting.runs import MIN_TASKS, about, measured
 from ...records.forecast import Forecast, Prediction
 from ...records.outcomes import Outcome
 from ...records.verdict import Limits

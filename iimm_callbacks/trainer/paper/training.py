@@ -16,17 +16,15 @@ from transformers import TrainerCallback, TrainingArguments, set_seed
 
 from ...data.tasks import Task
 from ...data.training import SAMPLE_SIZE
-from ...measures.embeddings import zero_shot_accuracy
-from ...measures.embeddings import NotFiniteError, unit_rows
+from ...measures.embeddings import NotFiniteError, unit_rows, zero_shot_accuracy
 from ...measures.measure import iimm
 from ...measures.probe_accuracy import linear_probe
 from ...measures.transferability import SCORES, emms
-from ...models.encoders import find_encoder, move
+from ...models.encoders import find_encoder, move, undisturbed
 from ...models.tuning import prepare
-from ...models.encoders import undisturbed
 from ...models.wrappers import find_dual_encoder
 from ...probing import ranks
-from ...probing.embedding import Halving, embed_classes
+from ...probing.embedding import Early, Halving, embed_classes
 from ...probing.learnable import embed_sample
 from ...probing.probe import Probe
 from ...probing.share import ProbeTask
@@ -235,7 +233,7 @@ def _embed(
     with undisturbed(model), torch.no_grad():
         width = encoder.embed_texts(model, move(encoder.tokenize(["a"]), model)).shape[1]
     shown, images = embed_sample(
-        model,
+        Early(model, run, None, None),
         find_dual_encoder(model),
         encoder,
         task,
@@ -244,8 +242,6 @@ def _embed(
         batch_size=batch_size,
         cache_limit=0,  # each image is needed once
         progress=True,
-        autocast_dtype=None,
-        halving=run,
     )
     with undisturbed(model), torch.no_grad():
         classes = embed_classes(model, encoder, shown, run).float().cpu()
