@@ -12,7 +12,6 @@ from pathlib import Path, PureWindowsPath
 from typing import TYPE_CHECKING, Any
 
 from .checks import Check, list_of, object_of, refuse, text
-from .checks import fields as checked
 from .lines import Found, parse_each, report, to_line
 from .outcomes import Outcome
 
@@ -88,10 +87,6 @@ def from_dataset(dataset: Dataset) -> list[Outcome]:
     Raises:
         TypeError: It is no `datasets.Dataset`.
     """
-    return report(_scan_dataset(dataset), "dataset")
-
-
-def _scan_dataset(dataset: Dataset) -> Iterator[Found]:
     from datasets import Dataset
 
     if not isinstance(dataset, Dataset):
@@ -100,7 +95,7 @@ def _scan_dataset(dataset: Dataset) -> Iterator[Found]:
             "of several splits pass one, such as dataset['train']"
         )
     # As they are stored: another format opens the files that a column of images names.
-    yield from scan_tables(dataset.with_format("arrow").iter(1000))
+    return report(scan_tables(dataset.with_format("arrow").iter(1000)), "dataset")
 
 
 def scan_tables(tables: Iterable[pa.Table]) -> Iterator[Found]:
@@ -176,7 +171,7 @@ def _files(folder: Path) -> list[Path]:
 def _listed(file: Path, name: str, check: Check) -> list[Any]:
     try:
         data = json.loads(file.read_text(encoding="utf-8"))
-        found: list[Any] = checked(data, "", {name: list_of(check)})[name]
+        found: list[Any] = object_of({name: list_of(check)})(data, "")[name]
     except RecursionError:
         raise ValueError(f"{file} is nested too deep") from None
     except ValueError as error:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 Check = Callable[[Any, str], Any]
@@ -96,9 +96,9 @@ def one_of(*words: str) -> Check:
     return check
 
 
-def or_none(check: Check) -> Check:
-    """Makes the check that lets None pass as well."""
-    return lambda value, name: None if value is None else check(value, name)
+def or_none(check: Check, instead: Any = None) -> Check:
+    """Makes the check that lets None pass as well, and returns `instead` of it."""
+    return lambda value, name: instead if value is None else check(value, name)
 
 
 def list_of(check: Check) -> Check:
@@ -119,19 +119,7 @@ def list_of(check: Check) -> Check:
 
 def dict_of(check: Check) -> Check:
     """Makes the check of an object whose values all pass `check`, whatever their names."""
-
-    def check_all(value: Any, name: str) -> dict[str, Any]:
-        if not isinstance(value, dict):
-            raise refuse(name, "an object", value)
-        _check_keys(value, name)
-        try:
-            return {k: check(v, name) for k, v in value.items()}
-        except ValueError:
-            for k, v in value.items():
-                check(v, within(name, k))
-            raise
-
-    return check_all
+    return object_of({}, rest=check)
 
 
 def object_of(
@@ -142,7 +130,7 @@ def object_of(
     """Makes the check of an object with these fields.
 
     Args:
-        needed: Fields that must be there.
+        needed: Fields that must be there. Of the outermost object the name is empty.
         optional: Fields that may be there.
         rest: Of all other fields; ``None``: they are left out.
     """
@@ -154,8 +142,9 @@ def object_of(
         for key in needed:
             if key not in value:
                 raise ValueError(f"`{name}` lacks `{key}`" if name else f"`{key}` is missing")
-        if rest is not None:
-            _check_keys(value, name or "all of it")
+        for key in value if rest is not None else ():
+            if not isinstance(key, str) or not key.isascii():  # as nearly all are
+                text(key, f"{name or 'all of it'}, a key")
         try:
             return {
                 key: check(inner, name)
@@ -169,39 +158,6 @@ def object_of(
             raise
 
     return check_all
-
-
-def fields(
-    value: Any,
-    name: str,
-    needed: Mapping[str, Check],
-    optional: Mapping[str, Check] | None = None,
-    rest: Check | None = None,
-) -> dict[str, Any]:
-    """The fields of an object, checked as by `object_of`.
-
-    Args:
-        value: What should be an object.
-        name: Of its field; empty for the outermost.
-        needed: As `object_of`.
-        optional: Likewise.
-        rest: Likewise.
-
-    Raises:
-        ValueError: As every check.
-    """
-    found: dict[str, Any] = object_of(needed, optional, rest)(value, name)
-    return found
-
-
-def _check_keys(keys: Iterable[Any], name: str) -> None:
-    try:
-        is_plain = "".join(keys).isascii()  # as nearly all are
-    except TypeError:
-        is_plain = False
-    if not is_plain:
-        for key in keys:
-            text(key, f"{name}, a key")
 
 
 def within(name: str, key: str) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
@@ -15,17 +14,16 @@ from .checks import (
     anything,
     count,
     dict_of,
-    fields,
     finite,
     flag,
     list_of,
     object_of,
-    one_of,
     or_none,
     text,
 )
-from .look import Look
+from .look import Learnable, Look, plain
 from .outcomes import Outcome, library_versions, parse_outcome, provenance
+from .run_file import ROW
 from .verdict import LEVELS, Verdict
 
 
@@ -71,13 +69,14 @@ class Journal:
     @property
     def linear_probe(self) -> dict[str, Any] | None:
         """Of the untouched model, as JSON-ready data; None where none was asked for."""
-        found = self.baseline.learnable
+        start, found = self.start, self.baseline.learnable
         if found is None:
             return None
-        accuracy = error = None
-        if found.probe is not None:
-            accuracy, error = found.probe.at(found.n_train)
-        return {"accuracy": accuracy, "standard_error": error, "note": found.note}
+        return {
+            "accuracy": start.linear_probe_accuracy,
+            "standard_error": start.linear_probe_standard_error,
+            "note": found.note,
+        }
 
     @property
     def alarm(self) -> str:
@@ -86,7 +85,17 @@ class Journal:
 
     def outcome(self, complete: bool, ended: str) -> Outcome:
         """The outcome of the run if it ended with its latest look."""
-        return keys.as_outcome(self.start, self.history, complete, ended)
+        last = self.history[-1]
+        return replace(
+            self.start,
+            final_accuracy=last[keys.ACCURACY],
+            off_target_after={
+                name: last[keys.accuracy_key(name)] for name in self.start.off_target_after
+            },
+            trajectory=list(map(_trajectory_row, self.history)),
+            complete=complete,
+            ended=ended,
+        )
 
     def plan(self, steps: int) -> None:
         """Go on to another number of steps than was planned: shares done are shares of these.
@@ -100,16 +109,11 @@ class Journal:
 
     def to_json(self) -> dict[str, Any]:
         """As JSON-ready data."""
-        return {
+        return vars(self) | {
             "start": asdict(self.start),
             "baseline": self.baseline.to_json(),
             "fingerprints": dict(self.fingerprints),
-            "n_outcomes": self.n_outcomes,
-            "history": [dict(row) for row in self.history],
-            "failures": self.failures,
-            "dropped": self.dropped,
-            "off_target_size": self.off_target_size,
-            "is_later_phase": self.is_later_phase,
+            "history": list(map(dict, self.history)),
         }
 
     @classmethod
@@ -119,14 +123,14 @@ class Journal:
         Raises:
             ValueError: It is not that; the message names the field.
         """
-        journal = cls(**fields(data, "", _FIELDS, _OPTIONAL))
+        journal = cls(**_JOURNAL(data, ""))
         off_target = list(journal.start.off_target_before)
         tasks = {journal.start.task, *off_target}
         if not journal.baseline.correct.keys() == journal.fingerprints.keys() == tasks:
             raise ValueError("`baseline`, `fingerprints` and `start` are of different tasks")
-        accuracies = dict.fromkeys(map(keys.accuracy_key, off_target), FRACTION)
+        check = object_of(dict.fromkeys(map(keys.accuracy_key, off_target), FRACTION))
         for position, row in enumerate(journal.history):
-            fields(row, f"history[{position}]", accuracies)
+            check(row, f"history[{position}]")
         if not journal.history:
             raise ValueError("`history` must hold the look before training, got none")
         return journal
@@ -198,58 +202,34 @@ def checked_recipe(recipe: Mapping[str, Any]) -> dict[str, Any]:
     return settings
 
 
-def opening(
-    look: Look,
-    *,
-    model: str,
-    model_fingerprint: str,
-    method: str,
-    fingerprint: str,
-    recipe: dict[str, Any],
-    run: str,
-) -> Outcome:
+def opening(look: Look, *, fingerprint: str, **known: Any) -> Outcome:
     """The outcome of a run before its first step: nothing gained, nothing lost.
 
     Args:
         look: At the untouched model; the task being learnt comes first in it.
-        model: As `Outcome`.
-        model_fingerprint: As `Outcome`.
-        method: As `Outcome`.
         fingerprint: Of the task.
-        recipe: As `Outcome`.
-        run: As `Outcome`.
+        known: ``model``, ``model_fingerprint``, ``method``, ``recipe`` and ``run`` of `Outcome`.
     """
-    m = look.measurement
     task, *off_target = look.correct
     accuracies = {name: look.accuracy(name) for name in off_target}
-    learnable = look.learnable
-    probe = None if learnable is None else learnable.probe
-    n_train = None if learnable is None else learnable.n_train
+    learnable = look.learnable or Learnable(None, "")
+    probe, n_train = learnable.probe, learnable.n_train
     carried, error = (None, None) if probe is None else probe.at(n_train)
-    images = {"zero_shot_accuracy": f"{len(look.correct[task])} probe images of the task"}
-    images["final_accuracy"] = images["zero_shot_accuracy"]
-    if learnable is not None and probe is not None:
+    shown = f"{len(look.correct[task])} probe images of the task"
+    images = dict.fromkeys(("zero_shot_accuracy", "final_accuracy"), shown)
+    if probe is not None:
         images["linear_probe_accuracy"] = learnable.note
     return Outcome(
-        model=model,
-        model_fingerprint=model_fingerprint,
-        method=method,
         task=task,
         task_fingerprint=fingerprint,
-        iimm=m.iimm,
-        inter=m.inter,
-        intra=m.intra,
-        standard_error=None if math.isnan(m.standard_error) else m.standard_error,
-        n_images=m.n_images,
-        n_classes=m.n_classes,
+        **known,
+        **plain(look.measurement),
         zero_shot_accuracy=look.accuracy(task),
         final_accuracy=look.accuracy(task),
         off_target_before=accuracies,
         off_target_after=accuracies,
-        recipe=recipe,
         versions=library_versions(),
         provenance=provenance(),
-        run=run,
         n_train=n_train,
         linear_probe_accuracy=carried,
         linear_probe_standard_error=error,
@@ -258,26 +238,24 @@ def opening(
     )
 
 
-_ROW = {
-    "step": count,
-    "share": FRACTION,
-    "level": one_of(*LEVELS),
-    "reason": text,
-    "standard_errors": dict_of(ERROR),
-    keys.PREFIX: DIFFERENCE,
-    keys.INTER: DIFFERENCE,
-    keys.INTRA: DIFFERENCE,
-    keys.ACCURACY: FRACTION,
-    keys.observed_key("gain"): DIFFERENCE,
-}
-_FIELDS = {
-    "start": lambda value, name: parse_outcome(value),
-    "baseline": lambda value, name: Look.from_json(value),
-    "fingerprints": dict_of(text),
-    "n_outcomes": count,
-    "history": list_of(object_of(_ROW, {"drops": dict_of(DIFFERENCE)}, finite)),
-    "failures": count,
-    "dropped": count,
-}
-# Checkpoints of earlier releases lack them.
-_OPTIONAL = {"off_target_size": or_none(count), "is_later_phase": flag}
+def _trajectory_row(row: dict[str, Any]) -> dict[str, Any]:
+    kept = {n: keys.observed_key(n) for n in ("gain", "forgetting")} | {"worst": keys.WORST}
+    values = {k: row[key] for k, key in kept.items() if key in row}
+    errors = {f"{k}_se": row["standard_errors"][k] for k in values if k in row["standard_errors"]}
+    known = {"iimm": keys.PREFIX, "training_loss": "training_loss", "drops": "drops"}
+    beside = {name: row[key] for name, key in known.items() if key in row}
+    return {"share": row["share"]} | values | errors | beside
+
+
+_ROW = object_of(ROW | {"standard_errors": dict_of(ERROR)}, {"drops": dict_of(DIFFERENCE)}, finite)
+_JOURNAL = object_of(
+    {
+        "start": lambda value, name: parse_outcome(value),
+        "baseline": lambda value, name: Look.from_json(value),
+        "history": list_of(_ROW),
+        "fingerprints": dict_of(text),
+        **dict.fromkeys(("n_outcomes", "failures", "dropped"), count),
+    },
+    # Checkpoints of earlier releases lack them.
+    {"off_target_size": or_none(count), "is_later_phase": flag},
+)

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:  # for the types alone: the command line reads keys without torch
     from ..measures.results import Forgetting
-    from .forecast import Forecast, Prediction
+    from .forecast import Forecast
     from .look import Look
-    from .outcomes import Outcome
     from .verdict import Verdict
 
 PREFIX = "eval_iimm"
@@ -39,6 +36,11 @@ def accuracy_key(task: str) -> str:
 def forecast_key(name: str) -> str:
     """Key of the forecast of "gain" or "forgetting"; its interval has ``_low`` and ``_high``."""
     return f"{PREFIX}_{name}_forecast"
+
+
+def forecast_keys(name: str) -> list[str]:
+    """Keys of a forecast and of both ends of its interval."""
+    return [f"{forecast_key(name)}{end}" for end in ("", "_low", "_high")]
 
 
 def look_row(
@@ -81,7 +83,9 @@ def look_row(
     if off_target:
         row[observed_key("forgetting")] = observed.mean.value if observed else 0.0
         row[WORST] = observed.worst.value if observed else 0.0
-    row |= _interval("gain", forecast.gain) | _interval("forgetting", forecast.forgetting)
+    for name, found in (("gain", forecast.gain), ("forgetting", forecast.forgetting)):
+        if found is not None:
+            row |= zip(forecast_keys(name), (found.point, found.low, found.high), strict=True)
     if verdict.exceed_probability is not None:
         row[EXCEED] = verdict.exceed_probability
     return row | {accuracy_key(name): accuracy(name) for name in off_target}
@@ -90,41 +94,3 @@ def look_row(
 def _changed(whole: float, before: float, now: float, least: float) -> float:
     """The baseline's number of all its images, plus what changed on those that a look shows."""
     return now if before == whole else min(max(whole + now - before, least), 1.0)
-
-
-def as_outcome(
-    start: Outcome, history: Sequence[dict[str, Any]], complete: bool, ended: str
-) -> Outcome:
-    """The outcome of a run from its looks.
-
-    Args:
-        start: The run before its first step.
-        history: One row per look.
-        complete: As `Outcome`.
-        ended: As `Outcome`.
-    """
-    last = history[-1]
-    return replace(
-        start,
-        final_accuracy=last[ACCURACY],
-        off_target_after={name: last[accuracy_key(name)] for name in start.off_target_after},
-        trajectory=[_trajectory_row(row) for row in history],
-        complete=complete,
-        ended=ended,
-    )
-
-
-def _trajectory_row(row: dict[str, Any]) -> dict[str, Any]:
-    kept = {n: observed_key(n) for n in ("gain", "forgetting")} | {"worst": WORST}
-    values = {k: row[key] for k, key in kept.items() if key in row}
-    errors = {f"{k}_se": row["standard_errors"][k] for k in values if k in row["standard_errors"]}
-    known = {"iimm": PREFIX, "training_loss": "training_loss", "drops": "drops"}
-    beside = {name: row[key] for name, key in known.items() if key in row}
-    return {"share": row["share"]} | values | errors | beside
-
-
-def _interval(name: str, prediction: Prediction | None) -> dict[str, float]:
-    if prediction is None:
-        return {}
-    key = forecast_key(name)
-    return {key: prediction.point, f"{key}_low": prediction.low, f"{key}_high": prediction.high}

@@ -76,15 +76,14 @@ class Look:
     def to_json(self) -> dict[str, Any]:
         """As JSON-ready data, without step and runtime: the baseline of a run, for a checkpoint."""
         bits = {name: "".join("01"[int(c)] for c in row) for name, row in self.correct.items()}
-        data: dict[str, Any] = {"measurement": _plain(self.measurement), "correct": bits}
+        data: dict[str, Any] = {"measurement": plain(self.measurement), "correct": bits}
         if self.parts:
-            data["parts"] = [_plain(part) for part in self.parts]
+            data["parts"] = list(map(plain, self.parts))
         if self.learnable is not None:
             data["learnable"] = asdict(self.learnable)
-            if self.learnable.probe is not None:
-                probe = self.learnable.probe
-                plain = {"penalty": _finite(probe.penalty), "curve": [list(p) for p in probe.curve]}
-                data["learnable"]["probe"] |= plain
+            if (probe := self.learnable.probe) is not None:
+                known = {"penalty": _finite(probe.penalty), "curve": list(map(list, probe.curve))}
+                data["learnable"]["probe"] |= known
         if self.scores:
             data["scores"] = {
                 name: {"value": score.value, "images": score.images.tolist()}
@@ -99,14 +98,22 @@ class Look:
         Raises:
             ValueError: It is not that; the message names the field.
         """
-        look = checks.fields(data, "baseline", _BASELINE, _OPTIONAL)
+        look = _BASELINE(data, "baseline")
         correct, scores = look["correct"], look.get("scores", {})
         for name, score in scores.items():
             if name not in correct or len(score.images) != len(correct[name]):
                 raise ValueError(f"`baseline`: `scores` and `correct` of {name!r:.40} do not match")
-        learnable = look.get("learnable")
         parts = tuple(look.get("parts", ()))
-        return cls(0, look["measurement"], correct, 0.0, scores, learnable, parts)
+        return cls(0, look["measurement"], correct, 0.0, scores, look.get("learnable"), parts)
+
+
+def plain(measurement: Measurement) -> dict[str, Any]:
+    """Its fields as JSON-ready data."""
+    return asdict(measurement) | {"standard_error": _finite(measurement.standard_error)}
+
+
+def _finite(number: float) -> float | None:
+    return number if math.isfinite(number) else None  # JSON has no infinity and no NaN
 
 
 def _bits(value: Any, name: str) -> np.ndarray:
@@ -115,69 +122,46 @@ def _bits(value: Any, name: str) -> np.ndarray:
     return np.array([bit == "1" for bit in value])
 
 
-def _plain(measurement: Measurement) -> dict[str, Any]:
-    error = measurement.standard_error
-    return asdict(measurement) | {"standard_error": _finite(error)}
-
-
-def _measurement(value: Any, name: str) -> Measurement:
-    found = checks.fields(value, name, _MEASUREMENT)
-    error = found["standard_error"]
-    return Measurement(**found | {"standard_error": math.nan if error is None else error})
-
-
-def _score(value: Any, name: str) -> Score:
-    found = checks.fields(value, name, _SCORE)
-    return Score(found["value"], np.array(found["images"]))
-
-
 def _pair(value: Any, name: str) -> tuple[int, float]:
     if not isinstance(value, list) or len(value) != 2:
         raise ValueError(f"`{name}` must be a pair of a count and an accuracy, got {value!r:.40}")
     return checks.count(value[0], name), checks.FRACTION(value[1], name)
 
 
-_MEASUREMENT = {
-    "iimm": checks.DIFFERENCE,
-    "inter": checks.DIFFERENCE,
-    "intra": checks.DIFFERENCE,
-    "standard_error": checks.or_none(checks.ERROR),
-    "n_images": checks.count,
-    "n_classes": checks.count,
-}
-_SCORE = {"value": checks.FRACTION, "images": checks.list_of(checks.finite)}
-_PROBE = {
-    "accuracy": checks.FRACTION,
-    "standard_error": checks.ERROR,
-    "penalty": checks.or_none(checks.finite),
-    "n_train": checks.count,
-    "n_scored": checks.count,
-    "held_out": checks.flag,
-    "curve": checks.list_of(_pair),
-}
+def _curve(value: Any, name: str) -> tuple[Any, ...]:
+    return tuple(checks.list_of(_pair)(value, name))
 
 
-def _finite(number: float) -> float | None:
-    return number if math.isfinite(number) else None  # JSON has no infinity and no NaN
+def _numbers(value: Any, name: str) -> np.ndarray:
+    return np.array(checks.list_of(checks.finite)(value, name))
 
 
-def _learnable(value: Any, name: str) -> Learnable:
-    found = checks.fields(
-        value,
-        name,
-        {"probe": checks.anything, "note": checks.text, "n_train": checks.or_none(checks.count)},
-    )
-    probe = None
-    if found["probe"] is not None:
-        row = checks.fields(found["probe"], f"{name}.probe", _PROBE, {"step": checks.ERROR})
-        penalty = math.inf if row["penalty"] is None else row["penalty"]
-        probe = LinearProbe(**row | {"penalty": penalty, "curve": tuple(row["curve"])})
-    return Learnable(probe, found["note"], found["n_train"])
+def _made(kind: type, needed: dict[str, Any], optional: dict[str, Any] | None = None) -> Any:
+    """Makes the check of an object that has the fields of a class, and returns one of that."""
+    check = checks.object_of(needed, optional)
+    return lambda value, name: kind(**check(value, name))
 
 
-_OPTIONAL = {
-    "scores": checks.dict_of(_score),
-    "learnable": _learnable,
-    "parts": checks.list_of(_measurement),
-}
-_BASELINE = {"measurement": _measurement, "correct": checks.dict_of(_bits)}
+_MEASUREMENT = _made(
+    Measurement,
+    dict.fromkeys(("iimm", "inter", "intra"), checks.DIFFERENCE)
+    | dict.fromkeys(("n_images", "n_classes"), checks.count)
+    | {"standard_error": checks.or_none(checks.ERROR, math.nan)},
+)
+_PROBE = _made(
+    LinearProbe,
+    dict.fromkeys(("n_train", "n_scored"), checks.count)
+    | {"accuracy": checks.FRACTION, "standard_error": checks.ERROR, "held_out": checks.flag}
+    | {"penalty": checks.or_none(checks.finite, math.inf), "curve": _curve},
+    {"step": checks.ERROR},
+)
+_LEARNABLE = _made(
+    Learnable,
+    {"probe": checks.or_none(_PROBE), "note": checks.text, "n_train": checks.or_none(checks.count)},
+)
+_SCORE = _made(Score, {"value": checks.FRACTION, "images": _numbers})
+_BASELINE = checks.object_of(
+    {"measurement": _MEASUREMENT, "correct": checks.dict_of(_bits)},
+    {"scores": checks.dict_of(_SCORE), "parts": checks.list_of(_MEASUREMENT)}
+    | {"learnable": _LEARNABLE},
+)

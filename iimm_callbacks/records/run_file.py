@@ -19,10 +19,10 @@ from .checks import (
     DIFFERENCE,
     ERROR,
     FRACTION,
+    Check,
     anything,
     count,
     dict_of,
-    fields,
     finite,
     flag,
     list_of,
@@ -30,7 +30,6 @@ from .checks import (
     one_of,
     or_none,
     text,
-    within,
 )
 from .verdict import LEVELS, LIMIT_ON
 
@@ -170,24 +169,19 @@ def check_run(data: Any) -> dict[str, Any]:
     Raises:
         ValueError: It is none; the message names the field, what was expected and what came.
     """
-    record = fields(data, "", _RECORD, _OPTIONAL, anything)
+    record: dict[str, Any] = _RECORD(data, "")
+    accuracies = dict.fromkeys(map(keys.accuracy_key, record["off_target"]), FRACTION)
     for position, look in enumerate(record["looks"]):
-        for key in _lacking(look, record["off_target"]):
-            raise ValueError(f"`looks[{position}]` lacks {key!r}")
-        for key in map(keys.accuracy_key, record["off_target"]):
-            look[key] = FRACTION(look[key], within(f"looks[{position}]", key))
+        needed = list(accuracies)  # because something else is there
+        if accuracies or _FORGETTING in look:
+            needed += [_FORGETTING, keys.WORST]
+        for forecast in _FORECASTS:
+            needed += forecast if any(key in look for key in forecast) else ()
+        for key in needed:
+            if key not in look:
+                raise ValueError(f"`looks[{position}]` lacks {key!r}")
+        look |= object_of(accuracies)(look, f"looks[{position}]")
     return record
-
-
-def _lacking(look: dict[str, Any], off_target: list[str]) -> list[str]:
-    """What must be there because something else is."""
-    needed = [keys.accuracy_key(name) for name in off_target]
-    if off_target or _FORGETTING in look:
-        needed += [_FORGETTING, keys.WORST]
-    for forecast in _FORECASTS:
-        if any(key in look for key in forecast):
-            needed += forecast
-    return [key for key in needed if key not in look]
 
 
 def _looks(value: Any, name: str) -> list[dict[str, Any]]:
@@ -198,16 +192,14 @@ def _looks(value: Any, name: str) -> list[dict[str, Any]]:
 
 
 _FORGETTING = keys.observed_key("forgetting")
-_FORECASTS = [
-    [f"{keys.forecast_key(name)}{end}" for end in ("", "_low", "_high")]
-    for name in ("gain", "forgetting")
-]
+_FORECASTS = [keys.forecast_keys(name) for name in ("gain", "forgetting")]
+ROW: dict[str, Check] = {  # what there is of every look
+    "step": count, "share": FRACTION, "level": one_of(*LEVELS), "reason": text,
+    keys.PREFIX: DIFFERENCE, keys.INTER: DIFFERENCE, keys.INTRA: DIFFERENCE,
+    keys.ACCURACY: FRACTION, keys.observed_key("gain"): DIFFERENCE,
+}  # fmt: skip
 _LOOK = object_of(
-    {
-        "step": count, "share": FRACTION, "level": one_of(*LEVELS), "reason": text,
-        keys.PREFIX: DIFFERENCE, keys.INTER: DIFFERENCE, keys.INTRA: DIFFERENCE,
-        keys.ACCURACY: FRACTION, keys.observed_key("gain"): DIFFERENCE,
-    },
+    ROW,
     {
         keys.STANDARD_ERROR: ERROR, keys.EXCEED: FRACTION,
         _FORGETTING: DIFFERENCE, keys.WORST: DIFFERENCE,
@@ -232,10 +224,7 @@ _FORECAST = object_of(
      "off_target": dict_of(_PREDICTION)},
     anything,
 )  # fmt: skip
-_LIMITS = object_of(
-    {"max_forgetting": or_none(FRACTION), "limit_on": one_of(*LIMIT_ON), "confidence": FRACTION},
-    rest=anything,
-)
+_LIMITS: dict[str, Check] = {"max_forgetting": or_none(FRACTION), "limit_on": one_of(*LIMIT_ON)}
 _MIX = object_of(
     {
         "alpha": FRACTION, "accuracy": FRACTION, "gain": DIFFERENCE, "gain_se": ERROR,
@@ -247,9 +236,7 @@ _MIX = object_of(
 _RESCUE = object_of(
     {
         "mixes": list_of(_MIX), "alpha": FRACTION, "reason": text, "held_out": _MIX,
-        "limits": object_of(
-            {"max_forgetting": or_none(FRACTION), "limit_on": one_of(*LIMIT_ON)}, rest=anything
-        ),
+        "limits": object_of(_LIMITS, rest=anything),
         "n_tensors": count, "applied": flag, "notes": list_of(text), "runtime": ERROR,
     },
     rest=anything,
@@ -268,17 +255,22 @@ def check_rescue(value: Any, name: str) -> dict[str, Any]:
     return rescue
 
 
-_RECORD = {
-    "task": text, "method": text, "off_target": list_of(text), "ended": text,
-    "n_images": count, "n_classes": count, "failures": count, "looks_dropped": count,
-    "recipe": object_of({"trainable_share": FRACTION}, rest=anything),
-    "limits": _LIMITS, "forecast": _FORECAST, "looks": _looks,
-}  # fmt: skip
-_OPTIONAL = {  # of a rescued run, and what an old version did not write
-    "rescue": check_rescue, "templates": dict_of(list_of(text)), "metrics": dict_of(text),
-    "fingerprints": dict_of(text), "model_fingerprint": or_none(text),
-    "process": object_of({"host": text, "pid": count, "started": finite}, rest=anything),
-    "linear_probe": or_none(object_of(
-        {"note": text}, dict.fromkeys(("accuracy", "standard_error"), or_none(FRACTION)), anything
-    )),
-}  # fmt: skip
+_RECORD = object_of(
+    {
+        "task": text, "method": text, "off_target": list_of(text), "ended": text,
+        "n_images": count, "n_classes": count, "failures": count, "looks_dropped": count,
+        "recipe": object_of({"trainable_share": FRACTION}, rest=anything),
+        "limits": object_of(_LIMITS | {"confidence": FRACTION}, rest=anything),
+        "forecast": _FORECAST, "looks": _looks,
+    },
+    {  # of a rescued run, and what an old version did not write
+        "rescue": check_rescue, "templates": dict_of(list_of(text)), "metrics": dict_of(text),
+        "fingerprints": dict_of(text), "model_fingerprint": or_none(text),
+        "process": object_of({"host": text, "pid": count, "started": finite}, rest=anything),
+        "linear_probe": or_none(object_of(
+            {"note": text}, dict.fromkeys(("accuracy", "standard_error"), or_none(FRACTION)),
+            anything,
+        )),
+    },
+    anything,
+)  # fmt: skip

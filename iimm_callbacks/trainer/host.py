@@ -90,9 +90,8 @@ def warn_of_no_look(
 
 def comes_and_goes(key: str) -> bool:
     """Whether a number of ours is there at some looks only: a forecast and what rests on it."""
-    forecasts = [keys.forecast_key(name) for name in ("gain", "forgetting")]
-    ends = ("", "_low", "_high")
-    return key in {keys.EXCEED, keys.STANDARD_ERROR, *(f + end for f in forecasts for end in ends)}
+    forecasts = [*keys.forecast_keys("gain"), *keys.forecast_keys("forgetting")]
+    return key in {keys.EXCEED, keys.STANDARD_ERROR, *forecasts}
 
 
 def best_step(state: TrainerState) -> int | None:

@@ -43,8 +43,8 @@ def test_what_does_not_pass_is_named(check, value, says):
 def test_the_fields_of_an_object_are_needed_optional_or_the_rest():
     needed, optional = {"a": checks.count}, {"b": checks.text}
     value = {"a": 1, "c": 0.5}
-    assert checks.fields(value, "x", needed, optional) == {"a": 1}
-    assert checks.fields(value, "x", needed, optional, checks.anything) == value
+    assert checks.object_of(needed, optional)(value, "x") == {"a": 1}
+    assert checks.object_of(needed, optional, checks.anything)(value, "x") == value
     assert checks.object_of(needed)({"a": 2}, "x") == {"a": 2}
     for given, name, says in (
         ({}, "x", "`x` lacks `a`"),
@@ -55,5 +55,5 @@ def test_the_fields_of_an_object_are_needed_optional_or_the_rest():
         ([], "", "`all of it` must be an object, got list"),
     ):
         with pytest.raises(ValueError, match=r"must|lacks|missing") as caught:
-            checks.fields(given, name, needed, optional)
+            checks.object_of(needed, optional)(given, name)
         assert str(caught.value) == says
