@@ -12,7 +12,7 @@ from pathlib import Path, PureWindowsPath
 from typing import TYPE_CHECKING, Any
 
 from .checks import Check, list_of, object_of, refuse, text
-from .lines import Found, parse_each, report, to_line
+from .lines import Found, parse_line, report, to_line
 from .outcomes import Outcome
 
 if TYPE_CHECKING:
@@ -101,7 +101,8 @@ def from_dataset(dataset: Dataset) -> list[Outcome]:
 def scan_tables(tables: Iterable[pa.Table]) -> Iterator[Found]:
     """Each row of these tables: where it is, and the outcome or what is wrong."""
     rows = (table.slice(n, 1) for table in tables for n in range(table.num_rows))
-    yield from parse_each(((f"row {n} (from 0)", row) for n, row in enumerate(rows)), _decode)
+    for n, row in enumerate(rows):
+        yield f"row {n} (from 0)", parse_line(row, _decode)
 
 
 def _decode(row: pa.Table) -> dict[str, Any]:

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import statistics
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
-from typing import Any
-
-import numpy as np
+from statistics import median
+from typing import Any, TypeVar
 
 from .outcomes import Outcome
 
+_T = TypeVar("_T")
 _APART = 0.02  # zero-shot accuracies, or IIMM, of one model on the same images
 _LEAST_IMAGES = 50
 _FEWEST = 8  # runs that tell what is usual
@@ -46,12 +45,8 @@ def _name(o: Outcome) -> str:
 
 
 def _doubles(runs: Sequence[Outcome]) -> list[str]:
-    found: dict[str, list[Outcome]] = defaultdict(list)
-    for o in runs:
-        if o.run and o.complete:
-            found[o.run].append(o)
     told = []
-    for same in found.values():
+    for same in _grouped(runs, lambda o: o.complete and o.run):
         if len(same) > 1:
             differ = any(_content(o) != _content(same[0]) for o in same)
             told.append(
@@ -59,6 +54,20 @@ def _doubles(runs: Sequence[Outcome]) -> list[str]:
                 f"{', with other results; the last one counts' if differ else ''}"
             )
     return told
+
+
+def _grouped(items: Iterable[_T], key: Callable[[_T], Any]) -> Iterable[list[_T]]:
+    """The items of each key, without those whose key is unknown."""
+    found: dict[Any, list[_T]] = defaultdict(list)
+    for item in items:
+        if known := key(item):
+            found[known].append(item)
+    return found.values()
+
+
+def _start(o: Outcome) -> Any:
+    """What runs of one model on the same images have in common."""
+    return o.model_fingerprint and o.task_fingerprint and (o.model_fingerprint, o.task_fingerprint)
 
 
 def _content(o: Outcome) -> dict[str, Any]:
@@ -79,15 +88,11 @@ def contradicted(runs: Sequence[Outcome]) -> dict[int, str]:
     Returns:
         Position in `runs` -> what contradicts, in words.
     """
-    found: dict[tuple[str, str], list[int]] = defaultdict(list)
-    for i, o in enumerate(runs):
-        if o.model_fingerprint and o.task_fingerprint:
-            found[o.model_fingerprint, o.task_fingerprint].append(i)
     told: dict[int, str] = {}
-    for same in found.values():
+    for same in _grouped(range(len(runs)), lambda i: _start(runs[i])):
         for word, field in (("zero-shot accuracy", "zero_shot_accuracy"), ("IIMM", "iimm")):
             known = {i: v for i in same if (v := getattr(runs[i], field)) is not None}
-            usual = statistics.median(known.values()) if known else 0.0
+            usual = median(known.values()) if known else 0.0
             apart = [i for i, value in known.items() if abs(value - usual) > _APART]
             if apart and 2 * len(apart) < len(known):
                 n = len(known) - len(apart)
@@ -102,11 +107,7 @@ def contradicted(runs: Sequence[Outcome]) -> dict[int, str]:
 def _contradictions(runs: Sequence[Outcome]) -> list[str]:
     left_out = contradicted(runs)
     told = [f"{_name(runs[i])}: {why}; forecasts leave it out" for i, why in left_out.items()]
-    found: dict[tuple[str, str], list[Outcome]] = defaultdict(list)
-    for i, o in enumerate(runs):
-        if o.model_fingerprint and o.task_fingerprint and i not in left_out:
-            found[o.model_fingerprint, o.task_fingerprint].append(o)
-    for same in found.values():
+    for same in _grouped((o for i, o in enumerate(runs) if i not in left_out), _start):
         low, high = (pick(same, key=lambda o: o.zero_shot_accuracy) for pick in (min, max))
         if high.zero_shot_accuracy - low.zero_shot_accuracy > _APART:
             told.append(
@@ -131,23 +132,19 @@ def _implausible(runs: Sequence[Outcome]) -> list[str]:
 
 
 def _far_off(runs: Sequence[Outcome]) -> list[str]:
-    by_method: dict[Any, list[Outcome]] = defaultdict(list)
-    by_task: dict[Any, list[Outcome]] = defaultdict(list)
-    for o in runs:
-        if o.complete:
-            by_method[o.model_fingerprint, o.method].append(o)
-            by_task[o.model_fingerprint, o.method, o.task].append(o)
-    found = [line for same in by_task.values() for line in _outliers(same, "gain")]
-    return found + [line for same in by_method.values() for line in _outliers(same, "forgetting")]
+    complete = [o for o in runs if o.complete]
+    by_task = _grouped(complete, lambda o: (o.model_fingerprint, o.method, o.task))
+    by_method = _grouped(complete, lambda o: (o.model_fingerprint, o.method))
+    found = [line for same in by_task for line in _outliers(same, "gain")]
+    return found + [line for same in by_method for line in _outliers(same, "forgetting")]
 
 
 def _outliers(same: Sequence[Outcome], quantity: str) -> list[str]:
     known = [(o, v) for o in same if (v := getattr(o, quantity)) is not None]
     if len(known) < _FEWEST:
         return []
-    values = np.array([value for _, value in known])
-    middle = float(np.median(values))
-    far = max(_FAR * float(np.median(np.abs(values - middle))), _LEAST_FAR)
+    middle = median(value for _, value in known)
+    far = max(_FAR * median(abs(value - middle) for _, value in known), _LEAST_FAR)
     return [
         f"{_name(o)}: {quantity} {100 * value:+.1f} points, where the median of {len(known)} runs "
         f"like it is {100 * middle:+.1f}"

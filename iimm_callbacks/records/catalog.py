@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from fnmatch import translate
 from glob import escape
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from .log import get_logger
 from .outcomes import Outcome, one_of_each_run
@@ -15,8 +15,11 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
+    from .table import Tabled
+
 logger = get_logger(__name__)
 
+Catalog: TypeAlias = "Listed | Tabled"  # the runs of a store; one of its table reads only some
 LEARNT_FROM = 400  # runs; a forecast from as many takes half a second
 _OWN = 0.75  # at most, of the model that is asked about, where there are others
 
@@ -37,10 +40,11 @@ def thin(runs: Sequence[Outcome], model: str, limit: int = LEARNT_FROM) -> list[
         return list(range(len(runs)))
     import numpy as np
 
-    cells = [(run.model_fingerprint, run.method, run.task) for run in runs]
-    number = {cell: i for i, cell in enumerate(sorted(set(cells)))}
-    own = np.array([cell[0] == model for cell in cells], dtype=bool)
-    chosen: list[int] = thin_cells(own, np.array([number[cell] for cell in cells]), limit).tolist()
+    number: dict[Any, int] = {}
+    known = [(run.model_fingerprint, run.method, run.task) for run in runs]
+    cells = np.array([number.setdefault(cell, len(number)) for cell in known])
+    own = np.array([run.model_fingerprint == model for run in runs], dtype=bool)
+    chosen: list[int] = thin_cells(own, cells, limit).tolist()
     return chosen
 
 
@@ -62,18 +66,24 @@ def thin_cells(own: NDArray[np.bool_], cells: NDArray[np.int64], limit: int) -> 
     return np.sort(np.r_[mine, others[: limit - len(mine)]])
 
 
-class Catalog(Protocol):
-    """The runs of a store, of which some can be read without the others.
+class Listed:
+    """The catalog of runs that are at hand, the oldest first.
 
-    Attributes:
-        n_outcomes: Runs that count; those retired and damaged lines do not.
+    Args:
+        outcomes: The runs that count; those retired and damaged lines do not.
     """
 
+    def __init__(self, outcomes: Sequence[Outcome]) -> None:
+        self._outcomes = outcomes
+
     @property
-    def n_outcomes(self) -> int: ...  # noqa: D102
+    def n_outcomes(self) -> int:
+        """Runs that count."""
+        return len(self._outcomes)
 
     def methods(self) -> set[str]:
         """Those of all runs."""
+        return {outcome.method for outcome in self._outcomes}
 
     def relevant(self, model: str, first: int | None = None) -> list[Outcome]:
         """The complete runs that a forecast for a model is learnt from: see `thin`.
@@ -84,37 +94,6 @@ class Catalog(Protocol):
             model: `model_fingerprint`.
             first: Only of so many that were saved first; ``None``: of all.
         """
-
-    def select(self, model: str = "*", method: str = "*", task: str = "*") -> list[int]:
-        """Positions of the runs that fit these patterns; ``*`` matches anything.
-
-        Args:
-            model: Its name or its fingerprint.
-            method: Of fine-tuning.
-            task: The name of the task learnt.
-        """
-
-    def read(self, positions: Sequence[int]) -> list[Outcome]:
-        """The runs at these ascending positions; a damaged one is reported and skipped."""
-
-
-class Listed:
-    """The catalog of runs that are at hand, the oldest first."""
-
-    def __init__(self, outcomes: Sequence[Outcome]) -> None:
-        self._outcomes = outcomes
-
-    @property
-    def n_outcomes(self) -> int:
-        """As `Catalog`."""
-        return len(self._outcomes)
-
-    def methods(self) -> set[str]:
-        """As `Catalog`."""
-        return {outcome.method for outcome in self._outcomes}
-
-    def relevant(self, model: str, first: int | None = None) -> list[Outcome]:
-        """As `Catalog`."""
         from .audit import contradicted
 
         complete = [o for o in one_of_each_run(self._outcomes[:first]) if o.complete]
@@ -129,7 +108,13 @@ class Listed:
         return [o for i, o in enumerate(chosen) if i not in left_out]
 
     def select(self, model: str = "*", method: str = "*", task: str = "*") -> list[int]:
-        """As `Catalog`."""
+        """Positions of the runs that fit these patterns; ``*`` matches anything.
+
+        Args:
+            model: Its name or its fingerprint.
+            method: Of fine-tuning.
+            task: The name of the task learnt.
+        """
         is_model, is_method, is_task = (matcher(words) for words in (model, method, task))
         return [
             i
@@ -140,7 +125,7 @@ class Listed:
         ]
 
     def read(self, positions: Sequence[int]) -> list[Outcome]:
-        """As `Catalog`."""
+        """The runs at these ascending positions; a damaged one is reported and skipped."""
         return [self._outcomes[i] for i in positions]
 
 

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import asdict
-from typing import Any, TypeVar
+from typing import Any
 
 from .log import get_logger
 from .outcomes import Outcome, Retired, parse_record
 
 logger = get_logger(__name__)
 
-_T = TypeVar("_T")
 Found = tuple[str, "Outcome | Retired | ValueError"]  # where it is, and what it is
 
 
@@ -32,12 +31,6 @@ def name_of(outcome: Outcome) -> str:
     return outcome.run or hashlib.sha256(to_line(outcome)).hexdigest()[:32]
 
 
-def parse_line(line: bytes | ValueError) -> Outcome | Retired | ValueError:
-    """What a line or an object holds, or what is wrong with it."""
-    ((_, found),) = parse_each([("", line)], decode_line)
-    return found
-
-
 def decode_line(data: bytes | ValueError) -> Any:
     """What its JSON holds, with or without a mark of UTF-8 before it.
 
@@ -49,15 +42,16 @@ def decode_line(data: bytes | ValueError) -> Any:
     return json.loads(data.decode(errors="surrogateescape").removeprefix("\ufeff"))
 
 
-def parse_each(rows: Iterable[tuple[str, _T]], decode: Callable[[_T], Any]) -> Iterator[Found]:
-    """The one loop that tells outcomes from what is none."""
-    for where, row in rows:
-        try:
-            yield where, parse_record(decode(row))
-        except RecursionError:
-            yield where, ValueError("nested too deep to be an outcome")
-        except ValueError as error:
-            yield where, error
+def parse_line(
+    line: Any, decode: Callable[[Any], Any] = decode_line
+) -> Outcome | Retired | ValueError:
+    """What a line, an object or, with another `decode`, a row holds; or what is wrong with it."""
+    try:
+        return parse_record(decode(line))
+    except RecursionError:
+        return ValueError("nested too deep to be an outcome")
+    except ValueError as error:
+        return error
 
 
 def report(found: Iterable[Found], origin: str) -> list[Outcome]:

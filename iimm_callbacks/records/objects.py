@@ -96,13 +96,7 @@ class Address:
         """Whether it may hold outcomes: elsewhere than on this machine it is not asked."""
         return self.folder is None or self.folder.is_dir()
 
-    def is_dir(self) -> bool:
-        """As a folder."""
-        return self.exists()
-
-    def expanduser(self) -> Address:
-        """The address itself."""
-        return self
+    is_dir = exists
 
 
 def as_store(path: str | Path | Address) -> Path | Address:
@@ -319,19 +313,14 @@ def _tried(act: Callable[[], _T], what: str) -> _T:
             return act()
         except Exception as error:  # each file system has its own
             told = f"cannot {what}: {type(error).__name__}: {' '.join(str(error).split())}"
-            if _is_refused(error):
+            status = getattr(getattr(error, "response", None), "status_code", None)  # of the Hub
+            if isinstance(error, PermissionError | NotImplementedError) or status in (401, 403):
                 raise PermissionError(told) from error
             if pause is None:
                 raise OSError(told) from error
             logger.debug("%s failed (%s), trying again in %g s", what, error, pause)
             time.sleep(pause)
     raise AssertionError  # the last try returns or raises
-
-
-def _is_refused(error: Exception) -> bool:
-    """Whether another try would be refused as well."""
-    status = getattr(getattr(error, "response", None), "status_code", None)  # of the Hub
-    return isinstance(error, PermissionError | NotImplementedError) or status in (401, 403)
 
 
 def digest(data: bytes) -> str:

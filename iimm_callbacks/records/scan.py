@@ -80,17 +80,7 @@ def from_bytes(data: bytes) -> tuple[Table, dict[str, str]]:
         raise ValueError(f"no table: {error}") from error
 
 
-def join(tables: Sequence[Table]) -> Table:
-    """The rows of all of them, in their order; without any, an empty table."""
-    places: dict[str, dict[str, int]] = {word: {} for word in WORDS}
-    parts = [np.empty(0, _ROW)]
-    for table in tables:
-        rows = table.rows.copy()
-        for word, place in places.items():
-            found = [place.setdefault(value, len(place)) for value in table.words[word]]
-            rows[word] = np.array(found, np.int32)[rows[word]]
-        parts.append(rows)
-    return Table(np.concatenate(parts), {word: list(place) for word, place in places.items()})
+EMPTY = Table(np.empty(0, _ROW), {word: [] for word in WORDS})
 
 
 def hashed(name: str) -> bytes:
@@ -98,22 +88,24 @@ def hashed(name: str) -> bytes:
     return hashlib.sha256(name.encode()).hexdigest()[:32].encode()
 
 
-def scan_lines(path: Path, start: int, end: int) -> Table:
+def scan_lines(path: Path, start: int, end: int, before: Table = EMPTY) -> Table:
     """The facts of the lines between two places in a file, in their order.
 
     Args:
         path: Of JSON lines.
         start: Where a line begins, in bytes.
         end: Where to stop: the line that begins before is read to its end.
+        before: Of the lines before, which the table returned begins with.
 
     Raises:
         OSError: The file cannot be read.
     """
-    places: dict[str, dict[str, int]] = {word: {} for word in WORDS}
+    places = {word: {v: i for i, v in enumerate(before.words[word])} for word in WORDS}
     with path.open("rb") as file:
         file.seek(start)
         rows = np.fromiter(_rows(file, start, end, places), _ROW)
-    return Table(rows, {word: list(place) for word, place in places.items()})
+    words = {word: list(place) for word, place in places.items()}
+    return Table(np.concatenate([before.rows, rows]), words)
 
 
 def _rows(

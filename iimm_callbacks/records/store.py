@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import sys
-from collections.abc import Callable, Container, Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,7 +15,7 @@ from platformdirs import user_cache_path
 
 from . import objects
 from .catalog import Catalog, Listed
-from .lines import Found, decode_line, name_of, parse_each, report, to_line
+from .lines import Found, name_of, parse_line, report, to_line
 from .log import get_logger
 from .objects import Address, as_store
 from .outcomes import Outcome, Retired, provenance
@@ -57,11 +57,31 @@ def append_outcome(path: str | Path | Address, outcome: Outcome) -> None:
         ValueError: The outcome could not be read back, such as one with NaN in it; or there is no
             such kind of address.
     """
-    store, line = as_store(path), to_line(outcome)
-    if isinstance(store, Address):
-        _put(store, line)
-    else:
+    _add(as_store(path), to_line(outcome))
+
+
+def _add(store: Path | Address, line: bytes) -> None:
+    if isinstance(store, Path):
         _append_line(store, line)
+        return
+    waiting = _waiting(store)
+    try:
+        objects.put(store, line)
+    except OSError as error:
+        if store.folder is not None:
+            raise
+        _append_line(waiting, line)
+        tell = logger.debug if store in _told_waiting else logger.warning
+        tell(
+            "%s; it is kept in %s until the next outcome that can be written there, or "
+            "`iimm outcomes sync`, and so are those that follow", error, waiting,
+        )  # fmt: skip
+        _told_waiting.add(store)
+        return
+    try:
+        _carry_over(store)
+    except OSError as error:  # of those before; this one is there
+        logger.warning("%s; the outcomes in %s still wait", error, waiting)
 
 
 def _append_line(path: Path, line: bytes) -> None:
@@ -84,27 +104,6 @@ def _append_line(path: Path, line: bytes) -> None:
         raise OSError(f"cannot append to {path}: {error}") from error
     except OSError as error:
         raise objects.cannot_add(error, path) from error
-
-
-def _put(address: Address, line: bytes) -> None:
-    waiting = _waiting(address)
-    try:
-        objects.put(address, line)
-    except OSError as error:
-        if address.folder is not None:
-            raise
-        _append_line(waiting, line)
-        tell = logger.debug if address in _told_waiting else logger.warning
-        tell(
-            "%s; it is kept in %s until the next outcome that can be written there, or "
-            "`iimm outcomes sync`, and so are those that follow", error, waiting,
-        )  # fmt: skip
-        _told_waiting.add(address)
-        return
-    try:
-        _carry_over(address)
-    except OSError as error:  # of those before; this one is there
-        logger.warning("%s; the outcomes in %s still wait", error, waiting)
 
 
 def _waiting(address: Address) -> Path:
@@ -184,30 +183,23 @@ def read_outcomes(path: str | Path | Address) -> list[Outcome]:
     return report(_scan(path), str(path))
 
 
-def open_store(path: str | Path | Address) -> Catalog:
+def open_store(path: str | Path | Address, tables: int = 2) -> Catalog:
     """The catalog of a store.
 
     Args:
         path: As `read_outcomes`; one that does not exist holds nothing.
+        tables: How many may turn out to be of another content before all of it is read.
 
     Raises:
         ImportError, OSError, TypeError, ValueError: As `read_outcomes`.
     """
-    return _open(path, partial(_open, path, partial(_listed, path)))
-
-
-def _listed(path: str | Path | Address) -> Catalog:
-    return Listed(read_outcomes(path))
-
-
-def _open(path: str | Path | Address, again: Callable[[], Catalog]) -> Catalog:
-    """As `open_store`; `again` opens it where its table turns out to be of another content."""
     store = as_store(path)
+    again = partial(open_store, store, tables - 1)
     if not store.exists():
         return Listed([])
     if isinstance(store, Address):
         listing = objects.listing(store)
-        if len(listing) >= _MANY:
+        if tables and len(listing) >= _MANY:
             from . import table
 
             try:
@@ -215,14 +207,14 @@ def _open(path: str | Path | Address, again: Callable[[], Catalog]) -> Catalog:
             except (OSError, NotImplementedError) as error:  # of filelock before 3.24 the latter
                 # Such as a cache folder that may not be written, or has no locks.
                 logger.debug("the objects of %s cannot be copied here: %s", store, error)
-                return _listed(store)
-            others += waiting_for(store, listing)
-            return table.Tabled(store, rows, table.copy_of(store), others, again)
-    elif store.is_file() and store.stat().st_size >= _LARGE:
+            else:
+                others += _waiting_for(store, listing)
+                return table.Tabled(store, rows, table.copy_of(store), others, again)
+    elif tables and store.is_file() and store.stat().st_size >= _LARGE:
         from . import table
 
         return table.Tabled(store, table.of_file(store), store, [], again)
-    return _listed(path)
+    return Listed(read_outcomes(store))
 
 
 def as_catalog(source: str | Path | Address | Dataset | Iterable[Outcome]) -> Catalog:
@@ -305,21 +297,19 @@ def retire(path: str | Path | Address, name: str, why: str) -> Outcome:
             f"`name` must be that of a saved run that counts, got {name!r:.60}; "
             "`iimm outcomes list --json` has them"
         )
-    line = to_line(Retired(name, why, provenance()))
-    _put(store, line) if isinstance(store, Address) else _append_line(store, line)
+    _add(store, to_line(Retired(name, why, provenance())))
     return known[name]
 
 
 def _scan(path: str | Path | Address) -> Iterator[Found]:
     """Each line, row or object: where it is, and the outcome or what is wrong."""
-    is_folder = not isinstance(path, Address) and Path(path).is_dir()
     store = as_store(path)
     if isinstance(store, Address):
         listing = objects.listing(store)
-        names = objects.oldest_first(store, listing, listing)
-        yield from parse_each(objects.fetch(store, names), decode_line)
-        yield from waiting_for(store, listing)
-    elif is_folder:
+        for name, data in objects.fetch(store, objects.oldest_first(store, listing, listing)):
+            yield name, parse_line(data)
+        yield from _waiting_for(store, listing)
+    elif store.is_dir():
         from .as_dataset import read_table, scan_tables
 
         table = read_table(store)
@@ -328,13 +318,8 @@ def _scan(path: str | Path | Address) -> Iterator[Found]:
         yield from _scan_file(store)
 
 
-def waiting_for(address: Address, there: Container[str]) -> list[Found]:
-    """What waits on this machine to be written to an address.
-
-    Args:
-        address: The store.
-        there: The names of its objects.
-    """
+def _waiting_for(address: Address, there: Container[str]) -> list[Found]:
+    """What waits on this machine to be written to an address, and is not `there`."""
     path = _waiting(address)
     return [
         (where, found)
@@ -345,5 +330,6 @@ def waiting_for(address: Address, there: Container[str]) -> list[Found]:
 
 def _scan_file(path: Path) -> Iterator[Found]:
     with path.open("rb") as file:  # as in `scan`, a bare carriage return ends no line
-        lines = ((f"line {n}", line) for n, line in enumerate(file, start=1) if line.strip())
-        yield from parse_each(lines, decode_line)
+        for n, line in enumerate(file, start=1):
+            if line.strip():
+                yield f"line {n}", parse_line(line)

@@ -11,6 +11,7 @@ import hashlib
 import os
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -28,7 +29,7 @@ from .log import get_logger
 from .objects import Address, Listing
 from .outcomes import Outcome, Retired
 from .run_file import write_whole
-from .scan import DAMAGED, OUTCOME, RETIRED, Table, from_bytes, hashed, join, scan_lines
+from .scan import DAMAGED, EMPTY, OUTCOME, RETIRED, Table, from_bytes, hashed, scan_lines
 
 logger = get_logger(__name__)
 
@@ -38,10 +39,11 @@ _Positions = NDArray[np.int64]
 _SAMPLE = 4096  # bytes that tell whether a store still begins with what its table is of
 
 
+@dataclass(eq=False)
 class Tabled:
     """The catalog of a store that has a table.
 
-    Args:
+    Attributes:
         store: The store.
         table: As `table.of_file`.
         lines: The file that has the lines.
@@ -49,72 +51,67 @@ class Tabled:
         again: Opens the store once more, where the table turns out to be of another content.
     """
 
-    def __init__(
-        self,
-        store: Path | Address,
-        table: Table,
-        lines: Path,
-        others: Sequence[Found],
-        again: Callable[[], Catalog],
-    ) -> None:
-        self._store = store
-        self._rows, self._words = table.rows, table.words
-        self._lines = lines
-        self._others = others
-        self._again = again
+    store: Path | Address
+    table: Table
+    lines: Path
+    others: Sequence[Found]
+    again: Callable[[], Catalog]
 
     @cached_property
     def _retired(self) -> set[bytes]:
         """Names of the runs that no longer count, hashed."""
-        also = {hashed(found.retired) for _, found in self._others if isinstance(found, Retired)}
-        return also.union(self._rows["name"][self._rows["kind"] == RETIRED].tolist())
+        also = {hashed(found.retired) for _, found in self.others if isinstance(found, Retired)}
+        return also.union(self.table.rows["name"][self.table.rows["kind"] == RETIRED].tolist())
 
     @cached_property
     def _counted(self) -> _Positions:
         """Rows of the outcomes that are not retired."""
-        counts = self._rows["kind"] == OUTCOME
+        counts = self.table.rows["kind"] == OUTCOME
         if self._retired:
-            counts &= ~np.isin(self._rows["name"], list(self._retired))
+            counts &= ~np.isin(self.table.rows["name"], list(self._retired))
         return np.flatnonzero(counts)
 
     @cached_property
     def _rest(self) -> Listed:
         """The runs that are not in the file."""
-        found = report(self._others, str(self._store))
+        found = report(self.others, str(self.store))
         gone = self._retired
         return Listed([o for o in found if hashed(name_of(o)) not in gone] if gone else found)
 
     @property
     def n_outcomes(self) -> int:
-        """As `Catalog`."""
+        """As `Listed`."""
         return len(self._counted) + self._rest.n_outcomes
 
     def methods(self) -> set[str]:
-        """As `Catalog`."""
-        known = np.unique(self._rows["method"][self._counted]).tolist()
-        return self._rest.methods().union(self._words["method"][code] for code in known)
+        """As `Listed`."""
+        known = np.unique(self.table.rows["method"][self._counted]).tolist()
+        return self._rest.methods().union(self.table.words["method"][code] for code in known)
 
     def relevant(self, model: str, first: int | None = None) -> list[Outcome]:
-        """As `Catalog`."""
+        """As `Listed`."""
         rows = self._counted[:first]
-        rows = rows[self._rows["complete"][rows]]
-        rows = rows[self._is_latest(rows)]
-        facts = [self._rows[word][rows] for word in ("model_fingerprint", "method", "task")]
+        rows = rows[self.table.rows["complete"][rows]]
+        # Of one run the last counts, of unknown runs each.
+        latest = np.zeros(len(rows), dtype=bool)
+        latest[np.unique(self.table.rows["name"][rows][::-1], return_index=True)[1]] = True
+        rows = rows[latest[::-1] | ~self.table.rows["has_run"][rows]]
+        facts = [self.table.rows[word][rows] for word in ("model_fingerprint", "method", "task")]
         cells = np.unique(np.stack(facts), axis=1, return_inverse=True)[1].reshape(-1)
         own = self._fits("model_fingerprint", lambda value: value == model)[rows]
         chosen = rows[thin_cells(own, cells, LEARNT_FROM)]
-        damaged = np.flatnonzero(self._rows["kind"] == DAMAGED)  # to be reported
+        damaged = np.flatnonzero(self.table.rows["kind"] == DAMAGED)  # to be reported
         try:
             found = self._read(np.sort(np.r_[chosen, damaged]))
         except _ChangedError:
-            forget(self._store)
-            return self._again().relevant(model, first)
+            forget(self.store)
+            return self.again().relevant(model, first)
         left = None if first is None else max(first - len(self._counted), 0)
         rest = self._rest.read(range(self._rest.n_outcomes)[:left])
         return Listed([*found, *rest]).relevant(model)
 
     def select(self, model: str = "*", method: str = "*", task: str = "*") -> list[int]:
-        """As `Catalog`."""
+        """As `Listed`."""
         is_model, is_method, is_task = (matcher(words) for words in (model, method, task))
         fits = self._fits("model", is_model) | self._fits("model_fingerprint", is_model)
         fits &= self._fits("method", is_method) & self._fits("task", is_task)
@@ -122,7 +119,7 @@ class Tabled:
         return [*here, *(n + i for i in self._rest.select(model, method, task))]
 
     def read(self, positions: Sequence[int]) -> list[Outcome]:
-        """As `Catalog`.
+        """As `Listed`.
 
         Raises:
             OSError: The store has changed meanwhile, otherwise than by appending.
@@ -131,15 +128,15 @@ class Tabled:
         try:
             here = self._read(self._counted[[i for i in positions if i < n]])
         except _ChangedError:
-            forget(self._store)
-            raise OSError(f"{self._store} has changed while it was read; read it again") from None
+            forget(self.store)
+            raise OSError(f"{self.store} has changed while it was read; read it again") from None
         return [*here, *self._rest.read([i - n for i in positions if i >= n])]
 
     def _read(self, rows: _Positions) -> list[Outcome]:
-        places = self._rows[["start", "size", "check"]][rows].tolist()
+        places = self.table.rows[["start", "size", "check"]][rows].tolist()
         found: list[Found] = []
         try:
-            file = self._lines.open("rb")
+            file = self.lines.open("rb")
         except FileNotFoundError as error:  # another process has made its table anew
             raise _ChangedError from error
         with file:
@@ -149,19 +146,12 @@ class Tabled:
                 if crc32(line) != check:
                     raise _ChangedError
                 found.append((f"line at byte {start}", parse_line(line)))
-        return report(found, str(self._store))
-
-    def _is_latest(self, rows: _Positions) -> NDArray[np.bool_]:
-        """[n] whether no later row of these is of the same run; those of unknown run all are."""
-        latest = np.zeros(len(rows), dtype=bool)
-        latest[np.unique(self._rows["name"][rows][::-1], return_index=True)[1]] = True
-        is_latest: NDArray[np.bool_] = latest[::-1] | ~self._rows["has_run"][rows]
-        return is_latest
+        return report(found, str(self.store))
 
     def _fits(self, word: str, matches: Callable[[str], Any]) -> NDArray[np.bool_]:
         """[N] rows whose word matches."""
-        known = np.array([bool(matches(value)) for value in self._words[word]], dtype=bool)
-        fits: NDArray[np.bool_] = known[self._rows[word]]
+        known = np.array([bool(matches(value)) for value in self.table.words[word]], dtype=bool)
+        fits: NDArray[np.bool_] = known[self.table.rows[word]]
         return fits
 
 
@@ -184,10 +174,9 @@ def of_file(path: Path) -> Table:
     with path.open("rb") as file:
         if state.st_size <= end or told.get("sample") != _sample(file, end):
             end = 0
-        new = scan_lines(path, end, state.st_size)
-        whole = _whole(file, new) or end
+        table = scan_lines(path, end, state.st_size, saved.take(saved.rows["start"] < end))
+        whole = _whole(file, table)
         sample = _sample(file, whole)
-    table = join([saved.take(saved.rows["start"] < end), new])
     told = {"v": _VERSION, "end": str(whole), "stamp": stamp, "sample": sample}
     _save(path, table, told)
     return table
@@ -210,7 +199,7 @@ def of_address(address: Address, listing: Listing) -> tuple[Table, list[Found]]:
     lines.parent.mkdir(parents=True, exist_ok=True)
     others: list[Found] = []
     with FileLock(f"{lines}.lock", timeout=_LOCK_SECONDS):
-        table = of_file(lines) if lines.exists() else join([])
+        table = of_file(lines) if lines.exists() else EMPTY
         names = _objects(table)
         lacking = objects.oldest_first(address, listing, listing.keys() - names)
         if lacking:
@@ -284,7 +273,7 @@ def _load(lines: Path) -> tuple[Table, dict[str, str]]:
         found, told = from_bytes(_place(lines).read_bytes())
         if told.get("v") == _VERSION:
             return found, told
-    return join([]), {}
+    return EMPTY, {}
 
 
 def _sample(file: Any, end: int) -> str:
