@@ -156,7 +156,8 @@ class IIMMCallback(GuardedRun, TrainerCallback):  # type: ignore[misc]  # transf
         check_every(every)
         Budget(max_overhead)
         self.limits = Limits.of(max_forgetting, **pick(former, "limit_on", "confidence"))
-        self.rescues = check_action(action, self.limits, self.off_target, **former)
+        on_exceed = former.get("on_exceed")
+        self.rescues = check_action(action, self.limits, self.off_target, on_exceed)
         if self.rescues:
             check_by_images([task, *(self.off_target or ())])
         if report:  # better told now than at the end of a run
@@ -167,18 +168,17 @@ class IIMMCallback(GuardedRun, TrainerCallback):  # type: ignore[misc]  # transf
         self.action = action
         self.every = every
         self.past = Past.of(outcomes, **pick(former, "store"))
-        self.max_overhead = max_overhead
         self.train = train
         self.base_model = base_model
         self.processor = processor
         self.encode = encode
-        self.batch_size = batch_size
-        self.cache_limit = cache_limit
         self.report = report
         self.card = card
         self.strict = strict
         self.verbose = verbose
-        self.former = former
+        self.run_file = former.get("run_file", "default")
+        self.passed_on = {"max_overhead": max_overhead, "batch_size": batch_size}
+        self.passed_on |= {"cache_limit": cache_limit} | pick(former, "method")
         super().__init__()
 
     def on_train_begin(
@@ -199,12 +199,14 @@ class IIMMCallback(GuardedRun, TrainerCallback):  # type: ignore[misc]  # transf
         self.outcome = None
         if state.global_step > 0:
             self._resume(args, state, control, **kwargs)
-            self._amend_card()
-            self._hold_if_stopped(args, state, model)
-            return
-        previous = self.monitor if known else None
-        first_try, before = (previous, None) if broken_off else (None, previous)
-        self._begin(args, state, control, first_try, before, **kwargs)
+        else:
+            previous = self.monitor if known else None
+            first_try, before = (previous, None) if broken_off else (None, previous)
+            self._begin(args, state, control, first_try, before, **kwargs)
+        self._amend_card()
+        if self._stop_reason:  # the Trainer still does a step, which must change nothing
+            self._held = host.HeldStep(state, model)
+            host.check_can_hold(args, self._stop_reason)
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -221,19 +223,13 @@ class IIMMCallback(GuardedRun, TrainerCallback):  # type: ignore[misc]  # transf
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Look where one is due and the budget allows."""
-        if self._held is not None:
-            self._held.leave_nothing(control)
-        else:
-            self._look_if_due(state, control, kwargs["model"])
+        self._look_if_due(state, control, kwargs["model"])
 
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Look, with ``every="epoch"``."""
-        if self._held is not None:  # of several accumulated, no step has ended
-            self._held.leave_nothing(control)
-        else:
-            self._look_if_due(state, control, kwargs["model"], "epoch")
+        self._look_if_due(state, control, kwargs["model"], "epoch")
 
     def on_evaluate(
         self,
@@ -322,9 +318,8 @@ class IIMMCallback(GuardedRun, TrainerCallback):  # type: ignore[misc]  # transf
 def check_action(
     action: Action,
     limits: Limits,
-    off_target: Sequence[Task] | None,
-    on_exceed: str | None = None,
-    **_: Any,
+    off_target: list[Task] | None,
+    on_exceed: str | None,
 ) -> bool:
     """Whether a run over its limit is rescued; raises where there is nothing to act on."""
     if action not in ("warn", "stop", "rescue") and not callable(action):
@@ -334,9 +329,8 @@ def check_action(
         )
     if on_exceed not in (None, "rescue"):
         raise ValueError(f"`on_exceed` must be 'rescue' or None, got {on_exceed!r}")
-    unguarded = off_target is not None and len(off_target) == 0
     rescues = on_exceed == "rescue" or action == "rescue"
-    if (limits.max_forgetting is None or unguarded) and (rescues or action == "stop"):
+    if (limits.max_forgetting is None or off_target == []) and (rescues or action == "stop"):
         missing = "`max_forgetting`" if limits.max_forgetting is None else "`off_target` task"
         raise ValueError(
             f"`action={'rescue' if rescues else 'stop'!r}` needs a limit to keep to, got no "

@@ -23,7 +23,6 @@ from ..monitor.measured import Verbose
 from ..monitor.telling import Forgiving
 from ..probing import ranks
 from ..records.catalog import of_model
-from ..records.former import pick
 from ..records.ledger import Past
 from ..records.log import get_logger
 from ..records.outcomes import Outcome
@@ -51,18 +50,16 @@ class GuardedRun:
     rescues: bool
     every: Every
     past: Past
-    max_overhead: float | None
     train: Any
     base_model: nn.Module | str | Path | Callable[[], nn.Module] | None
     processor: Any
     encode: EncodePair | None
-    batch_size: int
-    cache_limit: int
     report: bool
     card: bool
     strict: bool
     verbose: Verbose
-    former: dict[str, Any]
+    run_file: Any
+    passed_on: dict[str, Any]  # what `IIMMMonitor` is given as it is
 
     def __init__(self) -> None:
         self.monitor: IIMMMonitor | None = None
@@ -95,7 +92,7 @@ class GuardedRun:
             first_try = None
         kept = None if first_try is None and before is None else self._rescuer
         self.monitor = self._rescuer = None  # should the model not be measurable
-        monitor = self._new_monitor(args, state, **kwargs)
+        monitor = self._new_monitor(args, **kwargs)
         if first_try is not None:
             monitor.try_again(first_try)
         elif self.base_model is None:
@@ -111,7 +108,6 @@ class GuardedRun:
         counts_from = baseline.counts_from(untouched, monitor)
         verdict = monitor.begin(model, recipe=recipe, untouched=untouched)
         self.monitor, self._rescuer = monitor, rescuer
-        self._amend_card()
         if self.verbose == "all" or counts_from != baseline.AS_IT_IS:
             self._show(state, lambda: page(counts_from))
         if self.verbose == "all":
@@ -120,7 +116,6 @@ class GuardedRun:
             baseline.warn_of_other_heads(model)
         self._forgiving("a tracker", lambda: host.log(state, control, monitor.row()))
         self._act(state, control, verdict, "continue")
-        self._hold_if_stopped(args, state, model)
 
     def _end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any
@@ -180,40 +175,27 @@ class GuardedRun:
             return None
         return Rescuer(host.output_dir(args), self._file_stem, self.base_model)
 
-    def _new_monitor(
-        self, args: TrainingArguments, state: TrainerState, **kwargs: Any
-    ) -> IIMMMonitor:
+    def _new_monitor(self, args: TrainingArguments, **kwargs: Any) -> IIMMMonitor:
         finds_training_set = isinstance(self.train, str) and self.train == "auto"
-        run_file = self.former.get("run_file", "default")
-        if run_file == "default":
-            run_file = host.output_dir(args) / file_name(self.task.name)
+        own_file = host.output_dir(args) / file_name(self.task.name)
         monitor = IIMMMonitor(
             self.task,
             self.off_target,
             self.limits,
             every=self.every,
-            max_overhead=self.max_overhead,
             outcomes=self.past,
-            run_file=run_file,
+            run_file=own_file if self.run_file == "default" else self.run_file,
             processor=self.processor or kwargs.get("processing_class"),
             encode=self.encode,
-            batch_size=self.batch_size,
-            cache_limit=self.cache_limit,
             verbose=self.verbose,
             autocast_dtype=host.autocast_dtype(args),
             strict=self.strict,
             train=None if finds_training_set else self.train,
-            **pick(self.former, "method"),
+            **self.passed_on,
         )
         if finds_training_set:
             monitor.probe.train = host.training_set(kwargs.get("train_dataloader"))
         return monitor
-
-    def _hold_if_stopped(self, args: TrainingArguments, state: TrainerState, model: Any) -> None:
-        """Stopped in `on_train_begin`: the Trainer still does a step, which must change nothing."""
-        if self._stop_reason:
-            self._held = host.HeldStep(state, model)
-            host.check_can_hold(args, self._stop_reason)
 
     def _step(self, state: TrainerState) -> int:
         """Steps done; the Trainer also counts a held one, and one after the last checkpoint."""
@@ -268,7 +250,7 @@ class GuardedRun:
         self, args: TrainingArguments, state: TrainerState, saved: Any, **kwargs: Any
     ) -> IIMMMonitor:
         model, untouched = kwargs["model"], None
-        monitor = self._new_monitor(args, state, **kwargs)
+        monitor = self._new_monitor(args, **kwargs)
         if saved is not None:
             monitor.load_state_dict(saved["attributes"])
         else:
@@ -282,7 +264,9 @@ class GuardedRun:
     def _look_if_due(
         self, state: TrainerState, control: TrainerControl, model: Any, event: str | None = None
     ) -> None:
-        if self.monitor and self.monitor.is_due(self._step(state), state.max_steps, event):
+        if self._held is not None:  # also of an epoch: of several accumulated, no step has ended
+            self._held.leave_nothing(control)
+        elif self.monitor and self.monitor.is_due(self._step(state), state.max_steps, event):
             self._look(state, control, model)
 
     def _look(

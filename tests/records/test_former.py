@@ -15,8 +15,8 @@ from iimm_callbacks.trainer.callback import FORMER
         ({"confidence": 0.9}, "Limits(0.05, confidence=...)", lambda g: g.limits.confidence),
         ({"on_exceed": "rescue"}, "use `action='rescue'`", lambda g: g.rescues),
         ({"store": "a.jsonl"}, "name the file as `outcomes`", lambda g: g.past.store),
-        ({"run_file": "run.json"}, "`iimm_<task>.json`", lambda g: g.former["run_file"]),
-        ({"method": "mine"}, "recognized from the model", lambda g: g.former["method"]),
+        ({"run_file": "run.json"}, "`iimm_<task>.json`", lambda g: g.run_file),
+        ({"method": "mine"}, "recognized from the model", lambda g: g.passed_on["method"]),
     ],
 )
 def test_a_former_option_of_the_callback_works_and_names_the_new_one(
