@@ -120,9 +120,8 @@ class Forecast:
 
     def to_json(self) -> dict[str, Any]:
         """As JSON-ready data: points and intervals in fractions, and all it rests on."""
-        predictions = {q: p for q in QUANTITIES if (p := getattr(self, q)) is not None}
         return {
-            **{name: _interval(p) for name, p in predictions.items()},
+            **{q: _interval(p) for q in QUANTITIES if (p := getattr(self, q)) is not None},
             "off_target": {name: _interval(p) for name, p in self.off_target.items()},
             "basis": self.basis,
             "n_outcomes": self.n_outcomes,

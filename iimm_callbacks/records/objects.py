@@ -258,12 +258,11 @@ def written(address: Address, there: Listing, name: str) -> float:
 
 
 def _list(address: Address) -> list[tuple[str, float | None]]:
-    if address.folder is not None:  # a tenth of the time that fsspec takes
-        with suppress(FileNotFoundError), os.scandir(address.folder) as entries:
-            return [(e.name, None) for e in entries if e.is_file()]
-        return []
-    files, root = address.filesystem()
     with suppress(FileNotFoundError):
+        if address.folder is not None:  # a tenth of the time that fsspec takes
+            with os.scandir(address.folder) as entries:
+                return [(e.name, None) for e in entries if e.is_file()]
+        files, root = address.filesystem()
         files.invalidate_cache(root)
         rows = files.ls(root, detail=True)
         return [
@@ -286,24 +285,18 @@ def _fetch(address: Address, names: list[str]) -> dict[str, bytes]:
     if not names:
         return {}
     found = files.cat([f"{root}/{name}" for name in names], on_error="return")
-    contents: dict[str, bytes] = {}
-    for path, data in found.items():
+    for data in found.values():
         if isinstance(data, Exception) and not isinstance(data, FileNotFoundError):
             raise data
-        if isinstance(data, bytes):
-            contents[path.rsplit("/", 1)[-1]] = data
-    return contents
+    return {path.rsplit("/", 1)[-1]: d for path, d in found.items() if isinstance(d, bytes)}
 
 
 def _read(path: str) -> bytes:
     try:
-        file = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
+        with open(path, "rb", buffering=0) as file:  # quicker than a `Path`
+            return file.read()
     except FileNotFoundError:  # it went since it was listed
         return b""
-    try:
-        return b"".join(iter(lambda: os.read(file, 1_000_000), b""))
-    finally:
-        os.close(file)
 
 
 def _tried(act: Callable[[], _T], what: str) -> _T:

@@ -306,18 +306,14 @@ _CHECKS: dict[str, Check] = (
     dict.fromkeys(("model", "model_fingerprint", "method", "task", "task_fingerprint"), text)
     | dict.fromkeys(("ended", "source", "run"), text)
     | dict.fromkeys(("iimm", "inter", "intra"), or_none(DIFFERENCE))
-    | dict.fromkeys(("n_images", "n_classes", "n_train"), or_none(count))
-    | {"linear_probe_accuracy": or_none(FRACTION), "linear_probe_n_train": or_none(count)}
-    | {
-        "linear_probe_standard_error": or_none(ERROR),
-        "images": dict_of(text),
-        "provenance": dict_of(text),
-    }
+    | dict.fromkeys(("standard_error", "linear_probe_standard_error"), or_none(ERROR))
+    | dict.fromkeys(("n_images", "n_classes", "n_train", "linear_probe_n_train"), or_none(count))
     | dict.fromkeys(("zero_shot_accuracy", "final_accuracy"), FRACTION)
     | dict.fromkeys(("off_target_before", "off_target_after"), dict_of(FRACTION))
-    | {"standard_error": or_none(ERROR), "complete": flag}
+    | dict.fromkeys(("versions", "images", "provenance"), dict_of(text))
+    | {"linear_probe_accuracy": or_none(FRACTION), "complete": flag, "schema_version": count}
     | {"trajectory": list_of(object_of({"share": FRACTION, "gain": DIFFERENCE}, _LOOK, finite))}
-    | {"recipe": dict_of(anything), "versions": dict_of(text), "schema_version": count}
+    | {"recipe": dict_of(anything)}
 )
-_NEEDED = {f.name for f in fields(Outcome) if f.default is MISSING and f.default_factory is MISSING}
-_FIELDS = object_of({name: _CHECKS[name] for name in _CHECKS if name in _NEEDED}, _CHECKS)
+_NEEDED = [f.name for f in fields(Outcome) if f.default is MISSING and f.default_factory is MISSING]
+_FIELDS = object_of({name: _CHECKS[name] for name in _NEEDED}, _CHECKS)

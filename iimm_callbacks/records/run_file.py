@@ -170,6 +170,8 @@ def check_run(data: Any) -> dict[str, Any]:
         ValueError: It is none; the message names the field, what was expected and what came.
     """
     record: dict[str, Any] = _RECORD(data, "")
+    if not record["looks"]:
+        raise ValueError("`looks` must hold a look, got none")
     accuracies = dict.fromkeys(map(keys.accuracy_key, record["off_target"]), FRACTION)
     for position, look in enumerate(record["looks"]):
         needed = list(accuracies)  # because something else is there
@@ -182,13 +184,6 @@ def check_run(data: Any) -> dict[str, Any]:
                 raise ValueError(f"`looks[{position}]` lacks {key!r}")
         look |= object_of(accuracies)(look, f"looks[{position}]")
     return record
-
-
-def _looks(value: Any, name: str) -> list[dict[str, Any]]:
-    looks: list[dict[str, Any]] = list_of(_LOOK)(value, name)
-    if not looks:
-        raise ValueError(f"`{name}` must hold a look, got none")
-    return looks
 
 
 _FORGETTING = keys.observed_key("forgetting")
@@ -261,7 +256,7 @@ _RECORD = object_of(
         "n_images": count, "n_classes": count, "failures": count, "looks_dropped": count,
         "recipe": object_of({"trainable_share": FRACTION}, rest=anything),
         "limits": object_of(_LIMITS | {"confidence": FRACTION}, rest=anything),
-        "forecast": _FORECAST, "looks": _looks,
+        "forecast": _FORECAST, "looks": list_of(_LOOK),
     },
     {  # of a rescued run, and what an old version did not write
         "rescue": check_rescue, "templates": dict_of(list_of(text)), "metrics": dict_of(text),

@@ -17,20 +17,14 @@ from numpy.typing import NDArray
 
 from . import objects
 from .lines import name_of, parse_line
-from .outcomes import SCHEMA_VERSION, Outcome, Retired
+from .outcomes import SCHEMA_VERSION, Retired
 
 DAMAGED, OUTCOME, RETIRED = range(3)  # what the column `kind` says
 WORDS = ("model", "model_fingerprint", "method", "task")
 _ROW = np.dtype(
     [(word, np.int32) for word in WORDS]
     + [("name", "S32"), ("complete", np.bool_), ("has_run", np.bool_), ("kind", np.int8)]
-    + [
-        ("object", "S32"),
-        ("start", np.int64),
-        ("size", np.int64),
-        ("check", np.int64),
-        ("written", np.float64),
-    ]
+    + [("object", "S32"), ("start", "i8"), ("size", "i8"), ("check", "i8"), ("written", "f8")]
 )
 
 
@@ -49,9 +43,6 @@ class Table:
 
     rows: NDArray[Any]
     words: Mapping[str, Sequence[str]]
-
-    def __len__(self) -> int:
-        return len(self.rows)
 
     def take(self, rows: NDArray[Any]) -> Table:
         """Some of the rows."""
@@ -188,15 +179,14 @@ _decode = msgspec.json.Decoder(_Line).decode
 
 def _facts(line: bytes) -> tuple[list[str], tuple[Any, ...]]:
     """The words, and the columns from ``name`` to ``kind``."""
+    record: Any = None
     with suppress(msgspec.DecodeError, UnicodeDecodeError):  # the latter of an older msgspec
-        usual = _decode(line)
-        if usual.off_target_before.keys() == usual.off_target_after.keys():
-            words = [getattr(usual, word) for word in WORDS]
-            return words, (hashed(usual.run), usual.complete, True, OUTCOME)
-    record = parse_line(line)
-    if isinstance(record, Outcome):
-        words = [getattr(record, word) for word in WORDS]
-        return words, (hashed(name_of(record)), record.complete, bool(record.run), OUTCOME)
+        record = _decode(line)
+    if record is None or record.off_target_before.keys() != record.off_target_after.keys():
+        record = parse_line(line)
+    if isinstance(record, ValueError):
+        return [""] * len(WORDS), (b"", False, False, DAMAGED)
     if isinstance(record, Retired):
         return [""] * len(WORDS), (hashed(record.retired), False, False, RETIRED)
-    return [""] * len(WORDS), (b"", False, False, DAMAGED)
+    words = [getattr(record, word) for word in WORDS]
+    return words, (hashed(name_of(record)), record.complete, bool(record.run), OUTCOME)

@@ -252,7 +252,7 @@ def forget(store: Path | Address) -> None:
 
 def _whole(file: BinaryIO, lines: Table) -> int:
     """Where the last line that has an end ends."""
-    if not len(lines):
+    if not len(lines.rows):
         return 0
     start, size = lines.rows[["start", "size"]][-1].tolist()
     file.seek(start + size - 1)
