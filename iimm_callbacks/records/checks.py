@@ -154,13 +154,13 @@ def object_of(
         except ValueError:
             for key, inner in value.items():
                 if (check := checks.get(key, rest)) is not None:
-                    check(inner, within(name, key))
+                    check(inner, _within(name, key))
             raise
 
     return check_all
 
 
-def within(name: str, key: str) -> str:
+def _within(name: str, key: str) -> str:
     """Name of the field `key` inside the field `name`, for errors."""
     if name:
         return f"{name}[{short(key)}]"

@@ -47,14 +47,12 @@ class Past:
             raise ValueError(
                 f"`outcomes` must name a store, got {outcomes!r}; None learns and saves nothing"
             )
-        is_store = outcomes is None or isinstance(outcomes, str | Path | Address)
-        runs = None if is_store else as_outcomes(outcomes)
-        if "store" in former:
-            default = outcomes is None or (isinstance(outcomes, str) and outcomes == "default")
-            return cls(None if default else outcomes if is_store else runs, former["store"])
-        if outcomes is None:
-            return cls([], None)
-        return cls(runs, outcomes if is_store else None)  # type: ignore[arg-type]  # a path
+        has_store = "store" in former
+        if isinstance(outcomes, str | Path | Address):
+            runs = outcomes if has_store and outcomes != "default" else None
+            return cls(runs, former.get("store", outcomes))
+        runs_given = None if has_store and outcomes is None else as_outcomes(outcomes)
+        return cls(runs_given, former.get("store"))
 
 
 class Ledger:
