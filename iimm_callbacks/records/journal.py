@@ -78,11 +78,6 @@ class Journal:
             "note": found.note,
         }
 
-    @property
-    def alarm(self) -> str:
-        """The worst level so far."""
-        return max((row["level"] for row in self.history), key=LEVELS.index, default=LEVELS[0])
-
     def outcome(self, complete: bool, ended: str) -> Outcome:
         """The outcome of the run if it ended with its latest look."""
         last = self.history[-1]
@@ -160,7 +155,7 @@ class Journaled:
     @property
     def alarm(self) -> str:
         """The worst level of all verdicts so far."""
-        return self._journal.alarm if self._journal else "continue"
+        return max((row["level"] for row in self.history), key=LEVELS.index, default=LEVELS[0])
 
     @property
     def is_later_phase(self) -> bool:
