@@ -12,7 +12,7 @@ import tempfile
 import time
 import traceback
 import warnings
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 
 import torch
@@ -46,8 +46,7 @@ def in_a_fork(function, *arguments, seconds=300, **environment):
 
 def _become(function, arguments, output, seconds, environment):
     """This fork is as a process that was started anew: without pytest's hooks and past runs."""
-    status = 1
-    try:
+    with _ending():
         os.setpgid(0, 0)
         signal.alarm(seconds)
         os.dup2(output.fileno(), 1)
@@ -60,6 +59,14 @@ def _become(function, arguments, output, seconds, environment):
         AcceleratorState._reset_state(reset_partial_state=True)
         GradientState._reset_state()
         function(*arguments)
+
+
+@contextmanager
+def _ending():
+    """A fork ends with what is inside, which prints why where it fails."""
+    status = 1
+    try:
+        yield
         status = 0
     except BaseException:
         traceback.print_exc()
@@ -107,8 +114,7 @@ def _fork(rank, world, function, port, seconds):
     child = os.fork()
     if child:
         return child
-    status = 1
-    try:
+    with _ending():
         # As under torchrun: accelerate reads these.
         os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
@@ -120,10 +126,3 @@ def _fork(rank, world, function, port, seconds):
         )
         function(rank)
         distributed.destroy_process_group()
-        status = 0
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(status)

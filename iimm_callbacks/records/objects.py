@@ -284,12 +284,8 @@ def _fetch(address: Address, names: list[str]) -> dict[str, bytes]:
     if folder is not None:  # a sixth of the time that fsspec takes
         with ThreadPoolExecutor(_READERS) as threads:  # a cold disk is waited for together
             parts = [names[i::_READERS] for i in range(_READERS)]
-            read = threads.map(lambda part: [_read(f"{folder}/{name}") for name in part], parts)
-            return {
-                name: data
-                for part, contents in zip(parts, read, strict=True)
-                for name, data in zip(part, contents, strict=True)
-            }
+            read = threads.map(lambda part: {n: _read(f"{folder}/{n}") for n in part}, parts)
+            return {name: data for part in read for name, data in part.items()}
     files, root = address.filesystem()
     if not names:
         return {}
