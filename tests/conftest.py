@@ -1,4 +1,4 @@
-"""Which tests run, where and in which order; what they share is in `made.py`."""
+"""Which tests run, where and in which order; what they share is in `shared_fixtures.py`."""
 
 import os
 import tempfile
@@ -28,7 +28,7 @@ def pytest_configure(config):
     """Importing torch and transformers takes six seconds: xdist's own process does without."""
     runs_here = config.getoption("dist", "no") == "no" or config.option.collectonly
     if runs_here or hasattr(config, "workerinput"):
-        config.pluginmanager.import_plugin("made")
+        config.pluginmanager.import_plugin("shared_fixtures")
 
 
 def pytest_collection_modifyitems(config, items):

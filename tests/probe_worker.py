@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import torch
 from forked import on_ranks
-from made import make_dataset
+from shared_fixtures import make_dataset
 from tiny import FAMILIES
 from torch import distributed
 from torch.distributed.algorithms.join import Join

@@ -5,7 +5,7 @@ from functools import partial
 
 import torch
 from forked import on_ranks
-from made import make_dataset
+from shared_fixtures import make_dataset
 from tiny import FAMILIES
 from torch import distributed
 

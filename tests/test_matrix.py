@@ -15,8 +15,8 @@ import pytest
 import tiny
 import torch
 import transformers as hf
-from made import SHAPES, make_dataset
 from safetensors.torch import load_file
+from shared_fixtures import SHAPES, make_dataset
 from transformers import Trainer, TrainingArguments
 
 from iimm_callbacks import IIMMCallback, ImageCollator, Outcome, PromptClassifier, Task

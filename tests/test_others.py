@@ -20,8 +20,8 @@ from pathlib import Path
 import pytest
 import torch
 from datasets import Dataset, Features, Image, Value
-from made import COLOURS, make_dataset
 from safetensors.torch import load_file
+from shared_fixtures import COLOURS, make_dataset
 
 from iimm_callbacks import sample
 from iimm_callbacks.records import keys

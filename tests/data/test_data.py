@@ -22,8 +22,8 @@ from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, Iterable
 from datasets.distributed import split_dataset_by_node
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from made import make_dataset
 from PIL import Image as PILImage
+from shared_fixtures import make_dataset
 
 from iimm_callbacks import IIMMCallback, Task
 from iimm_callbacks.data import prompts

@@ -12,9 +12,9 @@ import pytest
 import tiny
 import torch
 import transformers as hf
-from made import make_dataset
 from peft import LoraConfig, get_peft_model
 from PIL import Image
+from shared_fixtures import make_dataset
 from torch import nn
 from transformers import Trainer, TrainingArguments
 
